@@ -1,0 +1,516 @@
+//! The exported functions. Each checks and copies what it was given, then asks `comm`; the doc comments become
+//! the header.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::Arc;
+
+use super::config;
+use super::guard::{Table, Versioned, guard, guard_with, last_error, read_struct, write_struct};
+use super::tensor::{self, RoutingHandle};
+use super::types::*;
+use crate::comm::{self, Comm};
+use crate::config::{BackendKind, UniqueId};
+use crate::error::{Error, Result, Status};
+use crate::log;
+
+static COMMS: Table<Comm> = Table::new("a2a_comm_t");
+static ROUTINGS: Table<RoutingHandle> = Table::new("a2a_routing_t");
+
+macro_rules! versioned {
+    ($($ty:ident: $v1:expr),+ $(,)?) => {$(
+        // SAFETY: repr(C), size first, no inner padding (types.rs freezes the offsets), zero bytes are valid.
+        unsafe impl Versioned for $ty {
+            const NAME: &'static str = stringify!($ty);
+            const V1_SIZE: usize = $v1;
+        }
+    )+};
+}
+versioned! {
+    a2a_config_t: 352,
+    a2a_dispatch_in_t: 136,
+    a2a_dispatch_out_t: 160,
+    a2a_combine_in_t: 48,
+    a2a_combine_out_t: 32,
+    // Results: a caller may take fewer fields than there are.
+    a2a_memory_t: 16,
+    a2a_info_t: 16,
+    a2a_stats_t: 16,
+    a2a_error_info_t: 16,
+}
+
+/// Runs `body` with the comm; a panic in it fails the comm.
+fn with_comm(name: &str, comm: *mut a2a_comm_t, body: impl FnOnce(&Arc<Comm>) -> Result<()>) -> a2a_status_t {
+    match COMMS.get(comm as usize) {
+        Ok(comm) => guard_with(name, || body(&comm), |error| comm.fail(error.clone())),
+        Err(error) => guard(name, || Err(error)),
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- comm
+
+/// Makes the name of a new group of ranks on this host: a random address for a Unix socket (abstract, nothing
+/// on disk) and a random 128-bit key. Opens nothing; rank 0 listens during a2a_create.
+///
+/// id: out, not NULL. Threads: any. Errors: INVALID_ARGUMENT, SYSTEM_ERROR (no randomness).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_get_unique_id(id: *mut a2a_unique_id_t) -> a2a_status_t {
+    guard("a2a_get_unique_id", || {
+        let unique = comm::new_unique_id()?;
+        write_id(id, unique)
+    })
+}
+
+/// Makes the name of a group from an address and a key that all ranks already know: no exchange is needed, every
+/// rank makes the same id. Rank 0 listens on the address during a2a_create. Window transports still need every
+/// rank on one host.
+///
+/// address: "host:port", NUL-terminated, at most 80 bytes; an IPv6 host stands in brackets. key: NUL-terminated,
+/// not empty, at most 4096 bytes; a secret. id: out, not NULL. Threads: any. Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_unique_id_from_address(
+    address: *const c_char,
+    key: *const c_char,
+    id: *mut a2a_unique_id_t,
+) -> a2a_status_t {
+    guard("a2a_unique_id_from_address", || {
+        // SAFETY: the ABI asks for NUL-terminated strings.
+        let (address, key) = unsafe { (text("address", address)?, text("key", key)?) };
+        write_id(id, UniqueId::from_address(address, key)?)
+    })
+}
+
+/// Fills a config with the defaults and this library's version of the struct: all zero but struct_size. Then set
+/// at least rank, num_ranks, num_experts, max_topk, max_hidden, max_tokens and unique_id.
+///
+/// config: out, not NULL, `size` bytes. size: sizeof(a2a_config_t) of the caller. Threads: any.
+/// Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_config_init(config: *mut a2a_config_t, size: usize) -> a2a_status_t {
+    guard("a2a_config_init", || {
+        if config.is_null() {
+            return Err(Error::invalid("config is NULL"));
+        }
+        if !(a2a_config_t::V1_SIZE..=64 * 1024).contains(&size) {
+            return Err(Error::invalid(format!(
+                "size is {size}, it must be sizeof(a2a_config_t), between {} and 65536",
+                a2a_config_t::V1_SIZE
+            )));
+        }
+        // SAFETY: the caller vouches for `size` bytes; zero is valid for every field.
+        unsafe {
+            std::ptr::write_bytes(config as *mut u8, 0, size);
+            std::ptr::write_unaligned(config as *mut usize, size);
+        }
+        Ok(())
+    })
+}
+
+/// Explains what a2a_create would do with this config on this host: which backend and layout and why, why not the
+/// others, bytes per rank, limits in effect. Depends on the config and the host alone, creates nothing.
+///
+/// buf: out, may be NULL with len 0; receives NUL-terminated JSON, cut off if it does not fit. needed: out, may be
+/// NULL; the bytes the whole text needs, NUL included. Threads: any. Errors: INVALID_ARGUMENT for a config that
+/// makes no sense; OVERFLOW if buf is given and too small (buf then holds the beginning). A config that is refused
+/// as UNSUPPORTED is explained, not an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_explain(
+    config: *const a2a_config_t,
+    buf: *mut c_char,
+    len: usize,
+    needed: *mut usize,
+) -> a2a_status_t {
+    guard("a2a_explain", || {
+        // SAFETY: forwarded from the caller.
+        let config = unsafe { config::read(&read_struct(config)?)? };
+        let text = comm::explain(&config);
+        if !needed.is_null() {
+            // SAFETY: not NULL; the caller vouches for it.
+            unsafe { *needed = text.len() + 1 };
+        }
+        if buf.is_null() {
+            return if len == 0 {
+                Ok(())
+            } else {
+                Err(Error::invalid(format!("buf is NULL and len is {len}")))
+            };
+        }
+        if len == 0 {
+            return Err(Error::new(Status::Overflow, "len is 0"));
+        }
+        let mut cut = text.len().min(len - 1);
+        while !text.is_char_boundary(cut) {
+            cut -= 1;
+        }
+        // SAFETY: cut < len bytes are the caller's.
+        unsafe {
+            std::ptr::copy_nonoverlapping(text.as_ptr(), buf as *mut u8, cut);
+            *buf.add(cut) = 0;
+        }
+        if cut < text.len() {
+            return Err(Error::new(
+                Status::Overflow,
+                format!("len is {len}, the text needs {}", text.len() + 1),
+            ));
+        }
+        Ok(())
+    })
+}
+
+/// Says how many bytes a2a_create and a2a_routing_create will take with this config. Creates nothing.
+///
+/// memory: out, its struct_size set by the caller. Threads: any. Errors: INVALID_ARGUMENT, UNSUPPORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_query_memory(
+    config: *const a2a_config_t,
+    memory: *mut a2a_memory_t,
+) -> a2a_status_t {
+    guard("a2a_query_memory", || {
+        // SAFETY: forwarded from the caller.
+        let config = unsafe { config::read(&read_struct(config)?)? };
+        let need = comm::query_memory(&config)?;
+        let value = a2a_memory_t {
+            struct_size: 0,
+            window_bytes: need.window,
+            control_bytes: need.control,
+            slot_bytes: need.slot,
+            private_bytes: need.private,
+            routing_bytes: need.routing,
+            total_bytes: need.total,
+        };
+        // SAFETY: forwarded from the caller.
+        unsafe { write_struct(memory, &value) }
+    })
+}
+
+/// Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
+/// maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
+/// names the rank and the reason, within setup_timeout_ms.
+///
+/// config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
+/// one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of
+/// their own. Capture: refused. Errors: INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, MISMATCH (the
+/// ranks' configs differ), TIMEOUT (a rank did not come), PEER_LOST (a rank left or was refused memory).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_create(config: *const a2a_config_t, comm: *mut *mut a2a_comm_t) -> a2a_status_t {
+    guard("a2a_create", || {
+        if comm.is_null() {
+            return Err(Error::invalid("comm is NULL"));
+        }
+        // SAFETY: forwarded from the caller.
+        let config = unsafe { config::read(&read_struct(config)?)? };
+        let created = Comm::create(config)?;
+        // SAFETY: not NULL; the caller vouches for it.
+        unsafe { *comm = COMMS.insert(created) as *mut a2a_comm_t };
+        Ok(())
+    })
+}
+
+/// Says what the comm is: what was chosen, the experts this rank owns, capacities.
+///
+/// info: out, its struct_size set by the caller. Threads: any, at any time. Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_get_info(comm: *mut a2a_comm_t, info: *mut a2a_info_t) -> a2a_status_t {
+    with_comm("a2a_get_info", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        unsafe { write_struct(info, &config::info(comm)) }
+    })
+}
+
+/// Changes how long calls wait for peers, for every call that begins afterwards, on this rank alone.
+///
+/// first_step_timeout_ms, timeout_ms: as in a2a_config_t; 0 leaves a value as it is. Threads: any, at any time.
+/// Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_set_timeout(
+    comm: *mut a2a_comm_t,
+    first_step_timeout_ms: i64,
+    timeout_ms: i64,
+) -> a2a_status_t {
+    with_comm("a2a_set_timeout", comm, |comm| comm.set_timeout(first_step_timeout_ms, timeout_ms))
+}
+
+/// Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for this rank
+/// get A2A_PEER_LOST. Returns at once.
+///
+/// Threads: any, at any time, also while another thread is inside a call. Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_abort(comm: *mut a2a_comm_t) -> a2a_status_t {
+    with_comm("a2a_abort", comm, |comm| {
+        comm.abort();
+        Ok(())
+    })
+}
+
+/// Ends the comm and frees what it took, views included. Never waits for peers: those that still wait for this
+/// rank get A2A_PEER_LOST, those that need nothing more from it notice nothing. A call in flight on another thread
+/// is aborted first. Routings of the comm stay valid objects and are destroyed by a2a_routing_destroy.
+///
+/// comm: NULL is accepted and does nothing. Threads: any. Errors: INVALID_ARGUMENT (not a live comm).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_destroy(comm: *mut a2a_comm_t) -> a2a_status_t {
+    guard("a2a_destroy", || {
+        if comm.is_null() {
+            return Ok(());
+        }
+        COMMS.remove(comm as usize)?.destroy();
+        Ok(())
+    })
+}
+
+// ------------------------------------------------------------------------------------------- routing
+
+/// Makes a routing: private memory for where the rows of one dispatch went, bound to a slot. Local, not collective.
+/// Any number may be bound to one slot (one per layer); one at a time is between dispatch SEND and combine RECV.
+///
+/// slot: 0 to num_slots - 1. routing: out, written on success only; free with a2a_routing_destroy. Threads: one call
+/// at a time on a comm. Capture: refused. Errors: INVALID_ARGUMENT, BUSY, OUT_OF_MEMORY, or the comm's own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_routing_create(
+    comm: *mut a2a_comm_t,
+    slot: i32,
+    routing: *mut *mut a2a_routing_t,
+) -> a2a_status_t {
+    with_comm("a2a_routing_create", comm, |comm| {
+        if routing.is_null() {
+            return Err(Error::invalid("routing is NULL"));
+        }
+        let created = RoutingHandle::new(comm.routing_create(slot)?);
+        // SAFETY: not NULL; the caller vouches for it.
+        unsafe { *routing = ROUTINGS.insert(Arc::new(created)) as *mut a2a_routing_t };
+        Ok(())
+    })
+}
+
+/// Frees a routing and the shape arrays of its views. Before or after its comm.
+///
+/// routing: NULL is accepted and does nothing. Threads: any, not while a call uses it. Errors: INVALID_ARGUMENT
+/// (not a live routing).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_routing_destroy(routing: *mut a2a_routing_t) -> a2a_status_t {
+    guard("a2a_routing_destroy", || {
+        if !routing.is_null() {
+            ROUTINGS.remove(routing as usize)?;
+        }
+        Ok(())
+    })
+}
+
+// ---------------------------------------------------------------------------------------------- data
+
+/// Sends each token to the ranks that own its experts and receives what the others sent. Every rank takes part in
+/// every step, with or without tokens, with the same bound and row shapes.
+///
+/// routing: of this comm; its slot must be idle, or hold a received dispatch that is thereby given up.
+/// in, out: see the structs; read and written during the call; out may be NULL in SEND. Fields of `in` but phase
+/// and flags are ignored in RECV. Views are valid from RECV until this rank's combine SEND, or next dispatch, on
+/// the slot. stream: the CUDA stream of the work; ignored on the CPU, where the call returns with the work done.
+/// Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
+/// Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW; TIMEOUT, PEER_LOST, MISMATCH (the step
+/// is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_dispatch(
+    comm: *mut a2a_comm_t,
+    routing: *mut a2a_routing_t,
+    r#in: *const a2a_dispatch_in_t,
+    out: *mut a2a_dispatch_out_t,
+    stream: *mut c_void,
+) -> a2a_status_t {
+    let _ = stream;
+    with_comm("a2a_dispatch", comm, |comm| {
+        let routing = ROUTINGS.get(routing as usize)?;
+        // SAFETY: forwarded from the caller.
+        unsafe { tensor::dispatch(comm, &routing, &read_struct(r#in)?, out) }
+    })
+}
+
+/// Brings the experts' output back and sums it, in float32, in a fixed order, rounding once. GATHERED, RANK_MAJOR,
+/// FLAT: out[t] = sum over ranks r ascending of r's row for t, over the ranks that own one of t's experts (every
+/// rank when GATHERED came without ids). EXPERT_*: out[t] = sum over k ascending of weight[t,k] * row.
+///
+/// routing: the one of the slot's last dispatch, received and not yet combined. in, out: see the structs; out may
+/// be NULL in SEND; fields of `in` but phase and flags are ignored in RECV. stream, threads, capture, errors: as
+/// for a2a_dispatch.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_combine(
+    comm: *mut a2a_comm_t,
+    routing: *mut a2a_routing_t,
+    r#in: *const a2a_combine_in_t,
+    out: *mut a2a_combine_out_t,
+    stream: *mut c_void,
+) -> a2a_status_t {
+    let _ = stream;
+    with_comm("a2a_combine", comm, |comm| {
+        let routing = ROUTINGS.get(routing as usize)?;
+        // SAFETY: forwarded from the caller.
+        unsafe { tensor::combine(comm, &routing, &read_struct(r#in)?, out) }
+    })
+}
+
+/// Says where the experts may write their output so that combine copies nothing: the slot's own buffer, shaped for
+/// this routing's dispatch. May be called from dispatch RECV on; may be written between dispatch RECV and
+/// combine SEND.
+///
+/// tensor: out, not NULL; `dtype` may be preset to bf16, f16 or f32 (bits 0 = the config's combine_dtype), everything
+/// else is overwritten; shape and strides stay owned by the routing. Threads: one call at a time on a comm.
+/// Errors: INVALID_ARGUMENT (no received dispatch), BUSY, or the comm's own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_combine_buffer(
+    comm: *mut a2a_comm_t,
+    routing: *mut a2a_routing_t,
+    tensor: *mut a2a_tensor_t,
+) -> a2a_status_t {
+    with_comm("a2a_combine_buffer", comm, |comm| {
+        let routing = ROUTINGS.get(routing as usize)?;
+        // SAFETY: forwarded from the caller.
+        unsafe { tensor::combine_buffer(comm, &routing, tensor) }
+    })
+}
+
+// ------------------------------------------------------------------------------------------- observe
+
+/// Reports the comm's first failure: a lost step, an abort, a defect. Clears nothing.
+///
+/// info: out, its struct_size set by the caller; info.status is A2A_SUCCESS if nothing failed. Threads: any, at any
+/// time. Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_get_async_error(
+    comm: *mut a2a_comm_t,
+    info: *mut a2a_error_info_t,
+) -> a2a_status_t {
+    with_comm("a2a_get_async_error", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        unsafe { write_struct(info, &config::error_info(comm)) }
+    })
+}
+
+/// Reports what the comm has moved since a2a_create.
+///
+/// stats: out, its struct_size set by the caller. Threads: any, at any time. Errors: INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_get_stats(comm: *mut a2a_comm_t, stats: *mut a2a_stats_t) -> a2a_status_t {
+    with_comm("a2a_get_stats", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        unsafe { write_struct(stats, &config::stats(comm)) }
+    })
+}
+
+/// Sends the library's log lines to a callback, for the whole process. Without one, the environment variable A2A_LOG
+/// (error, warn, info, debug) sends them to standard error.
+///
+/// callback: NULL restores the default. user: passed to it. Both must stay valid until replaced and until calls in
+/// flight have returned. Threads: any. Errors: none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_set_log_callback(callback: a2a_log_fn, user: *mut c_void) -> a2a_status_t {
+    guard("a2a_set_log_callback", || {
+        struct User(*mut c_void);
+        // SAFETY: the ABI says that the callback is called on any thread with this pointer.
+        unsafe impl Send for User {}
+        // SAFETY: as above.
+        unsafe impl Sync for User {}
+        log::set_sink(callback.map(|callback| {
+            let user = User(user);
+            Arc::new(move |level: log::Level, line: &str| {
+                let user = &user;
+                let line = std::ffi::CString::new(line.replace(['\0', '\n'], " ")).unwrap_or_default();
+                // SAFETY: the caller keeps the callback and its pointer valid.
+                unsafe { callback(level as i32, line.as_ptr(), user.0) }
+            }) as log::Sink
+        }));
+        Ok(())
+    })
+}
+
+// ---------------------------------------------------------------------------------------------- text
+
+/// The sentence that explains the last failure on this thread: function, rank, argument, value, limit. Empty if
+/// nothing has failed. Owned by the library, valid until this thread's next call.
+#[unsafe(no_mangle)]
+pub extern "C" fn a2a_last_error() -> *const c_char {
+    last_error()
+}
+
+/// The name of a status, "A2A_TIMEOUT" for instance; "unknown status" for any other number. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn a2a_status_name(status: a2a_status_t) -> *const c_char {
+    status_name(status).as_ptr()
+}
+
+fn status_name(status: a2a_status_t) -> &'static CStr {
+    match status {
+        A2A_SUCCESS => c"A2A_SUCCESS",
+        A2A_INVALID_ARGUMENT => c"A2A_INVALID_ARGUMENT",
+        A2A_UNSUPPORTED => c"A2A_UNSUPPORTED",
+        A2A_BUSY => c"A2A_BUSY",
+        A2A_OUT_OF_MEMORY => c"A2A_OUT_OF_MEMORY",
+        A2A_OVERFLOW => c"A2A_OVERFLOW",
+        A2A_SYSTEM_ERROR => c"A2A_SYSTEM_ERROR",
+        A2A_TIMEOUT => c"A2A_TIMEOUT",
+        A2A_PEER_LOST => c"A2A_PEER_LOST",
+        A2A_MISMATCH => c"A2A_MISMATCH",
+        A2A_CUDA_ERROR => c"A2A_CUDA_ERROR",
+        A2A_NCCL_ERROR => c"A2A_NCCL_ERROR",
+        A2A_NIXL_ERROR => c"A2A_NIXL_ERROR",
+        A2A_ABORTED => c"A2A_ABORTED",
+        A2A_INTERNAL => c"A2A_INTERNAL",
+        _ => c"unknown status",
+    }
+}
+
+/// The library's version, "0.1.0" for instance. Static. The header's is A2A_VERSION.
+#[unsafe(no_mangle)]
+pub extern "C" fn a2a_version() -> *const c_char {
+    const VERSION: &CStr =
+        match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+            Ok(version) => version,
+            Err(_) => panic!("the version holds a NUL"),
+        };
+    VERSION.as_ptr()
+}
+
+/// The backend of a name: "auto", the constants' own names in lower case ("nvlink_one_sided"), or vLLM's names
+/// ("allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency", "flashinfer_nvlink_one_sided",
+/// "flashinfer_nvlink_two_sided", "flashinfer_all2allv", "nixl_ep"). A2A_BACKEND_UNKNOWN for any other, or NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_backend_from_name(name: *const c_char) -> a2a_backend_t {
+    // SAFETY: the ABI asks for a NUL-terminated string.
+    let Ok(name) = (unsafe { text("name", name) }) else { return A2A_BACKEND_UNKNOWN };
+    BackendKind::from_name(name).map_or(A2A_BACKEND_UNKNOWN, |kind| kind as a2a_backend_t)
+}
+
+/// A caller's string.
+///
+/// # Safety
+/// `ptr` is NULL or NUL-terminated and stays valid during the call.
+unsafe fn text<'a>(argument: &str, ptr: *const c_char) -> Result<&'a str> {
+    if ptr.is_null() {
+        return Err(Error::invalid(format!("{argument} is NULL")));
+    }
+    // SAFETY: not NULL; NUL-terminated by the contract.
+    unsafe { CStr::from_ptr(ptr) }.to_str().map_err(|_| Error::invalid(format!("{argument} is not UTF-8")))
+}
+
+fn write_id(id: *mut a2a_unique_id_t, unique: UniqueId) -> Result<()> {
+    if id.is_null() {
+        return Err(Error::invalid("id is NULL"));
+    }
+    // SAFETY: not NULL; the caller vouches for it. Bytes need no alignment.
+    unsafe { *id = a2a_unique_id_t { bytes: unique.to_bytes() } };
+    Ok(())
+}
+
+const _: () = {
+    assert!(A2A_INVALID_ARGUMENT == Status::InvalidArgument as i32);
+    assert!(A2A_UNSUPPORTED == Status::Unsupported as i32);
+    assert!(A2A_BUSY == Status::Busy as i32);
+    assert!(A2A_OUT_OF_MEMORY == Status::OutOfMemory as i32);
+    assert!(A2A_OVERFLOW == Status::Overflow as i32);
+    assert!(A2A_SYSTEM_ERROR == Status::System as i32);
+    assert!(A2A_TIMEOUT == Status::Timeout as i32);
+    assert!(A2A_PEER_LOST == Status::PeerLost as i32);
+    assert!(A2A_MISMATCH == Status::Mismatch as i32);
+    assert!(A2A_CUDA_ERROR == Status::Cuda as i32);
+    assert!(A2A_NCCL_ERROR == Status::Nccl as i32);
+    assert!(A2A_NIXL_ERROR == Status::Nixl as i32);
+    assert!(A2A_ABORTED == Status::Aborted as i32);
+    assert!(A2A_INTERNAL == Status::Internal as i32);
+};

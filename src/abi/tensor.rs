@@ -1,0 +1,393 @@
+//! The data plane from C to Rust and back: pointers and tensors become checked values, views become tensors.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use super::guard::read_struct;
+use super::types::*;
+use crate::comm::{
+    CombineRecv, CombineSend, Comm, DispatchRecv, DispatchSend, Element, Output, Routing, Tensor, View,
+};
+use crate::config::{MAX_EXTRAS, ROW_ALIGN};
+use crate::device::Rows;
+use crate::device::map::{PLANES, Plane};
+use crate::error::{Error, Result};
+
+/// A routing and the shape arrays of its views.
+pub struct RoutingHandle {
+    routing: Routing,
+    /// [ndim] sizes, then [ndim] strides, one entry a view.
+    shapes: Box<[[AtomicI64; 6]; VIEWS]>,
+}
+
+/// Views by plane, then expert_counts, rank_counts, status, the combine buffer, combine's status.
+const VIEWS: usize = PLANES + 5;
+
+impl RoutingHandle {
+    pub fn new(routing: Routing) -> RoutingHandle {
+        let shapes = std::array::from_fn(|_| std::array::from_fn(|_| AtomicI64::new(0)));
+        RoutingHandle { routing, shapes: Box::new(shapes) }
+    }
+
+    /// Makes the caller's tensor a view.
+    ///
+    /// # Safety
+    /// `tensor` is writable.
+    unsafe fn show(&self, entry: usize, view: &View, tensor: *mut a2a_tensor_t) {
+        let words = &self.shapes[entry];
+        let mut stride = 1;
+        for i in (0..view.ndim).rev() {
+            words[i].store(view.dims[i], Ordering::Relaxed);
+            words[3 + i].store(stride, Ordering::Relaxed);
+            stride *= view.dims[i].max(1);
+        }
+        let value = a2a_tensor_t {
+            data: view.address as *mut _,
+            device: a2a_tensor_device_t { device_type: A2A_DEVICE_CPU, device_id: 0 },
+            ndim: view.ndim as i32,
+            dtype: a2a_tensor_dtype_t {
+                code: view.element.code,
+                bits: view.element.bits,
+                lanes: view.element.lanes,
+            },
+            shape: words[0].as_ptr(),
+            strides: words[3].as_ptr(),
+            byte_offset: 0,
+        };
+        // SAFETY: forwarded.
+        unsafe { tensor.write(value) };
+    }
+}
+
+/// Reads a tensor. `aligned`: rows of tokens, which are moved in 16-byte vectors.
+///
+/// # Safety
+/// `tensor` points at a tensor whose shape and strides have ndim entries and whose data is there.
+unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool) -> Result<Tensor> {
+    let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
+    // SAFETY: forwarded.
+    let raw = unsafe { tensor.read() };
+    if raw.device.device_type != A2A_DEVICE_CPU {
+        return invalid(format!(
+            "lies on DLPack device type {}, the comm is on the CPU (1)",
+            raw.device.device_type
+        ));
+    }
+    let ndim = raw.ndim as usize;
+    if !(1..=3).contains(&raw.ndim) || raw.shape.is_null() {
+        return invalid(format!(
+            "has {} dimensions and shape {:p}, it needs 1 to 3 dimensions",
+            raw.ndim, raw.shape
+        ));
+    }
+    let element = Element { code: raw.dtype.code, bits: raw.dtype.bits, lanes: raw.dtype.lanes };
+    let size = element.bytes() as i64;
+    if size == 0 {
+        return invalid(format!("has elements of {element}, which are no whole bytes"));
+    }
+    let (mut dims, mut strides) = ([1i64; 3], [0i64; 3]);
+    let mut compact = 1i64;
+    for i in (0..ndim).rev() {
+        // SAFETY: i < ndim entries; not NULL.
+        unsafe {
+            dims[i] = raw.shape.add(i).read();
+            strides[i] = if raw.strides.is_null() { compact } else { raw.strides.add(i).read() };
+        }
+        if dims[i] < 0 {
+            return invalid(format!("has dimension {i} of size {}", dims[i]));
+        }
+        compact = match compact.checked_mul(dims[i].max(1)) {
+            Some(elements) if elements <= i64::MAX / size => elements,
+            _ => return invalid(format!("has the shape {:?}, which is past the address space", &dims[..=i])),
+        };
+    }
+    let columns = if ndim > 1 { dims[ndim - 1] } else { 1 };
+    let rows: i64 = if ndim > 1 { dims[..ndim - 1].iter().product() } else { dims[0] };
+    let row_stride = match ndim {
+        1 => strides[0],
+        _ => strides[ndim - 2],
+    };
+    if ndim > 1 && columns > 1 && strides[ndim - 1] != 1 {
+        return invalid(format!(
+            "has stride {} in its last dimension, it must be contiguous",
+            strides[ndim - 1]
+        ));
+    }
+    if ndim == 3 && dims[0] > 1 && dims[1] > 0 && dims[1].checked_mul(strides[1]) != Some(strides[0]) {
+        return invalid(format!(
+            "has the strides {strides:?} over {dims:?}: its rows must be evenly spaced over both dimensions"
+        ));
+    }
+    // With a single row the stride means nothing, whatever a framework put there.
+    let row_stride = if rows > 1 { row_stride } else { columns };
+    let (row_bytes, stride) = (columns * size, row_stride.checked_mul(size).unwrap_or(-1));
+    if stride < row_bytes || stride.checked_mul(rows).is_none_or(|span| span > isize::MAX as i64) {
+        return invalid(format!("has rows of {row_bytes} bytes {stride} bytes apart"));
+    }
+    let address = (raw.data as usize).wrapping_add(raw.byte_offset as usize);
+    if rows > 0 && row_bytes > 0 {
+        if raw.data.is_null() {
+            return invalid(format!("has no data and the shape {:?}", &dims[..ndim]));
+        }
+        let align = ROW_ALIGN as usize;
+        if aligned && (!address.is_multiple_of(align) || !(stride as usize).is_multiple_of(align) && rows > 1)
+        {
+            return invalid(format!(
+                "has data at {address:#x} and rows {stride} bytes apart, both must be multiples of {align} bytes"
+            ));
+        }
+    }
+    // SAFETY: the caller vouches for the memory the tensor describes, during the call.
+    let rows = unsafe { Rows::new(address as *mut u8, rows as usize, row_bytes as usize, stride as usize) };
+    Ok(Tensor { rows, ndim, dims, element })
+}
+
+/// # Safety
+/// As `read`, or NULL.
+unsafe fn optional(
+    rank: u32,
+    name: &str,
+    tensor: *const a2a_tensor_t,
+    aligned: bool,
+) -> Result<Option<Tensor>> {
+    if tensor.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: forwarded.
+    unsafe { read(rank, name, tensor, aligned) }.map(Some)
+}
+
+/// An output: not wanted (NULL), a view (no data), or the caller's. A caller's empty tensor has a shape and no data.
+///
+/// # Safety
+/// As `read`, or NULL.
+unsafe fn output(rank: u32, name: &str, tensor: *mut a2a_tensor_t, aligned: bool) -> Result<Output> {
+    if tensor.is_null() {
+        return Ok(Output::Nothing);
+    }
+    // SAFETY: forwarded.
+    let raw = unsafe { &*tensor };
+    if raw.data.is_null() {
+        let ndim = raw.ndim.clamp(0, 3) as usize;
+        // SAFETY: a shape has ndim entries.
+        let empty = !raw.shape.is_null() && (0..ndim).any(|i| unsafe { raw.shape.add(i).read() } == 0);
+        if !empty {
+            return Ok(Output::View);
+        }
+    }
+    // SAFETY: forwarded.
+    unsafe { read(rank, name, tensor, aligned) }.map(Output::Into)
+}
+
+fn phases(rank: u32, phase: a2a_phase_t) -> Result<(bool, bool)> {
+    match phase {
+        A2A_PHASE_BOTH => Ok((true, true)),
+        A2A_PHASE_SEND => Ok((true, false)),
+        A2A_PHASE_RECV => Ok((false, true)),
+        _ => Err(Error::invalid(format!(
+            "rank {rank}: phase is {phase}, known are 0 (both), 1 (send) and 2 (recv)"
+        ))),
+    }
+}
+
+fn required<'a, T>(rank: u32, name: &str, value: &'a Option<T>) -> Result<&'a T> {
+    value.as_ref().ok_or_else(|| Error::invalid(format!("rank {rank}: {name} is NULL")))
+}
+
+/// # Safety
+/// Every pointer is as the header says.
+pub unsafe fn dispatch(
+    comm: &Arc<Comm>,
+    handle: &RoutingHandle,
+    input: &a2a_dispatch_in_t,
+    out: *mut a2a_dispatch_out_t,
+) -> Result<()> {
+    let rank = comm.config().rank;
+    let (sends, recvs) = phases(rank, input.phase)?;
+    if input.reserved != 0 || input.max_sms < 0 {
+        return Err(Error::invalid(format!(
+            "rank {rank}: max_sms is {} and reserved is {}, they must be at least 0 and 0",
+            input.max_sms, input.reserved
+        )));
+    }
+    let send = match sends {
+        // SAFETY: forwarded.
+        true => Some(unsafe { dispatch_send(comm, input)? }),
+        false => None,
+    };
+    let (mut recv, mut raw) = (None, None);
+    if recvs {
+        // SAFETY: forwarded.
+        let outputs = unsafe { read_struct(out)? };
+        // SAFETY: forwarded.
+        recv = Some(unsafe { dispatch_recv(rank, &outputs)? });
+        raw = Some(outputs);
+    }
+    let views = comm.dispatch(&handle.routing, send.as_ref(), recv.as_ref(), input.flags)?;
+    if let Some(raw) = raw {
+        let tensors = planes(&raw);
+        let small = [
+            (PLANES, &views.expert_counts, raw.expert_counts),
+            (PLANES + 1, &views.rank_counts, raw.rank_counts),
+            (PLANES + 2, &views.status, raw.status),
+        ];
+        let rows =
+            views.planes.iter().zip(tensors).enumerate().map(|(i, (view, tensor))| (i, view, tensor.1));
+        for (entry, view, tensor) in rows.chain(small) {
+            if let Some(view) = view {
+                // SAFETY: a view was asked for through this pointer.
+                unsafe { handle.show(entry, view, tensor) };
+            }
+        }
+        // SAFETY: read_struct found at least the first version's size behind the pointer.
+        unsafe { (*out).num_rows = views.num_rows };
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As `dispatch`.
+unsafe fn dispatch_send<'a>(comm: &Comm, input: &'a a2a_dispatch_in_t) -> Result<DispatchSend<'a>> {
+    let config = comm.config();
+    let rank = config.rank;
+    let mut extras = [None; MAX_EXTRAS];
+    // SAFETY: forwarded, here and below.
+    unsafe {
+        for (i, extra) in extras.iter_mut().enumerate() {
+            *extra = optional(rank, format_extra(i), input.extras[i], false)?;
+        }
+        let tokens = optional(rank, "tokens", input.tokens, true)?;
+        Ok(DispatchSend {
+            tokens: *required(rank, "tokens", &tokens)?,
+            topk_ids: optional(rank, "topk_ids", input.topk_ids, false)?,
+            topk_weights: optional(rank, "topk_weights", input.topk_weights, false)?,
+            scales: optional(rank, "scales", input.scales, false)?,
+            extras,
+            rank_tokens: (!input.rank_tokens.is_null())
+                .then(|| std::slice::from_raw_parts(input.rank_tokens, config.num_ranks as usize)),
+            max_tokens: input.max_tokens,
+        })
+    }
+}
+
+/// The name of an extra, without an allocation in the data plane.
+fn format_extra(i: usize) -> &'static str {
+    const NAMES: [&str; MAX_EXTRAS] = [
+        "extras[0]",
+        "extras[1]",
+        "extras[2]",
+        "extras[3]",
+        "extras[4]",
+        "extras[5]",
+        "extras[6]",
+        "extras[7]",
+    ];
+    NAMES[i]
+}
+
+/// The outputs that hold rows, by plane, and whether they are moved in 16-byte vectors.
+fn planes(raw: &a2a_dispatch_out_t) -> [(bool, *mut a2a_tensor_t); PLANES] {
+    let mut planes = [(false, std::ptr::null_mut()); PLANES];
+    planes[Plane::Tokens as usize] = (true, raw.tokens);
+    planes[Plane::Ids as usize].1 = raw.topk_ids;
+    planes[Plane::Weights as usize].1 = raw.topk_weights;
+    planes[Plane::Source as usize].1 = raw.row_source;
+    planes[Plane::Scales as usize].1 = raw.scales;
+    for (i, extra) in raw.extras.iter().enumerate() {
+        planes[Plane::Extra0 as usize + i].1 = *extra;
+    }
+    planes
+}
+
+/// # Safety
+/// As `dispatch`.
+unsafe fn dispatch_recv(rank: u32, raw: &a2a_dispatch_out_t) -> Result<DispatchRecv> {
+    let mut recv = DispatchRecv::default();
+    // SAFETY: forwarded, here and below.
+    unsafe {
+        for (plane, (aligned, tensor)) in planes(raw).into_iter().enumerate() {
+            recv.planes[plane] = output(rank, "an output of rows", tensor, aligned)?;
+        }
+        recv.expert_counts = output(rank, "the output expert_counts", raw.expert_counts, false)?;
+        recv.rank_counts = output(rank, "the output rank_counts", raw.rank_counts, false)?;
+        recv.expert_offsets = output(rank, "the output expert_offsets", raw.expert_offsets, false)?;
+        recv.expert_stats = output(rank, "the output expert_stats", raw.expert_stats, false)?;
+        recv.status = output(rank, "the output status", raw.status, false)?;
+    }
+    Ok(recv)
+}
+
+/// # Safety
+/// Every pointer is as the header says.
+pub unsafe fn combine(
+    comm: &Arc<Comm>,
+    handle: &RoutingHandle,
+    input: &a2a_combine_in_t,
+    out: *mut a2a_combine_out_t,
+) -> Result<()> {
+    let rank = comm.config().rank;
+    let (sends, recvs) = phases(rank, input.phase)?;
+    if input.max_sms < 0 {
+        return Err(Error::invalid(format!(
+            "rank {rank}: max_sms is {}, it must be at least 0",
+            input.max_sms
+        )));
+    }
+    if !input.row_weights.is_null() {
+        return Err(Error::unsupported(format!(
+            "rank {rank}: row_weights is set, which is not in this build"
+        )));
+    }
+    let send = match sends {
+        true => {
+            // SAFETY: forwarded.
+            let tokens = unsafe { optional(rank, "tokens", input.tokens, true)? };
+            let tokens = *required(rank, "tokens", &tokens)?;
+            Some(CombineSend { tokens, has_weights: !input.topk_weights.is_null() })
+        }
+        false => None,
+    };
+    let (mut recv, mut raw) = (None, None);
+    if recvs {
+        // SAFETY: forwarded, here and below.
+        let outputs: a2a_combine_out_t = unsafe { read_struct(out)? };
+        if !outputs.topk_weights.is_null() {
+            return Err(Error::unsupported(format!(
+                "rank {rank}: the output topk_weights is set, which is not in this build"
+            )));
+        }
+        recv = Some(CombineRecv {
+            // SAFETY: forwarded.
+            tokens: unsafe { optional(rank, "the output tokens", outputs.tokens, true)? },
+            // SAFETY: forwarded.
+            status: unsafe { output(rank, "the output status", outputs.status, false)? },
+        });
+        raw = Some(outputs);
+    }
+    let view = comm.combine(&handle.routing, send.as_ref(), recv.as_ref(), input.flags)?;
+    if let (Some(view), Some(raw)) = (view, raw) {
+        // SAFETY: a view was asked for through this pointer.
+        unsafe { handle.show(PLANES + 4, &view, raw.status) };
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `tensor` is NULL or a tensor the caller may have preset a type in.
+pub unsafe fn combine_buffer(
+    comm: &Arc<Comm>,
+    handle: &RoutingHandle,
+    tensor: *mut a2a_tensor_t,
+) -> Result<()> {
+    if tensor.is_null() {
+        return Err(Error::invalid(format!("rank {}: tensor is NULL", comm.config().rank)));
+    }
+    // SAFETY: not NULL.
+    let preset = unsafe { (*tensor).dtype };
+    let element =
+        (preset.bits != 0).then_some(Element { code: preset.code, bits: preset.bits, lanes: preset.lanes });
+    let view = comm.combine_buffer(&handle.routing, element)?;
+    // SAFETY: not NULL, the caller's.
+    unsafe { handle.show(PLANES + 3, &view, tensor) };
+    Ok(())
+}

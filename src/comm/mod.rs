@@ -1,0 +1,392 @@
+//! A rank's membership of a group: creating it, taking it through its steps, ending it.
+//!
+//! This layer checks what a call asks against what the comm was made for, and remembers between the halves of a step
+//! what the second half needs. What happens to rows is the backend's business, what state a slot is in the device's.
+
+#![forbid(unsafe_code)]
+
+mod combine;
+mod dispatch;
+mod explain;
+mod routing;
+mod tensor;
+mod watchdog;
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
+use std::time::{Duration, Instant};
+
+use crate::backend::{self, Backend};
+use crate::config::{Config, LayoutKind, MAX_TIMEOUT_MS};
+use crate::device::host::Host;
+use crate::device::{Call, Device, Half, Health, Region, Stats, Target};
+use crate::error::{Error, Loss, Result, Status};
+use crate::log::{Level, log};
+use crate::memory::{WindowFd, Windows};
+use crate::transport::bootstrap;
+
+pub use crate::transport::bootstrap::new_unique_id;
+pub use combine::{CombineRecv, CombineSend};
+pub use dispatch::{DispatchRecv, DispatchSend};
+pub use explain::{Memory, Plan, explain};
+pub use routing::Routing;
+use routing::Sent;
+pub use tensor::{Element, Output, Tensor, View};
+use watchdog::{Lifeline, Watchdog};
+
+pub fn query_memory(config: &Config) -> Result<Memory> {
+    explain::plan(config).map(|plan| plan.memory())
+}
+
+pub struct Comm {
+    id: u64,
+    config: Config,
+    plan: Plan,
+    backend: &'static dyn Backend,
+    /// `None` once destroyed.
+    device: RwLock<Option<Arc<dyn Device>>>,
+    health: Arc<Health>,
+    /// Ends with the comm, in this order: peers learn of it, then the thread stops.
+    alive: Mutex<Option<(Lifeline, Watchdog)>>,
+    /// Held by the call in flight.
+    in_call: Mutex<()>,
+    /// Why the comm as a whole has failed.
+    failure: Mutex<Option<Error>>,
+    first_step_timeout_ms: AtomicU64,
+    timeout_ms: AtomicU64,
+    first_step_done: AtomicBool,
+    next_routing: AtomicU64,
+}
+
+static NEXT_COMM: AtomicU64 = AtomicU64::new(1);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic fails the comm by itself; what the lock guards is still whole.
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Comm {
+    pub fn create(config: Config) -> Result<Arc<Comm>> {
+        let plan = explain::plan(&config)?;
+        let Some(backend) = backend::of(plan.backend) else {
+            return Err(Error::internal("a backend was chosen that is not built"));
+        };
+        let (rank, bytes) = (config.rank, plan.map.window_bytes());
+        let health = Arc::new(Health::new(config.num_ranks));
+
+        let mut own = None;
+        let mut gathered = bootstrap::gather(&config, || {
+            let (lifeline, mut fds) = Lifeline::new()?;
+            fds.insert(0, WindowFd::create(rank, bytes)?.into_fd());
+            own = Some(lifeline);
+            Ok(fds)
+        })?;
+        let fds = std::mem::take(&mut gathered.fds);
+        let built = build(&config, &plan, &health, fds);
+        let (device, watchdog) = match built {
+            Ok(built) => {
+                gathered.finish(&config, Ok(()))?;
+                built
+            }
+            Err(error) => {
+                // The others are told; their answer changes nothing about our own reason.
+                let _ = gathered.finish(&config, Err(error.clone()));
+                return Err(error);
+            }
+        };
+        let Some(lifeline) = own else { return Err(Error::internal("no lifeline was made")) };
+        log(Level::Info, || {
+            format!(
+                "rank {rank} of {}: {} ({}) on {}, {bytes} bytes of window",
+                config.num_ranks,
+                plan.backend.name(),
+                plan.layout.name(),
+                config.device.name()
+            )
+        });
+        Ok(Arc::new(Comm {
+            id: NEXT_COMM.fetch_add(1, Ordering::Relaxed),
+            backend,
+            device: RwLock::new(Some(device)),
+            health,
+            alive: Mutex::new(Some((lifeline, watchdog))),
+            in_call: Mutex::new(()),
+            failure: Mutex::new(None),
+            first_step_timeout_ms: AtomicU64::new(config.first_step_timeout_ms),
+            timeout_ms: AtomicU64::new(config.timeout_ms),
+            first_step_done: AtomicBool::new(false),
+            next_routing: AtomicU64::new(1),
+            config,
+            plan,
+        }))
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn device(&self) -> Result<Arc<dyn Device>> {
+        let device = self.device.read().unwrap_or_else(|e| e.into_inner());
+        device.clone().ok_or_else(|| self.invalid("the comm was destroyed"))
+    }
+
+    /// Counters as they stand; zeros once the comm was destroyed.
+    pub fn with_stats<T: Default>(&self, read: impl FnOnce(&Stats) -> T) -> T {
+        self.device().map(|device| read(device.stats())).unwrap_or_default()
+    }
+
+    pub fn async_error(&self) -> Option<Error> {
+        let of_steps = self.device().ok().and_then(|device| device.async_error());
+        of_steps.or_else(|| lock(&self.failure).clone())
+    }
+
+    pub fn set_timeout(&self, first_step_ms: i64, ms: i64) -> Result<()> {
+        for (name, value) in [("first_step_timeout_ms", first_step_ms), ("timeout_ms", ms)] {
+            if !(0..=MAX_TIMEOUT_MS).contains(&value) {
+                return Err(self.invalid(format!(
+                    "{name} is {value}, it must be from 0 (as it is) to {}",
+                    MAX_TIMEOUT_MS
+                )));
+            }
+        }
+        for (word, value) in [(&self.first_step_timeout_ms, first_step_ms), (&self.timeout_ms, ms)] {
+            if value > 0 {
+                word.store(value as u64, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails the whole comm; the first reason stays.
+    pub fn fail(&self, error: Error) {
+        lock(&self.failure).get_or_insert(error);
+        self.leave();
+    }
+
+    pub fn abort(&self) {
+        let text = format!("rank {}: the comm was aborted (a2a_abort)", self.config.rank);
+        self.fail(Error::new(Status::Aborted, text));
+    }
+
+    /// Ends calls in flight and tells the peers.
+    fn leave(&self) {
+        self.health.aborted.store(true, Ordering::Release);
+        if let Ok(device) = self.device() {
+            device.leave(true);
+        }
+    }
+
+    pub fn destroy(&self) {
+        // A call in flight sees the abort within one poll, so this lock is not waited for long.
+        self.health.aborted.store(true, Ordering::Release);
+        let _call = lock(&self.in_call);
+        let device = self.device.write().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(device) = device {
+            device.leave(false);
+        }
+        drop(lock(&self.alive).take());
+        log(Level::Info, || format!("rank {}: comm destroyed", self.config.rank));
+    }
+
+    fn invalid(&self, text: impl std::fmt::Display) -> Error {
+        Error::invalid(format!("rank {}: {text}", self.config.rank))
+    }
+
+    /// Makes this the call in flight.
+    fn enter(&self) -> Result<(MutexGuard<'_, ()>, Arc<dyn Device>)> {
+        let call = match self.in_call.try_lock() {
+            Ok(call) => call,
+            Err(TryLockError::Poisoned(e)) => e.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::new(
+                    Status::Busy,
+                    format!("rank {}: another thread is inside a call on this comm", self.config.rank),
+                ));
+            }
+        };
+        if let Some(error) = lock(&self.failure).clone() {
+            return Err(error);
+        }
+        Ok((call, self.device()?))
+    }
+
+    fn call(&self, routing: &Routing) -> Call {
+        let first = !self.first_step_done.load(Ordering::Relaxed);
+        let ms = if first { &self.first_step_timeout_ms } else { &self.timeout_ms };
+        Call {
+            slot: routing.slot,
+            routing: routing.id,
+            started: Instant::now(),
+            budget: Duration::from_millis(ms.load(Ordering::Relaxed)),
+        }
+    }
+
+    pub fn routing_create(&self, slot: i32) -> Result<Routing> {
+        let (_call, device) = self.enter()?;
+        if slot < 0 || slot as u32 >= self.config.num_slots {
+            return Err(self.invalid(format!("slot is {slot}, num_slots is {}", self.config.num_slots)));
+        }
+        Ok(Routing {
+            id: self.next_routing.fetch_add(1, Ordering::Relaxed),
+            comm: self.id,
+            rank: self.config.rank,
+            slot: slot as u32,
+            memory: device.alloc(self.plan.routing.bytes())?,
+            sent: Mutex::new(Sent {
+                // Filled by every dispatch that is told: no step allocates.
+                rank_tokens: Vec::with_capacity(self.config.num_ranks as usize),
+                ..Sent::default()
+            }),
+        })
+    }
+
+    fn check_routing(&self, routing: &Routing) -> Result<()> {
+        if routing.comm != self.id {
+            return Err(
+                self.invalid(format!("the routing belongs to another comm (its rank is {})", routing.rank))
+            );
+        }
+        Ok(())
+    }
+
+    // What both halves of both operations share.
+
+    /// Runs one half of a step: its state is the device's, its loss is written where the caller looks.
+    fn step(
+        &self,
+        device: &dyn Device,
+        call: &Call,
+        half: Half,
+        status: Target,
+        run: impl FnOnce(&dyn Device) -> Result<()>,
+    ) -> Result<()> {
+        let outcome = device.open(call, half).and_then(|()| run(device));
+        match outcome {
+            Ok(()) => {
+                device.close(call, half);
+                if half == Half::CombineRecv {
+                    self.first_step_done.store(true, Ordering::Relaxed);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                if error.status.is_step() {
+                    let lost = error.loss.as_deref().map_or(&[][..], |loss: &Loss| &loss.lost);
+                    device.void_status(status, call.slot, lost);
+                }
+                // The abort's own sentence is the one on record.
+                match lock(&self.failure).clone().filter(|_| error.status == Status::Aborted) {
+                    Some(reason) => {
+                        Err(Error { message: format!("{}; {}", error.message, reason.message), ..reason })
+                    }
+                    None => Err(error),
+                }
+            }
+        }
+    }
+
+    fn check_outside(&self, device: &dyn Device, name: &str, tensor: &Tensor) -> Result<()> {
+        if device.is_inside(tensor.rows.address(), tensor.rows.span()) {
+            return Err(self.invalid(format!(
+                "the output {name} lies in the comm's own window and is not the view of this slot"
+            )));
+        }
+        Ok(())
+    }
+
+    /// A small output: `count` elements, contiguous.
+    fn check_small(
+        &self,
+        device: &dyn Device,
+        name: &str,
+        region: Option<(u32, Region)>,
+        output: &Output,
+        element: Element,
+        count: usize,
+    ) -> Result<Target> {
+        let tensor = match output {
+            Output::Nothing => return Ok(Target::Nothing),
+            Output::View => return Ok(Target::View),
+            Output::Into(tensor) => tensor,
+        };
+        if region.is_some_and(|(slot, region)| tensor.rows.address() == device.view(slot, region)) {
+            return Ok(Target::View);
+        }
+        let has = tensor.rows.rows() * tensor.columns();
+        if tensor.element != element || has < count || !tensor.rows.is_compact() {
+            return Err(self.invalid(format!(
+                "the output {name} has {has} elements of {}, it needs {count} of {element}, contiguous",
+                tensor.element
+            )));
+        }
+        self.check_outside(device, name, tensor)?;
+        Ok(Target::Into(tensor.rows))
+    }
+
+    /// A view of rows in the layout's shape: `columns` is `None` for rows of one element without a dimension.
+    fn rows_view(
+        &self,
+        address: usize,
+        element: Element,
+        bound: u32,
+        rows: i64,
+        columns: Option<i64>,
+    ) -> View {
+        let mut dims = [0; 3];
+        let mut ndim = 0;
+        let mut push = |size: i64| {
+            dims[ndim] = size;
+            ndim += 1;
+        };
+        if self.plan.layout == LayoutKind::RankMajor {
+            push(self.config.num_ranks as i64);
+            push(bound as i64);
+        } else {
+            push(rows);
+        }
+        if let Some(columns) = columns {
+            push(columns);
+        }
+        View { address, element, ndim, dims }
+    }
+}
+
+impl Drop for Comm {
+    fn drop(&mut self) {
+        self.destroy();
+    }
+}
+
+/// Maps every window, puts this rank's own into its first state and starts the watchdog. No rank steps before all
+/// have done this: the rendezvous ends with it.
+fn build(
+    config: &Config,
+    plan: &Plan,
+    health: &Arc<Health>,
+    fds: Vec<Vec<OwnedFd>>,
+) -> Result<(Arc<dyn Device>, Watchdog)> {
+    let bytes = plan.map.window_bytes();
+    let mut windows = Vec::with_capacity(fds.len());
+    let mut watched = Vec::with_capacity(fds.len());
+    for (peer, mut fds) in fds.into_iter().enumerate() {
+        if fds.len() < 2 {
+            return Err(Error::new(
+                Status::PeerLost,
+                format!(
+                    "rank {}: rank {peer} sent {} descriptors, at least 2 were due",
+                    config.rank,
+                    fds.len()
+                ),
+            ));
+        }
+        windows.push(WindowFd::adopt(peer as u32, fds.remove(0), bytes)?);
+        watched.push(if peer as u32 == config.rank { Vec::new() } else { fds });
+    }
+    let bases = Windows::map(windows, bytes)?.bases();
+    let device = Host::new(config.rank, plan.map.clone(), config.experts.clone(), bases, health.clone());
+    Ok((Arc::new(device), Watchdog::start(config.rank, watched, health.clone())?))
+}

@@ -1,0 +1,152 @@
+//! The ops on CPU memory, run by the calling thread.
+//!
+//! `sync` holds everything about flags, waits and losses, `route` the routing maths, `copy` moves rows, `reduce`
+//! sums them.
+
+mod copy;
+mod reduce;
+mod route;
+mod sync;
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::map::{Map, RoutingMap};
+use super::{Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Target};
+use crate::config::Experts;
+use crate::error::{Error, Result};
+use sync::Slot;
+
+/// A rank on the CPU.
+pub struct Host {
+    rank: u32,
+    ranks: u32,
+    map: Map,
+    routing: RoutingMap,
+    experts: Experts,
+    bases: Bases,
+    health: Arc<Health>,
+    slots: Vec<Mutex<Slot>>,
+    first_error: Mutex<Option<Error>>,
+    stats: Stats,
+}
+
+impl Host {
+    /// Puts this rank's own window into its first state: no peer may step before that.
+    pub fn new(rank: u32, map: Map, experts: Experts, bases: Bases, health: Arc<Health>) -> Host {
+        let host = Host {
+            rank,
+            ranks: map.sizes.ranks,
+            routing: RoutingMap::new(&map.sizes),
+            slots: (0..map.sizes.slots).map(|_| Mutex::new(Slot::new(map.sizes.ranks))).collect(),
+            map,
+            experts,
+            bases,
+            health,
+            first_error: Mutex::new(None),
+            stats: Stats::default(),
+        };
+        host.reset_flags();
+        host
+    }
+
+    fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+}
+
+const BLOCK_ALIGN: usize = 128;
+
+/// # Safety
+/// `ptr` and `bytes` are those of one `alloc`.
+unsafe fn free_block(ptr: *mut u8, bytes: usize) {
+    // SAFETY: the layout it was allocated with.
+    unsafe { dealloc(ptr, Layout::from_size_align_unchecked(bytes, BLOCK_ALIGN)) }
+}
+
+impl Device for Host {
+    fn alloc(&self, bytes: u64) -> Result<Block> {
+        let refused = || {
+            let text = format!("rank {}: no memory for {bytes} bytes of private memory", self.rank);
+            Error::new(crate::error::Status::OutOfMemory, text)
+        };
+        let layout = Layout::from_size_align(bytes.max(1) as usize, BLOCK_ALIGN).map_err(|_| refused())?;
+        // SAFETY: the size is not zero.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        if ptr.is_null() {
+            return Err(refused());
+        }
+        Ok(Block { ptr, bytes: layout.size(), free: free_block })
+    }
+
+    fn view(&self, slot: u32, region: Region) -> usize {
+        let offset = match region {
+            Region::Plane(plane) => self.map.received(slot, plane),
+            Region::ExpertCounts => self.map.expert_counts(slot),
+            Region::RankCounts => self.map.rank_counts(slot),
+            Region::Status => self.map.status(slot),
+            Region::Combine => self.map.combine(slot),
+        };
+        self.bases.at(self.rank, offset, 0) as usize
+    }
+
+    fn is_inside(&self, address: usize, bytes: usize) -> bool {
+        let window = self.bases.at(self.rank, 0, 0) as usize;
+        address < window + self.map.window_bytes() as usize && address + bytes > window
+    }
+    fn open(&self, call: &Call, half: Half) -> Result<()> {
+        self.open_half(call, half)
+    }
+    fn close(&self, call: &Call, half: Half) {
+        self.close_half(call, half)
+    }
+    fn route(&self, d: &Dispatch) -> Result<()> {
+        self.route_tokens(d)
+    }
+    fn push_rows(&self, d: &Dispatch) -> Result<()> {
+        self.push(d)
+    }
+    fn publish_rows(&self, d: &Dispatch) -> Result<()> {
+        self.publish(d)
+    }
+    fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
+        self.raise_dispatch(d)
+    }
+    fn wait_dispatch(&self, d: &Dispatch) -> Result<()> {
+        self.await_dispatch(d)
+    }
+    fn gather_rows(&self, d: &Dispatch) -> Result<()> {
+        self.gather(d)
+    }
+    fn settle_rows(&self, d: &Dispatch) -> Result<()> {
+        self.settle(d)
+    }
+    fn stage_rows(&self, c: &Combine) -> Result<()> {
+        self.stage(c)
+    }
+    fn signal_combine(&self, c: &Combine) -> Result<()> {
+        self.raise_combine(c)
+    }
+    fn wait_combine(&self, c: &Combine) -> Result<()> {
+        self.await_combine(c)
+    }
+    fn reduce_rows(&self, c: &Combine) -> Result<()> {
+        self.reduce(c)
+    }
+    fn received_rows(&self, d: &Dispatch) -> u64 {
+        self.rank_counts(d.memory).iter().map(|count| *count as u64).sum()
+    }
+    fn void_status(&self, target: Target, slot: u32, lost: &[u32]) {
+        self.write_status(target, slot, Some(lost))
+    }
+    fn async_error(&self) -> Option<Error> {
+        self.first_error.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+    fn leave(&self, aborted: bool) {
+        self.mark_gone(aborted)
+    }
+}

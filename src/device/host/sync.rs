@@ -1,0 +1,578 @@
+//! A slot's state, its flags, and every wait on the CPU.
+//!
+//! Who writes what: a rank writes its own mailbox in every window (flags with release, after the rows they cover),
+//! and waits on the mailboxes in its own. All waits go through `wait_for`, which knows the ways a wait can end other
+//! than by its flags: ranks that are at something else, an abort, another rank's loss, a dead peer, the deadline.
+
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::time::Duration;
+
+use super::Host;
+use super::reduce::Pull;
+use crate::device::map::{FIRST_EPOCH, mail, mask_words};
+use crate::device::{Call, Combine, Dispatch, Float, Half, Shape};
+use crate::error::{Error, Loss, Result, Status};
+
+/// The generation of members; it stays 1 until membership can change.
+const GENERATION: u64 = 1;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Idle,
+    DispatchSent,
+    Dispatched,
+    CombineSent,
+}
+
+/// What a rank knows of one slot.
+#[derive(Default)]
+pub(super) struct Slot {
+    state: State,
+    /// Steps opened.
+    sequence: u64,
+    /// The routing of the current step.
+    routing: u64,
+    /// Ids of the current dispatch outside [-1, experts).
+    pub(super) bad_ids: u32,
+    /// Rows of the current dispatch for each rank.
+    pub(super) rows_for: Vec<u32>,
+    /// Scratch: the rows that one token's sum reads.
+    pub(super) pulls: Vec<Pull>,
+    /// Why the slot is closed.
+    closed: Option<Error>,
+}
+
+impl Slot {
+    /// With room for what a step needs, so that no step allocates.
+    pub(super) fn new(ranks: u32) -> Slot {
+        let ranks = ranks as usize;
+        Slot { rows_for: Vec::with_capacity(ranks), pulls: Vec::with_capacity(ranks), ..Slot::default() }
+    }
+    /// The epoch of the current step: wraps with u32, as the flags do.
+    fn epoch(&self) -> u32 {
+        FIRST_EPOCH.wrapping_add(self.sequence as u32).wrapping_sub(1)
+    }
+}
+
+/// What a wait waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flag {
+    Dispatch,
+    Combine,
+    Read,
+}
+
+impl Flag {
+    fn offset(self) -> u64 {
+        match self {
+            Flag::Dispatch => mail::DISPATCH_FLAG,
+            Flag::Combine => mail::COMBINE_FLAG,
+            Flag::Read => mail::READ_FLAG,
+        }
+    }
+    /// The operation's number in progress words and error records.
+    fn operation(self) -> u32 {
+        match self {
+            Flag::Dispatch => 1,
+            Flag::Combine => 2,
+            Flag::Read => 3,
+        }
+    }
+}
+
+fn operation_name(operation: u32) -> &'static str {
+    match operation {
+        1 => "dispatch",
+        2 => "combine",
+        3 => "the end of a dispatch without combine",
+        _ => "nothing yet",
+    }
+}
+
+/// An epoch and a number, as a flag carries them.
+fn pack(epoch: u32, number: u32) -> u64 {
+    (epoch as u64) << 32 | number as u64
+}
+
+/// True if `flag` has reached `epoch`; right across the wrap.
+fn reached(flag: u64, epoch: u32) -> bool {
+    ((flag >> 32) as u32).wrapping_sub(epoch) as i32 >= 0
+}
+
+/// {bound, operation, low 28 bits of the epoch}.
+fn progress(epoch: u32, operation: u32, bound: u32) -> u64 {
+    (bound as u64) << 32 | (operation as u64) << 28 | (epoch & 0x0fff_ffff) as u64
+}
+
+/// How far a progress word's step is ahead of an epoch.
+fn steps_ahead(word: u64, epoch: u32) -> i32 {
+    // 28-bit difference, sign-extended.
+    ((word as u32).wrapping_sub(epoch) << 4) as i32 >> 4
+}
+
+/// Gives the core away more and more: on a machine with fewer cores than ranks the peer needs it.
+struct Backoff {
+    polls: u32,
+}
+
+impl Backoff {
+    const SPINS: u32 = 32;
+    const YIELDS: u32 = 4096;
+
+    fn pause(&mut self) {
+        self.polls = self.polls.saturating_add(1);
+        if self.polls < Self::SPINS {
+            std::hint::spin_loop();
+        } else if self.polls < Self::YIELDS {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+    /// Looking for trouble costs more than a poll: at first only now and then.
+    fn looks(&self) -> bool {
+        self.polls.is_multiple_of(16) || self.polls >= Self::YIELDS
+    }
+}
+
+impl Host {
+    pub(super) fn slot(&self, slot: u32) -> MutexGuard<'_, Slot> {
+        self.slots[slot as usize].lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// No flag of the first epoch has come.
+    pub(super) fn reset_flags(&self) {
+        for slot in 0..self.map.sizes.slots {
+            for source in 0..self.ranks {
+                let mailbox = self.map.mailbox(slot, source);
+                for flag in [mail::DISPATCH_FLAG, mail::COMBINE_FLAG, mail::READ_FLAG] {
+                    let word = pack(FIRST_EPOCH.wrapping_sub(1), 0);
+                    self.bases.word(self.rank, mailbox + flag).store(word, Release);
+                }
+                let word = progress(FIRST_EPOCH.wrapping_sub(1), 0, 0);
+                self.bases.word(self.rank, mailbox + mail::PROGRESS).store(word, Release);
+            }
+        }
+    }
+
+    pub(super) fn mark_gone(&self, aborted: bool) {
+        let reason = if aborted { 2 } else { 1 };
+        for peer in 0..self.ranks {
+            let word = self.bases.half(peer, self.map.gone(self.rank));
+            // An abort stays an abort when the comm is destroyed afterwards.
+            let _ = word.compare_exchange(0, reason, Release, Relaxed);
+        }
+    }
+
+    fn wrong_order(&self, call: &Call, half: Half, state: State, why: &str) -> Error {
+        let did = match state {
+            State::Idle => "is idle",
+            State::DispatchSent => "has a dispatch sent and not received",
+            State::Dispatched => "has a dispatch received and not combined",
+            State::CombineSent => "has a combine sent and not received",
+        };
+        Error::invalid(format!(
+            "rank {}: {} {} on slot {} is out of order: the slot {did}{why}",
+            self.rank,
+            half.operation(),
+            match half {
+                Half::DispatchSend | Half::CombineSend => "SEND",
+                Half::DispatchRecv | Half::CombineRecv => "RECV",
+            },
+            call.slot,
+        ))
+    }
+
+    pub(super) fn open_half(&self, call: &Call, half: Half) -> Result<()> {
+        let mut slot = self.slot(call.slot);
+        if let Some(error) = &slot.closed {
+            return Err(error.clone());
+        }
+        let state = slot.state;
+        let legal = match half {
+            Half::DispatchSend => matches!(state, State::Idle | State::Dispatched),
+            Half::DispatchRecv => state == State::DispatchSent,
+            Half::CombineSend => state == State::Dispatched,
+            Half::CombineRecv => state == State::CombineSent,
+        };
+        if !legal {
+            return Err(self.wrong_order(call, half, state, ""));
+        }
+        if half != Half::DispatchSend && slot.routing != call.routing {
+            return Err(self.wrong_order(call, half, state, ", with another routing"));
+        }
+        if half == Half::DispatchSend {
+            if state == State::Dispatched {
+                self.finish_reading(call, &mut slot)?;
+            }
+            slot.sequence += 1;
+            slot.routing = call.routing;
+        }
+        Ok(())
+    }
+
+    pub(super) fn close_half(&self, call: &Call, half: Half) {
+        let mut slot = self.slot(call.slot);
+        slot.state = match half {
+            Half::DispatchSend => State::DispatchSent,
+            Half::DispatchRecv => State::Dispatched,
+            Half::CombineSend => State::CombineSent,
+            Half::CombineRecv => State::Idle,
+        };
+        match half {
+            Half::DispatchSend => Self::add(&self.stats.dispatches, 1),
+            Half::CombineRecv => Self::add(&self.stats.combines, 1),
+            _ => {}
+        }
+    }
+
+    /// A dispatch follows a dispatch: nothing of the former one may be overwritten before all have read it.
+    fn finish_reading(&self, call: &Call, slot: &mut Slot) -> Result<()> {
+        let epoch = slot.epoch();
+        self.tell_progress(call.slot, epoch, 3, 0);
+        for peer in 0..self.ranks {
+            let mailbox = self.map.mailbox(call.slot, self.rank);
+            self.bases.word(peer, mailbox + mail::READ_FLAG).store(pack(epoch, 0), Release);
+        }
+        self.wait_for(call, slot, Flag::Read, None)
+    }
+
+    fn tell_progress(&self, slot: u32, epoch: u32, operation: u32, bound: u32) {
+        let mailbox = self.map.mailbox(slot, self.rank);
+        for peer in 0..self.ranks {
+            let word = progress(epoch, operation, bound);
+            self.bases.word(peer, mailbox + mail::PROGRESS).store(word, Release);
+        }
+    }
+
+    /// The rows are in place: says so to every rank, with what they are. The progress word comes before the flag, so
+    /// that a peer that waits for something else can tell.
+    pub(super) fn raise_dispatch(&self, d: &Dispatch) -> Result<()> {
+        let slot = self.slot(d.call.slot);
+        let epoch = slot.epoch();
+        let mailbox = self.map.mailbox(d.call.slot, self.rank);
+        self.tell_progress(d.call.slot, epoch, 1, d.shape.bound);
+        for peer in 0..self.ranks {
+            self.tell_shape(peer, mailbox + mail::DISPATCH_SHAPE, &d.shape.words());
+            self.bases.half(peer, mailbox + mail::TOKENS).store(d.tokens, Relaxed);
+            let rows = if self.map.sizes.gathers { d.tokens } else { slot.rows_for[peer as usize] };
+            self.bases.word(peer, mailbox + mail::DISPATCH_FLAG).store(pack(epoch, rows), Release);
+        }
+        Ok(())
+    }
+
+    pub(super) fn raise_combine(&self, c: &Combine) -> Result<()> {
+        let epoch = self.slot(c.call.slot).epoch();
+        let mailbox = self.map.mailbox(c.call.slot, self.rank);
+        self.tell_progress(c.call.slot, epoch, 2, c.bound);
+        for peer in 0..self.ranks {
+            self.tell_shape(peer, mailbox + mail::COMBINE_SHAPE, &combine_words(c));
+            self.bases.word(peer, mailbox + mail::COMBINE_FLAG).store(pack(epoch, 0), Release);
+        }
+        Ok(())
+    }
+
+    fn tell_shape(&self, peer: u32, offset: u64, words: &[u32]) {
+        for (i, word) in words.iter().enumerate() {
+            self.bases.half(peer, offset + i as u64 * 4).store(*word, Relaxed);
+        }
+    }
+
+    pub(super) fn await_dispatch(&self, d: &Dispatch) -> Result<()> {
+        let mut slot = self.slot(d.call.slot);
+        self.wait_for(&d.call, &mut slot, Flag::Dispatch, Some(d.shape.bound))?;
+        let words = d.shape.words();
+        for peer in 0..self.ranks {
+            let mailbox = self.map.mailbox(d.call.slot, peer);
+            self.compare_shape(&d.call, &mut slot, Flag::Dispatch, peer, &words, Shape::name)?;
+            let tokens = self.bases.half(self.rank, mailbox + mail::TOKENS).load(Relaxed);
+            let told = match d.rank_tokens {
+                Some(told) => Some(told[peer as usize] as u32),
+                None if d.uniform => Some(d.tokens),
+                None => None,
+            };
+            if let Some(told) = told.filter(|told| *told != tokens) {
+                let what = format!(
+                    "rank {peer} dispatched {tokens} tokens, rank {} was told {told} (rank_tokens or UNIFORM)",
+                    self.rank
+                );
+                return Err(self.lose(
+                    &d.call,
+                    &mut slot,
+                    Flag::Dispatch,
+                    Status::Mismatch,
+                    &[peer],
+                    (told as u64, tokens as u64),
+                    what,
+                ));
+            }
+            let flag = self.bases.word(self.rank, mailbox + mail::DISPATCH_FLAG).load(Relaxed);
+            let counts = d.memory.ints(self.routing.rank_counts(), self.ranks as usize);
+            // SAFETY: within the routing's counts. A count is what a peer wrote: bounded before it is an index.
+            unsafe { *counts.add(peer as usize) = (flag as u32).min(d.shape.bound) as i32 };
+        }
+        Ok(())
+    }
+
+    pub(super) fn await_combine(&self, c: &Combine) -> Result<()> {
+        let mut slot = self.slot(c.call.slot);
+        self.wait_for(&c.call, &mut slot, Flag::Combine, Some(c.bound))?;
+        for peer in 0..self.ranks {
+            let words = combine_words(c);
+            self.compare_shape(&c.call, &mut slot, Flag::Combine, peer, &words, |word| {
+                [
+                    "the hidden size of the experts' rows",
+                    "the element type of the experts' rows (0 bf16, 1 f16, 2 f32)",
+                ][word]
+                    .into()
+            })?;
+        }
+        Ok(())
+    }
+
+    fn compare_shape(
+        &self,
+        call: &Call,
+        slot: &mut Slot,
+        flag: Flag,
+        peer: u32,
+        mine: &[u32],
+        name: impl Fn(usize) -> String,
+    ) -> Result<()> {
+        let shape = if flag == Flag::Dispatch { mail::DISPATCH_SHAPE } else { mail::COMBINE_SHAPE };
+        let mailbox = self.map.mailbox(call.slot, peer);
+        for (i, mine) in mine.iter().enumerate() {
+            let theirs = self.bases.half(self.rank, mailbox + shape + i as u64 * 4).load(Relaxed);
+            if theirs != *mine {
+                let what = format!("{} is {mine} on rank {} and {theirs} on rank {peer}", name(i), self.rank);
+                let values = (*mine as u64, theirs as u64);
+                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
+            }
+        }
+        Ok(())
+    }
+
+    /// The one wait. Returns when every rank's flag has reached the slot's epoch.
+    fn wait_for(&self, call: &Call, slot: &mut Slot, flag: Flag, bound: Option<u32>) -> Result<()> {
+        let epoch = slot.epoch();
+        let mut backoff = Backoff { polls: 0 };
+        let mut next = 0;
+        Self::add(&self.stats.hops, 1);
+        loop {
+            while next < self.ranks && reached(self.flag(call.slot, next, flag), epoch) {
+                next += 1;
+            }
+            if next == self.ranks {
+                return Ok(());
+            }
+            if backoff.looks() {
+                self.look_for_trouble(call, slot, flag, bound)?;
+            }
+            backoff.pause();
+        }
+    }
+
+    fn flag(&self, slot: u32, source: u32, flag: Flag) -> u64 {
+        let offset = self.map.mailbox(slot, source) + flag.offset();
+        self.bases.word(self.rank, offset).load(Acquire)
+    }
+
+    /// Ranks whose flag has not come, or comes no more.
+    fn missing(&self, slot: u32, flag: Flag, epoch: u32) -> impl Iterator<Item = u32> {
+        (0..self.ranks).filter(move |&peer| !reached(self.flag(slot, peer, flag), epoch))
+    }
+
+    /// Every way a wait can end without its flags. The cause is read before the flag is looked at once more: a rank
+    /// that left, died or went on *after* its flag is no loss.
+    fn look_for_trouble(&self, call: &Call, slot: &mut Slot, flag: Flag, bound: Option<u32>) -> Result<()> {
+        let epoch = slot.epoch();
+        let seen_by = |peer| (pack(epoch, 0) >> 32, self.flag(call.slot, peer, flag) >> 32);
+        if self.health.aborted.load(Acquire) {
+            let text = format!(
+                "rank {}: aborted while it waited in {} on slot {}, sequence {}",
+                self.rank,
+                operation_name(flag.operation()),
+                call.slot,
+                slot.sequence
+            );
+            return Err(Error::new(Status::Aborted, text));
+        }
+
+        // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
+        for peer in 0..self.ranks {
+            let word =
+                self.bases.word(self.rank, self.map.mailbox(call.slot, peer) + mail::PROGRESS).load(Acquire);
+            let (ahead, operation, theirs) =
+                (steps_ahead(word, epoch), (word >> 28 & 0xf) as u32, (word >> 32) as u32);
+            let here = !reached(self.flag(call.slot, peer, flag), epoch);
+            if let Some(mine) =
+                bound.filter(|mine| ahead == 0 && operation == flag.operation() && theirs != *mine)
+            {
+                let what = format!(
+                    "max_tokens (the step's bound) is {mine} on rank {} and {theirs} on rank {peer}",
+                    self.rank
+                );
+                let values = (mine as u64, theirs as u64);
+                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
+            }
+            if here && (ahead > 0 || ahead == 0 && operation > 1 && operation != flag.operation()) {
+                let what = format!(
+                    "rank {} is in {} of sequence {}, rank {peer} went to {} of sequence {} without it",
+                    self.rank,
+                    operation_name(flag.operation()),
+                    slot.sequence,
+                    operation_name(operation),
+                    slot.sequence as i64 + ahead as i64
+                );
+                let values = (flag.operation() as u64, operation as u64);
+                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
+            }
+        }
+
+        // Somebody else gave up on the step.
+        for observer in (0..self.ranks).filter(|r| *r != self.rank) {
+            let word =
+                self.bases.word(self.rank, self.map.mailbox(call.slot, observer) + mail::LOSS).load(Acquire);
+            // A loss of a later step leaves this one to its own flags.
+            let later = (word as u32).wrapping_sub(epoch) as i32 > 0;
+            if word >> 48 != GENERATION || later || self.missing(call.slot, flag, epoch).next().is_none() {
+                continue;
+            }
+            let status = Status::from_code((word >> 32 & 0xffff) as i32).unwrap_or(Status::PeerLost);
+            let lost = self.read_mask(call.slot, observer);
+            let what = format!("rank {observer} gave up on {}", list(&lost));
+            let values = seen_by(lost.first().copied().unwrap_or(observer));
+            return Err(self.lose(call, slot, flag, status, &lost, values, what));
+        }
+
+        // Ranks that can send nothing more.
+        let gone: Vec<(u32, &str)> = (0..self.ranks)
+            .filter_map(|peer| {
+                let why = match self.bases.half(self.rank, self.map.gone(peer)).load(Acquire) {
+                    1 => "destroyed its comm",
+                    2 => "aborted",
+                    _ if self.health.dead[peer as usize].load(Acquire) => "its process ended",
+                    _ => return None,
+                };
+                (!reached(self.flag(call.slot, peer, flag), epoch)).then_some((peer, why))
+            })
+            .collect();
+        if let Some((first, _)) = gone.first() {
+            let what = gone
+                .iter()
+                .map(|(peer, why)| format!("rank {peer} is gone ({why})"))
+                .collect::<Vec<_>>()
+                .join(", ");
+            let lost: Vec<u32> = gone.iter().map(|(peer, _)| *peer).collect();
+            let values = seen_by(*first);
+            return Err(self.lose(call, slot, flag, Status::PeerLost, &lost, values, what));
+        }
+
+        if call.started.elapsed() >= call.budget {
+            let late: Vec<u32> = self.missing(call.slot, flag, epoch).collect();
+            if let Some(first) = late.first() {
+                let what = format!("{} did not answer within {} ms", list(&late), call.budget.as_millis());
+                let values = seen_by(*first);
+                return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_mask(&self, slot: u32, observer: u32) -> Vec<u32> {
+        let mask = self.map.loss_mask(slot, observer);
+        (0..self.ranks)
+            .filter(|r| {
+                let word = self.bases.word(self.rank, mask + (r / 64) as u64 * 8).load(Relaxed);
+                word >> (r % 64) & 1 == 1
+            })
+            .collect()
+    }
+
+    /// Gives a step up: tells every rank, closes the slot, keeps the first error.
+    #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
+    fn lose(
+        &self,
+        call: &Call,
+        slot: &mut Slot,
+        flag: Flag,
+        status: Status,
+        lost: &[u32],
+        (expected, seen): (u64, u64),
+        what: String,
+    ) -> Error {
+        let epoch = slot.epoch();
+        let mut mask = vec![0u64; mask_words(self.ranks)];
+        for r in lost {
+            mask[(r / 64) as usize] |= 1 << (r % 64);
+        }
+        for peer in 0..self.ranks {
+            let offset = self.map.loss_mask(call.slot, self.rank);
+            for (i, word) in mask.iter().enumerate() {
+                self.bases.word(peer, offset + i as u64 * 8).store(*word, Relaxed);
+            }
+            let word = GENERATION << 48 | (status as u64) << 32 | epoch as u64;
+            self.bases.word(peer, self.map.mailbox(call.slot, self.rank) + mail::LOSS).store(word, Release);
+        }
+        let error = Error::new(
+            status,
+            format!(
+                "rank {}: {} on slot {}, sequence {}, is void: {what} (expected {expected}, seen {seen})",
+                self.rank,
+                operation_name(flag.operation()),
+                call.slot,
+                slot.sequence
+            ),
+        )
+        .with_loss(Loss {
+            operation: flag.operation() as i32,
+            slot: call.slot,
+            sequence: slot.sequence,
+            rank: self.rank,
+            peer: lost.first().copied().unwrap_or(self.rank),
+            expected,
+            seen,
+            lost: lost.to_vec(),
+        });
+        self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_with(|| error.clone());
+        slot.closed = Some(error.clone());
+        Self::add(&self.stats.steps_lost, 1);
+        error
+    }
+}
+
+fn combine_words(c: &Combine) -> [u32; 2] {
+    let code = match c.send_type {
+        Float::Bf16 => 0,
+        Float::F16 => 1,
+        Float::F32 => 2,
+    };
+    [c.hidden, code]
+}
+
+fn list(ranks: &[u32]) -> String {
+    let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
+    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_compare_across_the_wrap() {
+        assert!(reached(pack(0, 7), u32::MAX));
+        assert!(!reached(pack(u32::MAX, 7), 0));
+        assert!(reached(pack(5, 0), 5));
+    }
+
+    #[test]
+    fn progress_words_compare_across_the_wrap() {
+        assert_eq!(steps_ahead(progress(1, 1, 9), u32::MAX), 2);
+        assert_eq!(steps_ahead(progress(u32::MAX, 2, 9), 1), -2);
+        assert_eq!(steps_ahead(progress(77, 2, u32::MAX), 77), 0);
+        assert_eq!(progress(77, 2, 5) >> 32, 5);
+    }
+}

@@ -1,0 +1,364 @@
+//! The ops that strategies are made of, behind one trait: `host` runs them on CPU memory.
+//!
+//! An op names what happens to rows and words, never how a strategy uses it; a backend is an order of ops. Ops of
+//! one call run in the order given and see each other's results; a device that launches work may fuse them until
+//! `close`. What a device decides from (sequence, state, deadlines) it keeps itself.
+
+pub mod host;
+pub mod map;
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use map::PLANES;
+
+/// Rows in memory that the device can address, `stride` bytes apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    ptr: *mut u8,
+    rows: usize,
+    row_bytes: usize,
+    stride: usize,
+}
+
+// SAFETY: a plain description; whoever made it vouches for the memory during the call it is used in.
+unsafe impl Send for Rows {}
+// SAFETY: as above.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// # Safety
+    /// `rows` rows of `row_bytes` bytes, `stride` apart, stay readable (and writable, for an output) until the call
+    /// they are passed to returns. Overlapping outputs are the caller's loss, not a memory error.
+    pub unsafe fn new(ptr: *mut u8, rows: usize, row_bytes: usize, stride: usize) -> Rows {
+        Rows { ptr, rows, row_bytes, stride }
+    }
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    pub fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+    pub fn address(&self) -> usize {
+        self.ptr as usize
+    }
+    /// Bytes from the first row's start to the last one's end.
+    pub fn span(&self) -> usize {
+        self.rows.checked_sub(1).map_or(0, |last| last * self.stride + self.row_bytes)
+    }
+    pub fn is_compact(&self) -> bool {
+        self.stride == self.row_bytes || self.rows <= 1
+    }
+    /// The address of a row.
+    #[inline]
+    fn row(&self, row: usize) -> *mut u8 {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // Wrapping, because the offset was checked against what `new` was promised.
+        self.ptr.wrapping_add(row * self.stride)
+    }
+}
+
+/// Where the windows of all ranks lie in this process, and what keeps them there.
+pub struct Bases {
+    windows: Vec<(*mut u8, u64)>,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: shared memory that `_keep` keeps mapped; accesses go through atomics or the protocol.
+unsafe impl Send for Bases {}
+// SAFETY: as above.
+unsafe impl Sync for Bases {}
+
+impl Bases {
+    /// # Safety
+    /// Each window is mapped, readable and writable, 128-byte aligned, for as long as `keep` lives.
+    pub unsafe fn new(windows: Vec<(*mut u8, u64)>, keep: Arc<dyn Any + Send + Sync>) -> Bases {
+        Bases { windows, _keep: keep }
+    }
+    /// The address of `bytes` bytes at an offset of a rank's window.
+    #[inline]
+    fn at(&self, rank: u32, offset: u64, bytes: u64) -> *mut u8 {
+        let (base, size) = self.windows[rank as usize];
+        assert!(offset + bytes <= size, "{bytes} bytes at {offset} of a window of {size}");
+        base.wrapping_add(offset as usize)
+    }
+    #[inline]
+    fn word(&self, rank: u32, offset: u64) -> &AtomicU64 {
+        // SAFETY: in bounds, aligned (map.rs aligns words), and mapped as long as self.
+        unsafe { AtomicU64::from_ptr(self.at(rank, offset, 8) as *mut u64) }
+    }
+    #[inline]
+    fn half(&self, rank: u32, offset: u64) -> &AtomicU32 {
+        // SAFETY: as `word`.
+        unsafe { AtomicU32::from_ptr(self.at(rank, offset, 4) as *mut u32) }
+    }
+}
+
+/// What threads beside the calling one tell a waiting device.
+pub struct Health {
+    /// The user aborted this comm.
+    pub aborted: AtomicBool,
+    /// A rank's process is gone.
+    pub dead: Box<[AtomicBool]>,
+}
+
+impl Health {
+    pub fn new(ranks: u32) -> Health {
+        Health { aborted: AtomicBool::new(false), dead: (0..ranks).map(|_| AtomicBool::new(false)).collect() }
+    }
+}
+
+macro_rules! stats {
+    ($($name:ident),+ $(,)?) => {
+        /// What a comm has moved; the fields are those of the ABI's a2a_stats_t.
+        #[derive(Default)]
+        pub struct Stats { $(pub $name: AtomicU64),+ }
+    };
+}
+stats!(
+    dispatches,
+    combines,
+    rows_pushed,
+    bytes_pushed,
+    rows_pulled,
+    bytes_pulled,
+    rows_gathered,
+    bytes_gathered,
+    rows_fifo,
+    bytes_fifo,
+    rows_copied,
+    bytes_copied,
+    bytes_remote,
+    hops,
+    bad_ids,
+    steps_lost,
+);
+
+/// The four halves of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    DispatchSend,
+    DispatchRecv,
+    CombineSend,
+    CombineRecv,
+}
+
+impl Half {
+    pub fn operation(self) -> &'static str {
+        match self {
+            Half::DispatchSend | Half::DispatchRecv => "dispatch",
+            Half::CombineSend | Half::CombineRecv => "combine",
+        }
+    }
+}
+
+/// One call's use of a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    pub slot: u32,
+    /// The routing, by a number that is never used twice.
+    pub routing: u64,
+    /// One deadline covers all waits of a call.
+    pub started: Instant,
+    pub budget: Duration,
+}
+
+/// The row shapes of a dispatch: equal on every rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Shape {
+    pub bound: u32,
+    /// 0: no ids.
+    pub topk: u32,
+    /// DLPack type of the tokens: code | bits << 8 | lanes << 16.
+    pub token_type: u32,
+    pub plane_bytes: [u32; PLANES],
+}
+
+impl Shape {
+    pub const WORDS: usize = 3 + PLANES;
+
+    fn words(&self) -> [u32; Shape::WORDS] {
+        let mut words = [0; Shape::WORDS];
+        words[0] = self.bound;
+        words[1] = self.topk;
+        words[2] = self.token_type;
+        words[3..].copy_from_slice(&self.plane_bytes);
+        words
+    }
+    /// The user's name for a word.
+    fn name(word: usize) -> String {
+        match word {
+            0 => "max_tokens (the step's bound)".into(),
+            1 => "top-k".into(),
+            2 => "the element type of tokens (DLPack code | bits << 8 | lanes << 16)".into(),
+            3 => "the row bytes of tokens".into(),
+            4 => "the row bytes of topk_ids".into(),
+            5 => "the row bytes of topk_weights".into(),
+            7 => "the row bytes of scales".into(),
+            _ => format!("the row bytes of extras[{}]", word.saturating_sub(8)),
+        }
+    }
+}
+
+/// Element types that combine sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Float {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl Float {
+    pub fn bytes(self) -> usize {
+        if self == Float::F32 { 4 } else { 2 }
+    }
+}
+
+/// Where received rows of a plane go.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Target {
+    /// Not wanted.
+    #[default]
+    Nothing,
+    /// They stay in the slot.
+    View,
+    /// Into the caller's tensor.
+    Into(Rows),
+}
+
+/// A dispatch, both halves.
+pub struct Dispatch<'a> {
+    pub call: Call,
+    pub memory: &'a Block,
+    pub shape: Shape,
+    pub tokens: u32,
+    pub ids_are_64: bool,
+    /// This rank's rows; absent weights are ones.
+    pub send: [Option<Rows>; PLANES],
+    /// Every rank's tokens, as this rank was told.
+    pub rank_tokens: Option<&'a [i32]>,
+    pub uniform: bool,
+    pub recv: [Target; PLANES],
+    pub ids_out_are_64: bool,
+    pub expert_counts: Target,
+    pub rank_counts: Target,
+    pub status: Target,
+    /// int64, added to.
+    pub expert_stats: Option<Rows>,
+    /// Rows of the outputs, padding included.
+    pub capacity: u32,
+    pub zero_padding: bool,
+}
+
+/// A combine, both halves.
+pub struct Combine<'a> {
+    pub call: Call,
+    pub memory: &'a Block,
+    /// Of the dispatch.
+    pub bound: u32,
+    pub tokens: u32,
+    /// Gathered without ids: every rank has a result for every token.
+    pub everyone: bool,
+    /// The experts' rows; `None` if they stand in the combine rows already.
+    pub send: Option<Rows>,
+    pub send_type: Float,
+    pub hidden: u32,
+    pub out: Option<Rows>,
+    pub out_type: Float,
+    pub accumulate: bool,
+    pub status: Target,
+}
+
+/// Private device memory.
+pub struct Block {
+    ptr: *mut u8,
+    bytes: usize,
+    /// Frees it; runs once, on drop.
+    free: unsafe fn(*mut u8, usize),
+}
+
+// SAFETY: owned memory; access is serialised by the comm's lock.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Block {
+    /// The address of `count` int32 at an offset.
+    #[inline]
+    fn ints(&self, offset: u64, count: usize) -> *mut i32 {
+        assert!(offset as usize + count * 4 <= self.bytes);
+        self.ptr.wrapping_add(offset as usize) as *mut i32
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: the allocator's own pair of function and pointer.
+        unsafe { (self.free)(self.ptr, self.bytes) }
+    }
+}
+
+/// The ops.
+pub trait Device: Send + Sync {
+    /// Private memory, zeroed.
+    fn alloc(&self, bytes: u64) -> Result<Block>;
+    /// The address of the slot's received rows, small outputs and combine rows, for views.
+    fn view(&self, slot: u32, region: Region) -> usize;
+
+    /// True if any of the bytes lie in this rank's own window.
+    fn is_inside(&self, address: usize, bytes: usize) -> bool;
+
+    /// Begins a half of a step: refuses one that the slot's state does not allow, or a closed slot. A dispatch that
+    /// follows a dispatch first waits until every rank has read the former one.
+    fn open(&self, call: &Call, half: Half) -> Result<()>;
+    /// Ends a half that `open` began.
+    fn close(&self, call: &Call, half: Half);
+
+    /// Decides for each token which ranks get it and at which position among this rank's rows there.
+    fn route(&self, d: &Dispatch) -> Result<()>;
+    /// Stores each token's rows into the windows of its target ranks, at source * bound + position.
+    fn push_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Copies this rank's rows to where every rank can read them.
+    fn publish_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Tells every rank that this rank's rows (and how many for it) are in place.
+    fn signal_dispatch(&self, d: &Dispatch) -> Result<()>;
+    /// Waits until every rank has signalled its dispatch, checks that shapes agree, keeps the counts.
+    fn wait_dispatch(&self, d: &Dispatch) -> Result<()>;
+    /// Reads every rank's published rows, in rank order.
+    fn gather_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Counts rows and experts, writes the padding, fills the caller's tensors.
+    fn settle_rows(&self, d: &Dispatch) -> Result<()>;
+
+    /// Copies the experts' rows to where every rank can read them.
+    fn stage_rows(&self, c: &Combine) -> Result<()>;
+    /// Tells every rank that results are in place, and that the dispatched rows have been read.
+    fn signal_combine(&self, c: &Combine) -> Result<()>;
+    /// Waits until every rank has signalled its combine, checks that shapes agree.
+    fn wait_combine(&self, c: &Combine) -> Result<()>;
+    /// Sums each token's results over the ranks that computed one, rank ascending.
+    fn reduce_rows(&self, c: &Combine) -> Result<()>;
+
+    /// The rows a received dispatch brought: the one op that the host waits for.
+    fn received_rows(&self, d: &Dispatch) -> u64;
+    /// Writes the status of a void step.
+    fn void_status(&self, target: Target, slot: u32, lost: &[u32]);
+
+    /// The first failure of any step.
+    fn async_error(&self) -> Option<Error>;
+    fn stats(&self) -> &Stats;
+    /// Tells every peer that this rank takes part no more. Never waits.
+    fn leave(&self, aborted: bool);
+}
+
+/// What a view can show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    Plane(usize),
+    ExpertCounts,
+    RankCounts,
+    Status,
+    Combine,
+}

@@ -1,0 +1,128 @@
+//! CPU windows: sealed memfds, mapped by every rank, threads of the owner's process included.
+//!
+//! The seals (no shrink, no grow, no more seals) are what lets a rank trust a peer's memory not to vanish under it.
+//! Pages are taken at creation, so that lack of memory is a status there and not a signal in a step.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::device::Bases;
+use crate::error::{Error, Result, Status};
+
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// A window that is not mapped yet.
+pub struct WindowFd {
+    fd: OwnedFd,
+}
+
+impl WindowFd {
+    /// This rank's own window.
+    pub fn create(rank: u32, bytes: u64) -> Result<WindowFd> {
+        let available = available_memory();
+        if available.is_some_and(|available| bytes > available) {
+            return Err(Error::new(
+                Status::OutOfMemory,
+                format!(
+                    "rank {rank}: its window needs {bytes} bytes, the host has {} available (lower max_tokens, \
+                     max_hidden or num_slots)",
+                    available.unwrap_or(0)
+                ),
+            ));
+        }
+        let refused = |what: &str, os: rustix::io::Errno| {
+            Error::system(format!("rank {rank}: {what} of a window of {bytes} bytes"), os)
+        };
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("a2a-window", flags).map_err(|e| refused("memfd_create", e))?;
+        rustix::fs::ftruncate(&fd, bytes).map_err(|e| refused("ftruncate", e))?;
+        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, bytes).map_err(|e| refused("fallocate", e))?;
+        rustix::fs::fcntl_add_seals(&fd, SEALS).map_err(|e| refused("sealing", e))?;
+        Ok(WindowFd { fd })
+    }
+
+    /// A peer's window, as it came over a socket: its size and seals are checked before it is mapped.
+    pub fn adopt(peer: u32, fd: OwnedFd, bytes: u64) -> Result<WindowFd> {
+        let what = |what: &str| format!("{what} of rank {peer}'s window");
+        let size = rustix::fs::fstat(&fd).map_err(|e| Error::system(what("fstat"), e))?.st_size;
+        let seals = rustix::fs::fcntl_get_seals(&fd).map_err(|e| Error::system(what("the seals"), e))?;
+        if size as u64 != bytes || !seals.contains(SEALS) {
+            return Err(Error::new(
+                Status::Mismatch,
+                format!(
+                    "rank {peer}'s window has {size} bytes and seals {seals:?}, expected {bytes} and {SEALS:?}"
+                ),
+            ));
+        }
+        Ok(WindowFd { fd })
+    }
+
+    /// To hand to the other ranks.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+}
+
+/// What the kernel says can be taken without swapping.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// A mapped window.
+struct Mapping {
+    ptr: *mut u8,
+    bytes: u64,
+}
+
+// SAFETY: an address range; who touches it when is the protocol's business.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(window: &WindowFd, peer: u32, bytes: u64) -> Result<Mapping> {
+        let flags = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let ptr = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), bytes as usize, flags, MapFlags::SHARED, &window.fd, 0)
+        };
+        let ptr =
+            ptr.map_err(|e| Error::system(format!("mmap of {bytes} bytes of rank {peer}'s window"), e))?;
+        Ok(Mapping { ptr: ptr as *mut u8, bytes })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, unmapped once.
+        let _ = unsafe { rustix::mm::munmap(self.ptr as *mut _, self.bytes as usize) };
+    }
+}
+
+/// Every rank's window, mapped here.
+pub struct Windows {
+    mappings: Arc<Vec<Mapping>>,
+}
+
+impl Windows {
+    /// Maps the windows of all ranks, rank ascending; the descriptors are not needed afterwards.
+    pub fn map(windows: Vec<WindowFd>, bytes: u64) -> Result<Windows> {
+        let mappings = windows
+            .iter()
+            .enumerate()
+            .map(|(peer, window)| Mapping::new(window, peer as u32, bytes))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Windows { mappings: Arc::new(mappings) })
+    }
+
+    pub fn bases(&self) -> Bases {
+        let windows = self.mappings.iter().map(|m| (m.ptr, m.bytes)).collect();
+        // SAFETY: mapped read-write, page-aligned, kept by the Arc.
+        unsafe { Bases::new(windows, self.mappings.clone()) }
+    }
+}

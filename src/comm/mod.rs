@@ -55,6 +55,7 @@ pub struct Comm {
     failure: Mutex<Option<Error>>,
     first_step_timeout_ms: AtomicU64,
     timeout_ms: AtomicU64,
+    dispatched: AtomicBool,
     first_step_done: AtomicBool,
     next_routing: AtomicU64,
 }
@@ -115,6 +116,7 @@ impl Comm {
             failure: Mutex::new(None),
             first_step_timeout_ms: AtomicU64::new(config.first_step_timeout_ms),
             timeout_ms: AtomicU64::new(config.timeout_ms),
+            dispatched: AtomicBool::new(false),
             first_step_done: AtomicBool::new(false),
             next_routing: AtomicU64::new(1),
             config,
@@ -268,7 +270,9 @@ impl Comm {
         match outcome {
             Ok(()) => {
                 device.close(call, half);
-                if half == Half::CombineRecv {
+                // A second dispatch completes the first step of a comm that never combines.
+                let second = half == Half::DispatchRecv && self.dispatched.swap(true, Ordering::Relaxed);
+                if half == Half::CombineRecv || second {
                     self.first_step_done.store(true, Ordering::Relaxed);
                 }
                 Ok(())

@@ -1241,12 +1241,11 @@ a2a_status_t a2a_combine(struct a2a_comm_t *comm,
 
 /**
  * Says where the experts may write their output so that combine copies nothing: the slot's own buffer, shaped for
- * this routing's dispatch. May be called once the routing has dispatched; may be written between dispatch RECV
- * and combine SEND.
+ * this routing's dispatch. May be called, and the buffer written, between dispatch RECV and combine SEND.
  *
  * tensor: out, not NULL; `dtype` may be preset to bf16, f16 or f32 (bits 0 = the config's combine_dtype), everything
  * else is overwritten; shape and strides stay owned by the routing. Threads: one call at a time on a comm.
- * Errors: INVALID_ARGUMENT (nothing was dispatched yet, or the type does not fit), BUSY, or the comm's own.
+ * Errors: INVALID_ARGUMENT (no received dispatch, or the type does not fit), BUSY, or the slot's or comm's own.
  */
 a2a_status_t a2a_combine_buffer(struct a2a_comm_t *comm,
                                 struct a2a_routing_t *routing,

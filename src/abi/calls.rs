@@ -347,12 +347,11 @@ pub unsafe extern "C" fn a2a_combine(
 }
 
 /// Says where the experts may write their output so that combine copies nothing: the slot's own buffer, shaped for
-/// this routing's dispatch. May be called once the routing has dispatched; may be written between dispatch RECV
-/// and combine SEND.
+/// this routing's dispatch. May be called, and the buffer written, between dispatch RECV and combine SEND.
 ///
 /// tensor: out, not NULL; `dtype` may be preset to bf16, f16 or f32 (bits 0 = the config's combine_dtype), everything
 /// else is overwritten; shape and strides stay owned by the routing. Threads: one call at a time on a comm.
-/// Errors: INVALID_ARGUMENT (nothing was dispatched yet, or the type does not fit), BUSY, or the comm's own.
+/// Errors: INVALID_ARGUMENT (no received dispatch, or the type does not fit), BUSY, or the slot's or comm's own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_combine_buffer(
     comm: *mut a2a_comm_t,

@@ -30,12 +30,8 @@ impl Comm {
     pub fn combine_buffer(&self, routing: &Routing, element: Option<Element>) -> Result<View> {
         let (_call, device) = self.enter()?;
         self.check_routing(routing)?;
+        device.check(&self.call(routing), Half::CombineSend)?;
         let sent = lock(&routing.sent);
-        if sent.shape.bound == 0 {
-            return Err(
-                self.invalid("the routing has dispatched nothing yet: there is no shape for the buffer")
-            );
-        }
         let element = match element {
             None => match self.config.combine_dtype {
                 Dtype::F32 => Element::F32,
@@ -94,6 +90,7 @@ impl Comm {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x3")));
         }
         let call = self.call(routing);
+        device.check(&call, if send.is_some() { Half::CombineSend } else { Half::CombineRecv })?;
         let mut sent = lock(&routing.sent);
         let fresh = match send {
             Some(send) => Some(self.check_experts_rows(&*device, routing.slot, send, &sent)?),

@@ -121,6 +121,7 @@ impl Comm {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0xf")));
         }
         let call = self.call(routing);
+        device.check(&call, if send.is_some() { Half::DispatchSend } else { Half::DispatchRecv })?;
         let mut sent = lock(&routing.sent);
 
         // Everything is checked before anything happens.

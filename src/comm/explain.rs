@@ -43,7 +43,7 @@ impl Plan {
         Memory {
             window,
             control: self.map.control_bytes(),
-            slot: self.map.slot_bytes(),
+            slot: self.map.row_bytes(),
             private: 0,
             routing,
             total: window.saturating_add(slots.saturating_mul(routing)),

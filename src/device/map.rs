@@ -141,8 +141,9 @@ impl Map {
     pub fn window_bytes(&self) -> u64 {
         self.slots + self.slot_bytes * self.sizes.slots as u64
     }
-    pub fn slot_bytes(&self) -> u64 {
-        self.slot_bytes
+    /// One slot's rows.
+    pub fn row_bytes(&self) -> u64 {
+        self.slot_bytes - self.control_bytes
     }
     /// Flags, words and small outputs of the whole window.
     pub fn control_bytes(&self) -> u64 {

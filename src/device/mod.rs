@@ -311,6 +311,8 @@ pub trait Device: Send + Sync {
     /// True if any of the bytes lie in this rank's own window.
     fn is_inside(&self, address: usize, bytes: usize) -> bool;
 
+    /// What `open` would refuse, without beginning anything: asked before a call's other arguments are looked at.
+    fn check(&self, call: &Call, half: Half) -> Result<()>;
     /// Begins a half of a step: refuses one that the slot's state does not allow, or a closed slot. A dispatch that
     /// follows a dispatch first waits until every rank has read the former one.
     fn open(&self, call: &Call, half: Half) -> Result<()>;

@@ -95,6 +95,9 @@ impl Device for Host {
         let window = self.bases.at(self.rank, 0, 0) as usize;
         address < window + self.map.window_bytes() as usize && address + bytes > window
     }
+    fn check(&self, call: &Call, half: Half) -> Result<()> {
+        self.check_half(&self.slot(call.slot), call, half)
+    }
     fn open(&self, call: &Call, half: Half) -> Result<()> {
         self.open_half(call, half)
     }

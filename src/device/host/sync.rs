@@ -168,10 +168,10 @@ impl Host {
 
     fn wrong_order(&self, call: &Call, half: Half, state: State, why: &str) -> Error {
         let did = match state {
-            State::Idle => "is idle",
-            State::DispatchSent => "has a dispatch sent and not received",
-            State::Dispatched => "has a dispatch received and not combined",
-            State::CombineSent => "has a combine sent and not received",
+            State::Idle => "is idle and waits for dispatch SEND",
+            State::DispatchSent => "has sent a dispatch and waits for its RECV",
+            State::Dispatched => "has received a dispatch and waits for combine SEND (or another dispatch)",
+            State::CombineSent => "has sent a combine and waits for its RECV",
         };
         Error::invalid(format!(
             "rank {}: {} {} on slot {} is out of order: the slot {did}{why}",
@@ -185,8 +185,7 @@ impl Host {
         ))
     }
 
-    pub(super) fn open_half(&self, call: &Call, half: Half) -> Result<()> {
-        let mut slot = self.slot(call.slot);
+    pub(super) fn check_half(&self, slot: &Slot, call: &Call, half: Half) -> Result<()> {
         if let Some(error) = &slot.closed {
             return Err(error.clone());
         }
@@ -203,8 +202,14 @@ impl Host {
         if half != Half::DispatchSend && slot.routing != call.routing {
             return Err(self.wrong_order(call, half, state, ", with another routing"));
         }
+        Ok(())
+    }
+
+    pub(super) fn open_half(&self, call: &Call, half: Half) -> Result<()> {
+        let mut slot = self.slot(call.slot);
+        self.check_half(&slot, call, half)?;
         if half == Half::DispatchSend {
-            if state == State::Dispatched {
+            if slot.state == State::Dispatched {
                 self.finish_reading(call, &mut slot)?;
             }
             slot.sequence += 1;

@@ -356,14 +356,19 @@ impl Comm {
                 .invalid(format!("the output {name} is {}, see the header for its types", tensor.element)));
         }
         let expected = if wide { bytes * 2 } else { bytes };
-        if tensor.rows.row_bytes() != expected {
-            return Err(self.invalid(format!(
-                "the output {name} has rows of {} bytes, the dispatched ones have {expected}",
-                tensor.rows.row_bytes()
-            )));
-        }
         let (ranks, bound) = (self.config.num_ranks as i64, shape.bound as i64);
         let per_rank = self.plan.layout == LayoutKind::RankMajor;
+        let mut rows = tensor.rows;
+        // One element a row, [T] as dispatched: the output [R, M] has no dimension for it.
+        if per_rank && tensor.ndim == 2 && tensor.dims[..2] == [ranks, bound] && rows.row_bytes() != expected {
+            rows = rows.split(bound as usize).unwrap_or(rows);
+        }
+        if rows.row_bytes() != expected {
+            return Err(self.invalid(format!(
+                "the output {name} has rows of {} bytes, the dispatched ones have {expected}",
+                rows.row_bytes()
+            )));
+        }
         if tensor.ndim == 3 && (!per_rank || tensor.dims[..2] != [ranks, bound]) {
             return Err(self.invalid(format!(
                 "the output {name} is {:?}, its first dimensions must be [{capacity}]{}",
@@ -371,18 +376,18 @@ impl Comm {
                 if per_rank { format!(" or [{ranks}, {bound}]") } else { String::new() }
             )));
         }
-        if tensor.rows.rows() < capacity as usize {
+        if rows.rows() < capacity as usize {
             return Err(Error::new(
                 Status::Overflow,
                 format!(
                     "rank {}: the output {name} has {} rows, this step needs {capacity}",
                     self.config.rank,
-                    tensor.rows.rows()
+                    rows.rows()
                 ),
             ));
         }
         self.check_outside(device, name, tensor)?;
-        Ok(Target::Into(tensor.rows))
+        Ok(Target::Into(rows))
     }
 
     fn check_recv(

@@ -49,6 +49,16 @@ impl Rows {
     pub fn span(&self) -> usize {
         self.rows.checked_sub(1).map_or(0, |last| last * self.stride + self.row_bytes)
     }
+    /// Compact rows as `parts` times as many shorter ones.
+    pub fn split(&self, parts: usize) -> Option<Rows> {
+        let part = self.row_bytes.checked_div(parts)?;
+        (self.is_compact() && part * parts == self.row_bytes).then_some(Rows {
+            ptr: self.ptr,
+            rows: self.rows * parts,
+            row_bytes: part,
+            stride: part,
+        })
+    }
     pub fn is_compact(&self) -> bool {
         self.stride == self.row_bytes || self.rows <= 1
     }

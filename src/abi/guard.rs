@@ -251,7 +251,7 @@ mod tests {
         // SAFETY: NULL is refused.
         assert!(unsafe { read_struct(std::ptr::null::<Grown>()) }.is_err());
         // SAFETY: a misaligned pointer is refused before it is read.
-        assert!(unsafe { read_struct(3 as *const Grown) }.is_err());
+        assert!(unsafe { read_struct(std::ptr::without_provenance::<Grown>(3)) }.is_err());
     }
 
     #[test]

@@ -107,19 +107,21 @@ unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool
         1 => strides[0],
         _ => strides[ndim - 2],
     };
-    if ndim > 1 && columns > 1 && strides[ndim - 1] != 1 {
+    // Without elements strides mean nothing, whatever a framework put there (numpy: zeros).
+    let empty = rows == 0 || columns == 0;
+    if ndim > 1 && columns > 1 && strides[ndim - 1] != 1 && !empty {
         return invalid(format!(
             "has stride {} in its last dimension, it must be contiguous",
             strides[ndim - 1]
         ));
     }
-    if ndim == 3 && dims[0] > 1 && dims[1] > 0 && dims[1].checked_mul(strides[1]) != Some(strides[0]) {
+    if ndim == 3 && dims[0] > 1 && !empty && dims[1].checked_mul(strides[1]) != Some(strides[0]) {
         return invalid(format!(
             "has the strides {strides:?} over {dims:?}: its rows must be evenly spaced over both dimensions"
         ));
     }
-    // With a single row the stride means nothing, whatever a framework put there.
-    let row_stride = if rows > 1 { row_stride } else { columns };
+    // Nor does the stride of a single row.
+    let row_stride = if rows > 1 && !empty { row_stride } else { columns };
     let (row_bytes, stride) = (columns * size, row_stride.checked_mul(size).unwrap_or(-1));
     if stride < row_bytes || stride.checked_mul(rows).is_none_or(|span| span > isize::MAX as i64) {
         return invalid(format!("has rows of {row_bytes} bytes {stride} bytes apart"));

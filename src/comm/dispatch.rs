@@ -360,7 +360,8 @@ impl Comm {
         let per_rank = self.plan.layout == LayoutKind::RankMajor;
         let mut rows = tensor.rows;
         // One element a row, [T] as dispatched: the output [R, M] has no dimension for it.
-        if per_rank && tensor.ndim == 2 && tensor.dims[..2] == [ranks, bound] && rows.row_bytes() != expected {
+        if per_rank && tensor.ndim == 2 && tensor.dims[..2] == [ranks, bound] && rows.row_bytes() != expected
+        {
             rows = rows.split(bound as usize).unwrap_or(rows);
         }
         if rows.row_bytes() != expected {

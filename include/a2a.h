@@ -341,7 +341,7 @@ typedef struct a2a_config_t {
      */
     struct a2a_unique_id_t unique_id;
     /**
-     * Not in this build: must be NULL.
+     * Not in this build: must be NULL, as must allgather_user.
      */
     a2a_allgather_fn allgather;
     /**
@@ -578,7 +578,8 @@ typedef struct a2a_dispatch_in_t {
 /**
  * What a rank receives. A NULL pointer: not wanted. A tensor without data: the library makes it a view.
  * Outputs are read and written in RECV and BOTH. `rows` is [R, M] for RANK_MAJOR (a caller's tensor may also
- * be [R*M]), [sum of tokens] for GATHERED where rank_tokens, UNIFORM or HOST_COUNTS make it known, else [R*M].
+ * be [R*M]); for GATHERED [sum of tokens] where rank_tokens or UNIFORM make it known, else [R*M] (a view is cut to
+ * the sum under HOST_COUNTS). A caller's tensor may have more rows; too few are A2A_OVERFLOW.
  */
 typedef struct a2a_dispatch_out_t {
     /**
@@ -646,7 +647,8 @@ typedef struct a2a_combine_in_t {
     size_t struct_size;
     /**
      * The rows in the layout and shape that dispatch reported, bf16, f16 or f32. Either exactly what
-     * a2a_combine_buffer returned (nothing is copied) or any other tensor (staged). Needed in SEND and BOTH.
+     * a2a_combine_buffer returned (nothing is copied) or any other tensor (staged). Needed in SEND and BOTH. Rows past
+     * the counts, and gathered rows whose token has no expert here, are not read.
      */
     const struct a2a_tensor_t *tokens;
     /**
@@ -1143,7 +1145,8 @@ a2a_status_t a2a_query_memory(const struct a2a_config_t *config, struct a2a_memo
 /**
  * Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
  * maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
- * names the rank and the reason, within setup_timeout_ms.
+ * names the rank and the reason, within setup_timeout_ms (and half a second more, so that rank 0 can say who is
+ * missing).
  *
  * config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
  * one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of
@@ -1171,8 +1174,8 @@ a2a_status_t a2a_set_timeout(struct a2a_comm_t *comm,
                              int64_t timeout_ms);
 
 /**
- * Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for this rank
- * get A2A_PEER_LOST. Returns at once.
+ * Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for something this
+ * rank has not sent get A2A_PEER_LOST. Returns at once.
  *
  * Threads: any, at any time, also while another thread is inside a call. Errors: INVALID_ARGUMENT.
  */

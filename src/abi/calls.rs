@@ -184,7 +184,8 @@ pub unsafe extern "C" fn a2a_query_memory(
 
 /// Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
 /// maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
-/// names the rank and the reason, within setup_timeout_ms.
+/// names the rank and the reason, within setup_timeout_ms (and half a second more, so that rank 0 can say who is
+/// missing).
 ///
 /// config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
 /// one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of
@@ -229,8 +230,8 @@ pub unsafe extern "C" fn a2a_set_timeout(
     with_comm("a2a_set_timeout", comm, |comm| comm.set_timeout(first_step_timeout_ms, timeout_ms))
 }
 
-/// Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for this rank
-/// get A2A_PEER_LOST. Returns at once.
+/// Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for something this
+/// rank has not sent get A2A_PEER_LOST. Returns at once.
 ///
 /// Threads: any, at any time, also while another thread is inside a call. Errors: INVALID_ARGUMENT.
 #[unsafe(no_mangle)]

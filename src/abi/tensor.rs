@@ -287,6 +287,23 @@ fn format_extra(i: usize) -> &'static str {
     NAMES[i]
 }
 
+/// The names of the outputs that hold rows, by plane.
+const OUTPUTS: [&str; PLANES] = [
+    "the output tokens",
+    "the output topk_ids",
+    "the output topk_weights",
+    "the output row_source",
+    "the output scales",
+    "the output extras[0]",
+    "the output extras[1]",
+    "the output extras[2]",
+    "the output extras[3]",
+    "the output extras[4]",
+    "the output extras[5]",
+    "the output extras[6]",
+    "the output extras[7]",
+];
+
 /// The outputs that hold rows, by plane, and whether they are moved in 16-byte vectors.
 fn planes(raw: &a2a_dispatch_out_t) -> [(bool, *mut a2a_tensor_t); PLANES] {
     let mut planes = [(false, std::ptr::null_mut()); PLANES];
@@ -308,7 +325,7 @@ unsafe fn dispatch_recv(rank: u32, raw: &a2a_dispatch_out_t) -> Result<DispatchR
     // SAFETY: forwarded, here and below.
     unsafe {
         for (plane, (aligned, tensor)) in planes(raw).into_iter().enumerate() {
-            recv.planes[plane] = output(rank, "an output of rows", tensor, aligned)?;
+            recv.planes[plane] = output(rank, OUTPUTS[plane], tensor, aligned)?;
         }
         recv.expert_counts = output(rank, "the output expert_counts", raw.expert_counts, false)?;
         recv.rank_counts = output(rank, "the output rank_counts", raw.rank_counts, false)?;

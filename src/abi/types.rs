@@ -349,7 +349,7 @@ pub struct a2a_config_t {
     pub reserved: i32,
     /// The group's name; unused (all zero) when num_ranks is 1.
     pub unique_id: a2a_unique_id_t,
-    /// Not in this build: must be NULL.
+    /// Not in this build: must be NULL, as must allgather_user.
     pub allgather: a2a_allgather_fn,
     /// Passed to allgather; must be NULL without it.
     pub allgather_user: *mut c_void,
@@ -509,7 +509,8 @@ pub struct a2a_dispatch_in_t {
 
 /// What a rank receives. A NULL pointer: not wanted. A tensor without data: the library makes it a view.
 /// Outputs are read and written in RECV and BOTH. `rows` is [R, M] for RANK_MAJOR (a caller's tensor may also
-/// be [R*M]), [sum of tokens] for GATHERED where rank_tokens, UNIFORM or HOST_COUNTS make it known, else [R*M].
+/// be [R*M]); for GATHERED [sum of tokens] where rank_tokens or UNIFORM make it known, else [R*M] (a view is cut to
+/// the sum under HOST_COUNTS). A caller's tensor may have more rows; too few are A2A_OVERFLOW.
 #[repr(C)]
 pub struct a2a_dispatch_out_t {
     /// sizeof(a2a_dispatch_out_t) of the caller.
@@ -547,7 +548,8 @@ pub struct a2a_combine_in_t {
     /// sizeof(a2a_combine_in_t) of the caller.
     pub struct_size: usize,
     /// The rows in the layout and shape that dispatch reported, bf16, f16 or f32. Either exactly what
-    /// a2a_combine_buffer returned (nothing is copied) or any other tensor (staged). Needed in SEND and BOTH.
+    /// a2a_combine_buffer returned (nothing is copied) or any other tensor (staged). Needed in SEND and BOTH. Rows past
+    /// the counts, and gathered rows whose token has no expert here, are not read.
     pub tokens: *const a2a_tensor_t,
     /// [T, K] float32, EXPERT_* layouts only: weights instead of those given to dispatch.
     pub topk_weights: *const a2a_tensor_t,

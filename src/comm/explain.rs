@@ -139,8 +139,13 @@ pub fn plan(config: &Config) -> Result<Plan> {
     }
     let map = Map::new(sizes(config, backend)).map_err(|e| e.context(format!("rank {rank}")))?;
     let routing = RoutingMap::new(&map.sizes);
-    let plan = Plan { backend, layout, transport: TransportKind::Window, reason, map, routing };
-    let need = plan.memory().total;
+    Ok(Plan { backend, layout, transport: TransportKind::Window, reason, map, routing })
+}
+
+/// The plan, if its memory may be taken.
+pub fn affordable(config: &Config) -> Result<Plan> {
+    let plan = plan(config)?;
+    let (rank, need) = (config.rank, plan.memory().total);
     if config.memory_limit != 0 && need > config.memory_limit {
         return Err(Error::new(
             Status::OutOfMemory,
@@ -176,7 +181,7 @@ fn sizes(config: &Config, backend: BackendKind) -> Sizes {
 
 /// The JSON of a2a_explain.
 pub fn explain(config: &Config) -> String {
-    let plan = plan(config);
+    let plan = affordable(config);
     let backends: Vec<Value> = BackendKind::ALL
         .iter()
         .filter(|kind| **kind != BackendKind::Auto)

@@ -69,7 +69,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Comm {
     pub fn create(config: Config) -> Result<Arc<Comm>> {
-        let plan = explain::plan(&config)?;
+        let plan = explain::affordable(&config)?;
         let Some(backend) = backend::of(plan.backend) else {
             return Err(Error::internal("a backend was chosen that is not built"));
         };
@@ -321,11 +321,16 @@ impl Comm {
             return Ok(Target::View);
         }
         let has = tensor.rows.rows() * tensor.columns();
-        if tensor.element != element || has < count || !tensor.rows.is_compact() {
+        if tensor.element != element || !tensor.rows.is_compact() {
             return Err(self.invalid(format!(
-                "the output {name} has {has} elements of {}, it needs {count} of {element}, contiguous",
+                "the output {name} holds {}, it must be {element}, contiguous",
                 tensor.element
             )));
+        }
+        if has < count {
+            let rank = self.config.rank;
+            let text = format!("rank {rank}: the output {name} has {has} elements, it needs {count}");
+            return Err(Error::new(Status::Overflow, text));
         }
         self.check_outside(device, name, tensor)?;
         Ok(Target::Into(tensor.rows))

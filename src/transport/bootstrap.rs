@@ -40,6 +40,8 @@ const PROTOCOL: u32 = 1;
 const MAGIC: &[u8; 8] = b"a2a.join";
 /// A message's body is never longer: JOIN has some 40 numbers, FAIL a sentence.
 const MAX_BODY: usize = 8192;
+/// Only the root knows which ranks are missing: the others give it this much longer to say so.
+const ROOT_SPEAKS_FIRST: Duration = Duration::from_millis(500);
 /// Descriptors a rank may hand round.
 const MAX_FDS: usize = 4;
 
@@ -366,7 +368,7 @@ pub fn gather(config: &Config, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Re
     if config.rank == 0 {
         gather_as_root(config, id, deadline, own)
     } else {
-        gather_as_peer(config, id, deadline, own)
+        gather_as_peer(config, id, deadline + ROOT_SPEAKS_FIRST, own)
     }
 }
 

@@ -1,0 +1,124 @@
+# Builds, checks and installs liba2a.
+#
+#   make            the library, target/release/liba2a.so
+#   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
+#   make test       everything that is checked; fetches CMake, numpy and pytest into target/venv
+#   make header     writes include/a2a.h from src/abi
+#   make install    into $(DESTDIR)$(PREFIX)
+#   make clean
+#
+# Everything built lies under target/.
+
+PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
+export CARGO_TARGET_DIR := target
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+MAJOR   := $(firstword $(subst ., ,$(VERSION)))
+LIB     := target/release/liba2a.so
+
+# Programs here find the library beside them; -Werror is for our own machines, not for a user's newer compiler.
+CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
+CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
+LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
+
+.PHONY: all lib demo test header install clean
+all: lib
+
+lib:
+	cargo build --release
+	ln -sf liba2a.so $(LIB).$(MAJOR)
+
+demo: target/demo/moe_layer
+	target/demo/moe_layer tests/data
+
+target/demo/moe_layer: examples/c/moe_layer.c include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_DEMO) $< -o $@ $(LINK) -lm
+
+header:
+	A2A_BLESS=1 cargo test --test header
+
+install: lib
+	install -d $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+	install -m 755 $(LIB) $(DESTDIR)$(PREFIX)/lib/liba2a.so.$(VERSION)
+	ln -sf liba2a.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/liba2a.so.$(MAJOR)
+	ln -sf liba2a.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/liba2a.so
+	install -m 644 include/a2a.h $(DESTDIR)$(PREFIX)/include/a2a.h
+
+clean:
+	cargo clean
+
+# ---------------------------------------------------------------------------------------------------------- the tests
+# One target per stage; `make test` runs them in this order and stops at the first that fails.
+
+STAGES := format clippy rust header symbols abi-c abi-cpp abi-sanitized install cmake python demo
+.PHONY: $(STAGES:%=test-%)
+
+test:
+	@passed=0; \
+	for stage in $(STAGES); do \
+	  printf '\n== %s\n' $$stage; start=$$(date +%s); \
+	  if ! $(MAKE) --no-print-directory test-$$stage; then \
+	    printf '\n%s failed\nstages: %d passed, 1 failed\n' $$stage $$passed; exit 1; \
+	  fi; \
+	  passed=$$((passed + 1)); printf '== %s: %d s\n' $$stage $$(($$(date +%s) - start)); \
+	done; \
+	printf '\nstages: %d passed, 0 failed\n' $$passed
+
+test-format:
+	cargo fmt --all -- --check
+
+test-clippy:
+	cargo clippy --all-targets -- -D warnings
+
+test-rust:
+	cargo test --release
+
+test-header:
+	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh
+
+test-symbols: lib
+	tests/c/symbols_test.sh $(LIB) $(MAJOR)
+
+test-abi-c: target/tests/abi_test_c
+	$<
+test-abi-cpp: target/tests/abi_test_cpp
+	$<
+test-abi-sanitized: target/tests/abi_test_sanitized
+	$<
+
+target/tests/abi_test_c: tests/c/abi_test.c include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(CFLAGS_TEST) $< -o $@ $(LINK)
+target/tests/abi_test_cpp: tests/c/abi_test.c include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -x c++ $(CFLAGS_TEST) $< -o $@ -x none $(LINK)
+target/tests/abi_test_sanitized: tests/c/abi_test.c include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(CFLAGS_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LINK)
+
+test-install:
+	CC='$(CC)' MAKE='$(MAKE)' tests/c/install_test.sh target/install-test $(VERSION)
+
+# The examples, built by CMake against the build tree, then against what test-install installed.
+test-cmake: test-install target/venv/ready
+	$(call build_examples,tree,)
+	$(call build_examples,installed,$(CURDIR)/target/install-test/usr)
+
+define build_examples
+	target/venv/bin/cmake --fresh -S examples -B target/cmake-$(1) -DA2A_ROOT=$(2) -DCMAKE_C_COMPILER=$(CC)
+	MAKEFLAGS= target/venv/bin/cmake --build target/cmake-$(1) --clean-first
+	target/venv/bin/ctest --test-dir target/cmake-$(1) --output-on-failure
+endef
+
+test-python: target/venv/ready | lib
+	CC='$(CC)' target/venv/bin/python -B -m pytest -q -p no:cacheprovider tests/python
+
+test-demo: demo
+
+target/venv/ready: tests/requirements.txt
+	$(PYTHON) -m venv target/venv
+	target/venv/bin/pip install --quiet --no-input --require-virtualenv -r $<
+	touch $@

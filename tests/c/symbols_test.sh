@@ -1,0 +1,36 @@
+#!/bin/sh
+# The shared library exports what include/a2a.h declares and nothing else, needs only the C library, and carries its
+# SONAME.
+# Usage: symbols_test.sh LIBRARY MAJOR, from the root of the repository.
+set -eu
+library=$1 soname=liba2a.so.$2
+failed=0 passed=0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+verdict() { # name, whether it holds ("" = yes, else what is wrong)
+    if [ -z "$2" ]; then
+        echo "$1 ok" && passed=$((passed + 1))
+    else
+        echo "$1 FAIL: $2" && failed=$((failed + 1))
+    fi
+}
+
+# The preprocessor takes the comments out; a declaration is a name directly before its parenthesis.
+${CC:-cc} -E -P include/a2a.h | grep -oE '\ba2a_[a-z0-9_]+ *\(' | tr -d ' (' | sort -u >"$work/declared"
+nm -D --defined-only "$library" | awk '{print $NF}' | sed 's/@.*//' | sort -u >"$work/exported"
+readelf -d "$library" >"$work/dynamic"
+sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' "$work/dynamic" >"$work/needed"
+
+verdict "declared functions are found" \
+    "$([ "$(wc -l <"$work/declared")" -ge 20 ] || echo "only $(tr '\n' ' ' <"$work/declared")")"
+verdict "declared is exported" "$(comm -23 "$work/declared" "$work/exported" | tr '\n' ' ')"
+verdict "exported is declared" "$(comm -13 "$work/declared" "$work/exported" | tr '\n' ' ')"
+verdict "needs only the C library" \
+    "$(grep -vxE 'libc\.so\.6|libgcc_s\.so\.1|ld-linux[-a-z0-9_]*\.so\.[0-9]' "$work/needed" | tr '\n' ' ')"
+verdict "SONAME is $soname" \
+    "$(grep -q "(SONAME).*\[$soname\]" "$work/dynamic" || grep SONAME "$work/dynamic" || echo none)"
+verdict "no search path inside" "$(grep -E 'RPATH|RUNPATH|TEXTREL' "$work/dynamic" || true)"
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

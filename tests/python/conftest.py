@@ -1,0 +1,16 @@
+"""Puts the ctypes declarations of the examples on the path and gives every test the library."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples/python"))
+
+
+@pytest.fixture(scope="session")
+def lib():
+    import a2a_ctypes
+
+    return a2a_ctypes.load()

@@ -217,7 +217,7 @@ impl Comm {
         for (plane, name, tensor) in send.named() {
             let bytes = tensor.rows.row_bytes();
             let most = self.plan.map.sizes.plane_bytes[plane] as usize;
-            if bytes == 0 || bytes > most && plane != Plane::Ids as usize {
+            if plane != Plane::Ids as usize && (bytes == 0 || bytes > most) {
                 let field = match plane {
                     0 => "max_hidden * token_dtype".to_string(),
                     2 => "max_topk * 4".to_string(),

@@ -7,7 +7,6 @@
 //! every failure) gives other cells.
 
 use std::alloc::{GlobalAlloc, Layout as AllocLayout, System};
-use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
@@ -2156,7 +2155,7 @@ static ALLOCATOR: Counting = Counting;
 static LIVE: AtomicI64 = AtomicI64::new(0);
 thread_local! {
     /// Of this thread: the library's watchdog wakes when it likes.
-    static CALLS: Cell<i64> = const { Cell::new(0) };
+    static CALLS: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
 }
 
 fn count_call() {

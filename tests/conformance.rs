@@ -145,6 +145,8 @@ struct Cell {
     max_row: usize,
     token_type: usize,
     combine_type: a2a_dtype_t,
+    /// Hidden size of the results; 0 = the tokens'.
+    combine_hidden: usize,
     max_scale_bytes: usize,
     rounds: Vec<Round>,
 }
@@ -238,7 +240,9 @@ impl Cell {
             owner,
             table,
             slots: 1 + (index + world) % 3,
-            max_topk: 32,
+            // Fewer experts a token than ranks leave less room for its targets.
+            max_topk: [32, 8, 32, 2][(index + world) % 4],
+            combine_hidden: [0, 0, 0, 80, 0][(index + world) % 5],
             max_tokens,
             max_row,
             token_type,
@@ -257,7 +261,7 @@ impl Cell {
             .filter(|kind| *kind != Kind::Recorded || !self.recordings().is_empty())
             .collect();
         let mut kinds = Deck::new(&kinds);
-        let mut topks = Deck::new(&TOPKS);
+        let mut topks = Deck::new(&TOPKS.into_iter().filter(|&k| k <= self.max_topk).collect::<Vec<_>>());
         let mut tokens = Deck::new(&TOKENS.into_iter().filter(|&t| t <= self.max_tokens).collect::<Vec<_>>());
         let mut types = Deck::new(&[0, 1, 2, 3, 4]);
         let mut floats = Deck::new(&[0, 1, 2]);
@@ -268,7 +272,7 @@ impl Cell {
         let mut permuted = Deck::new(&[true, false]);
         // A dispatch that follows a dispatch waits for its peers even in SEND, so such slots keep one order.
         let mut idle = vec![true; self.slots];
-        for _ in 0..20 {
+        for _ in 0..28 {
             let shape = shapes.deal(rng);
             let mut slots: Vec<usize> = (0..self.slots).collect();
             rng.shuffle(&mut slots);
@@ -303,9 +307,10 @@ impl Cell {
                 let row_bytes = rows.deal(rng).min(longest / 16 * 16);
                 let token_type = types.deal(rng);
                 let hidden = row_bytes / self.bytes_of(token_type);
+                let results = if self.combine_hidden == 0 { hidden } else { self.combine_hidden };
                 let mut float = floats.deal(rng);
                 let fits = |float: usize| {
-                    let bytes = hidden * FLOATS[float].1.bytes();
+                    let bytes = results * FLOATS[float].1.bytes();
                     bytes.is_multiple_of(16) && bytes <= self.max_combine_bytes()
                 };
                 for _ in 0..FLOATS.len() {
@@ -348,8 +353,8 @@ impl Cell {
     /// The recordings whose experts this cell has, and their top-k.
     fn recordings(&self) -> Vec<(&'static str, usize)> {
         let shapes = [(8, 2), (128, 8), (256, 8), (64, 8), (64, 8)];
-        let fitting =
-            RECORDED.into_iter().zip(shapes).filter(|(_, (experts, _))| *experts == self.owner.len());
+        let fits = |(experts, topk)| experts == self.owner.len() && topk <= self.max_topk;
+        let fitting = RECORDED.into_iter().zip(shapes).filter(|(_, shape)| fits(*shape));
         fitting.map(|(name, (_, topk))| (name, topk)).collect()
     }
 
@@ -362,7 +367,16 @@ impl Cell {
     fn max_combine_bytes(&self) -> usize {
         // The default is the tokens' type if combine can sum it, else bf16.
         let four = self.combine_type == A2A_DTYPE_F32 || TOKEN_TYPES[self.token_type].0 == "f32";
-        self.max_hidden() * if four { 4 } else { 2 }
+        let hidden = if self.combine_hidden == 0 { self.max_hidden() } else { self.combine_hidden };
+        hidden * if four { 4 } else { 2 }
+    }
+    /// Elements of a step's results.
+    fn result_hidden(&self, step: &Step) -> usize {
+        if self.combine_hidden == 0 {
+            step.row_bytes / self.bytes_of(step.token_type)
+        } else {
+            self.combine_hidden
+        }
     }
     fn bound(&self, step: &Step) -> usize {
         if step.bound == 0 { self.max_tokens } else { step.bound }
@@ -372,7 +386,7 @@ impl Cell {
         // What concerns the order of calls is one choice per round, the rest is per step.
         let mut order = Rng::new(&[round.seed, rank as u64]);
         let mut rng = Rng::new(&[step.seed, rank as u64, 1]);
-        let hidden = step.row_bytes / self.bytes_of(step.token_type);
+        let hidden = self.result_hidden(step);
         let out_types: Vec<usize> = (0..FLOATS.len())
             .filter(|&float| (hidden * FLOATS[float].1.bytes()).is_multiple_of(16))
             .collect();
@@ -519,6 +533,9 @@ impl Cell {
         if (0..self.world).any(|rank| !self.owner.contains(&rank)) {
             add("a rank without experts".into());
         }
+        add(format!("max_topk {}", self.max_topk));
+        add(format!("results of their own size {}", self.combine_hidden > 0));
+        let mut given_up = vec![0; self.slots];
         for round in &self.rounds {
             if round.steps.len() > 1 {
                 add(format!(
@@ -527,6 +544,8 @@ impl Cell {
                 ));
             }
             for step in &round.steps {
+                add(format!("dispatches given up before {}", given_up[step.slot]));
+                given_up[step.slot] = if step.combine.is_some() { 0 } else { given_up[step.slot] + 1 };
                 add(format!("world {} {:?}", self.world, step.kind));
                 add(format!("topk {}", step.topk));
                 add(format!("tokens {}", step.tokens[0]));
@@ -897,7 +916,7 @@ impl<'a> Live<'a> {
     /// Computes what the experts would: rank r's results for the rows it received.
     fn compute(&mut self, comm: &Comm, from: usize) -> Result<(), String> {
         let (_, float, dtype) = FLOATS[from];
-        let hidden = self.step.row_bytes / self.cell.bytes_of(self.step.token_type);
+        let hidden = self.cell.result_hidden(self.step);
         let shape = [&self.row_shape()[..], &[hidden]].concat();
         let mut tensor = if self.choice.zero_copy {
             let tensor = comm.combine_buffer(self.routing, dtype).map_err(|failure| self.what(failure))?;
@@ -930,6 +949,10 @@ impl<'a> Live<'a> {
         } else {
             Tensor::new(to_dtype, &shape)
         };
+        if tokens == 0 && self.choice.null_when_empty {
+            sums.raw_mut().data = std::ptr::null_mut();
+            sums.raw_mut().byte_offset = 0;
+        }
         if self.choice.accumulate {
             let nobody = Source { rank: self.cell.world, token: self.rank };
             let before = self.step.result(self.rank, nobody, to, tokens * hidden);
@@ -960,7 +983,7 @@ impl<'a> Live<'a> {
 
     fn check_sums(&self) -> Result<(), String> {
         let (from, to) = (FLOATS[self.step.combine.expect("combined")].1, FLOATS[self.choice.out_type].1);
-        let hidden = self.step.row_bytes / self.cell.bytes_of(self.step.token_type);
+        let hidden = self.cell.result_hidden(self.step);
         let result = |rank, token| self.step.result(rank, Source { rank: self.rank, token }, from, hidden);
         let want = self.inputs.combine(self.rank, hidden, (from, to), result, self.before.as_deref());
         let sums = self.sums.tokens.as_ref().expect("prepared");
@@ -990,19 +1013,19 @@ impl<'a> Live<'a> {
     }
 
     fn what(&self, problem: impl std::fmt::Display) -> String {
-        describe(self.step, &self.choice, self.rank, problem)
+        describe(self.step, &self.choice, problem)
     }
 }
 
 /// A sentence that places a problem: the step, and what this rank chose.
-fn describe(step: &Step, choice: &Choice, rank: usize, problem: impl std::fmt::Display) -> String {
+fn describe(step: &Step, choice: &Choice, problem: impl std::fmt::Display) -> String {
     let Step { slot, routing, kind, recorded, topk, tokens, bound, row_bytes, .. } = step;
     let dtype = TOKEN_TYPES[step.token_type].0;
     let Choice { split_dispatch, split_combine, zero_copy, accumulate, outputs, .. } = choice;
     format!(
-        "rank {rank}, slot {slot}, routing {routing}, {kind:?} {recorded}, K {topk}, T {tokens:?}, M {bound}, rows of \
-         {row_bytes} bytes {dtype} (split_dispatch {split_dispatch}, split_combine {split_combine}, zero_copy \
-         {zero_copy}, accumulate {accumulate}, outputs {outputs:?}): {problem}"
+        "{kind:?} routing{recorded}, T {tokens:?}, K {topk}, M {bound} (0 = maximum), rows of {row_bytes} bytes \
+         {dtype}: {problem}\n  slot {slot}, routing {routing}, split_dispatch {split_dispatch}, split_combine \
+         {split_combine}, zero_copy {zero_copy}, accumulate {accumulate}, outputs {outputs:?}"
     )
 }
 
@@ -1082,6 +1105,7 @@ impl Cell {
         config.max_tokens = self.max_tokens as i32;
         config.token_dtype = TOKEN_TYPES[self.token_type].1;
         config.combine_dtype = self.combine_type;
+        config.combine_hidden = self.combine_hidden as i32;
         config.max_scale_bytes = self.max_scale_bytes as i32;
         config.extra_row_bytes = EXTRAS.map(|bytes| bytes as i32);
         config.num_slots = self.slots as i32;
@@ -1235,6 +1259,8 @@ fn everything_is_tried() -> Result<(), String> {
         want("placement", &["table", "contiguous"]);
         want("slots in flight,", &["one order", "each rank its own order"]);
         want("routing", &["0", "1"]);
+        want("max_topk", &["2", "8", "32"]);
+        want("dispatches given up before", &["0", "1", "2"]);
         for (from, ..) in FLOATS {
             want(&format!("combine {from} to"), &FLOATS.map(|(to, ..)| to));
         }
@@ -1256,6 +1282,7 @@ fn everything_is_tried() -> Result<(), String> {
             "zero copy",
             "accumulate",
             "odd modes",
+            "results of their own size",
         ];
         for name in both {
             want(name, &["true", "false"]);

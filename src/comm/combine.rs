@@ -90,7 +90,8 @@ impl Comm {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x3")));
         }
         let call = self.call(routing);
-        device.check(&call, if send.is_some() { Half::CombineSend } else { Half::CombineRecv })?;
+        let due = if send.is_some() { Half::CombineSend } else { Half::CombineRecv };
+        self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);
         let fresh = match send {
             Some(send) => Some(self.check_experts_rows(&*device, routing.slot, send, &sent)?),

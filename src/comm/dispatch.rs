@@ -121,7 +121,8 @@ impl Comm {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0xf")));
         }
         let call = self.call(routing);
-        device.check(&call, if send.is_some() { Half::DispatchSend } else { Half::DispatchRecv })?;
+        let due = if send.is_some() { Half::DispatchSend } else { Half::DispatchRecv };
+        self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);
 
         // Everything is checked before anything happens.

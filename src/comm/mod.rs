@@ -69,7 +69,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Comm {
     pub fn create(config: Config) -> Result<Arc<Comm>> {
-        let plan = explain::affordable(&config)?;
+        let plan = explain::plan(&config)?;
         let Some(backend) = backend::of(plan.backend) else {
             return Err(Error::internal("a backend was chosen that is not built"));
         };
@@ -78,6 +78,8 @@ impl Comm {
 
         let mut own = None;
         let mut gathered = bootstrap::gather(&config, || {
+            // Refused here and not before, so that the other ranks hear of it.
+            explain::affordable(&config)?;
             let (lifeline, mut fds) = Lifeline::new()?;
             fds.insert(0, WindowFd::create(rank, bytes)?.into_fd());
             own = Some(lifeline);
@@ -291,6 +293,20 @@ impl Comm {
                 }
             }
         }
+    }
+
+    /// The half that is due, or why it is not: a lost step is also said in `out.status`.
+    fn check_due(&self, device: &dyn Device, call: &Call, half: Half, status: Option<&Output>) -> Result<()> {
+        device.check(call, half).inspect_err(|error| {
+            let ranks = self.config.num_ranks as usize;
+            let region = Some((call.slot, Region::Status));
+            let Some(output) = status.filter(|_| error.status.is_step()) else { return };
+            // A tensor that does not fit is not written; the loss is what is reported.
+            if let Ok(target) = self.check_small(device, "status", region, output, Element::I32, 4 + ranks) {
+                let lost = error.loss.as_deref().map_or(&[][..], |loss: &Loss| &loss.lost);
+                device.void_status(target, call.slot, lost);
+            }
+        })
     }
 
     fn check_outside(&self, device: &dyn Device, name: &str, tensor: &Tensor) -> Result<()> {

@@ -42,6 +42,8 @@ pub mod mail {
     pub const PROGRESS: u64 = 24;
     /// {generation << 48 | status << 32 | epoch}: the source gave up on the ranks of its loss mask.
     pub const LOSS: u64 = 32;
+    /// u32: the rank that gave up first, as far as the source knows.
+    pub const LOSS_ORIGIN: u64 = 48;
     /// u32[16]: the shape the source dispatches.
     pub const DISPATCH_SHAPE: u64 = 64;
     /// u32[16]: the shape the source combines.

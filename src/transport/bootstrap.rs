@@ -507,8 +507,9 @@ fn gather_as_peer(
     let mut body = join_body(config, &nonce);
     let tag = mac(&id.key, &[b"join", &challenge, &body])?.finalize().into_bytes();
     body.extend_from_slice(&tag);
-    let lost = |e| Error::system(format!("rank {}: sending to rank 0", config.rank), e);
-    link.send(Kind::Join, &body).map_err(lost)?;
+    if link.send(Kind::Join, &body).is_err() {
+        return Err(root_failed(&mut link, config));
+    }
 
     let welcome = expect(&mut link, Kind::Welcome, config, deadline)?;
     let proven = welcome.len() == 16 + MAC_BYTES
@@ -523,8 +524,9 @@ fn gather_as_peer(
     name.copy_from_slice(&welcome[..16]);
 
     let shared = own().and_then(|own| {
-        let socket = UnixStream::connect_addr(&local_address(&name)?)
-            .map_err(|e| Error::system(format!("rank {}: the descriptor socket", config.rank), e))?;
+        let Ok(socket) = UnixStream::connect_addr(&local_address(&name)?) else {
+            return Err(root_failed(&mut link, config));
+        };
         check_user(&socket)?;
         let borrowed: Vec<_> = own.iter().map(|fd| fd.as_fd()).collect();
         send_fds(&socket, config.rank, &borrowed)
@@ -624,6 +626,8 @@ struct Stranger {
 
 /// A stranger that says nothing for this long is let go.
 const STRANGER_PATIENCE: Duration = Duration::from_secs(10);
+/// A group that has failed waits this long for ranks that are on their way.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// More of them at once than this means a scan, not a group.
 const MAX_STRANGERS: usize = 4096;
 
@@ -735,6 +739,7 @@ fn gather_as_root(
     let exchange = UnixListener::bind_addr(&local_address(&name)?)
         .and_then(|l| l.set_nonblocking(true).map(|()| l))
         .map_err(|e| root.fail(Error::system("rank 0: the descriptor socket", e)))?;
+    let own = own().map_err(|e| root.fail(e))?;
     root.send_all(Kind::Welcome, |rank| {
         let mut body = name.to_vec();
         if let Ok(mac) = mac(&id.key, &[b"welcome", &nonces[rank as usize], &name]) {
@@ -742,7 +747,6 @@ fn gather_as_root(
         }
         body
     })?;
-    let own = own().map_err(|e| root.fail(e))?;
     let (sockets, mut fds) = collect_fds(&mut root, &exchange)?;
     fds[0] = own;
 
@@ -761,11 +765,56 @@ fn gather_as_root(
     Ok(Gathered { fds, finish: Finish::Root { root } })
 }
 
-/// Lets ranks in until the group is complete. Returns their nonces.
+/// Lets ranks in until the group is complete, or tells everybody why it never will be. Returns their nonces.
 fn admit(root: &mut Root, listener: &Listener, config: &Config, id: &UniqueId) -> Result<Vec<Nonce>> {
+    let mut strangers = Vec::new();
+    let outcome = admit_all(root, listener, config, id, &mut strangers);
+    match &outcome {
+        // A group that has waited in vain has nobody left to tell.
+        Err(error) if error.status != Status::Timeout => farewell(root, listener, strangers, error),
+        _ => {}
+    }
+    outcome
+}
+
+/// Ranks that come just after the group has failed hear why, instead of finding nobody.
+fn farewell(root: &Root, listener: &Listener, strangers: Vec<Stranger>, error: &Error) {
+    let body = fail_body(error, 0);
+    let mut told: Vec<Link> = strangers.into_iter().map(|stranger| stranger.link).collect();
+    for link in &mut told {
+        let _ = link.send(Kind::Fail, &body);
+    }
+    let seated = root.peers.iter().flatten().count();
+    // The rank whose JOIN ended the group was told where that was found.
+    let deadline = Instant::now() + FAREWELL;
+    while seated + told.len() + 2 < root.num_ranks as usize {
+        if !matches!(wait_readable(&[listener.as_fd()], deadline), Ok(true)) {
+            break;
+        }
+        while let Ok(stream) = listener.accept() {
+            let Ok(mut link) = Link::new(stream) else { continue };
+            let _ = link.send(Kind::Fail, &body);
+            told.push(link);
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+    }
+    // What they sent is read, so that closing does not throw away what they have not read yet.
+    for link in &mut told {
+        let _ = link.receive();
+    }
+}
+
+fn admit_all(
+    root: &mut Root,
+    listener: &Listener,
+    config: &Config,
+    id: &UniqueId,
+    strangers: &mut Vec<Stranger>,
+) -> Result<Vec<Nonce>> {
     let mine = identity(config);
     let mut nonces = vec![[0; 16]; config.num_ranks as usize];
-    let mut strangers: Vec<Stranger> = Vec::new();
     loop {
         let joined: Vec<bool> =
             root.peers.iter().enumerate().map(|(rank, link)| rank == 0 || link.is_some()).collect();
@@ -797,10 +846,10 @@ fn admit(root: &mut Root, listener: &Listener, config: &Config, id: &UniqueId) -
         for rank in 1..config.num_ranks {
             root.listen(rank, Kind::Fail)?;
         }
-        let mut waiting = Vec::new();
-        for mut stranger in strangers.drain(..) {
+        for _ in 0..strangers.len() {
+            let mut stranger = strangers.remove(0);
             match stranger.link.receive() {
-                Ok(None) if stranger.since.elapsed() < STRANGER_PATIENCE => waiting.push(stranger),
+                Ok(None) if stranger.since.elapsed() < STRANGER_PATIENCE => strangers.push(stranger),
                 Ok(Some(message)) if message.kind == Kind::Join => {
                     match Join::parse(&message.body, &id.key, &stranger.challenge) {
                         Ok(join) => {
@@ -817,7 +866,6 @@ fn admit(root: &mut Root, listener: &Listener, config: &Config, id: &UniqueId) -
                 Err(Trouble::Closed) => {}
             }
         }
-        strangers = waiting;
     }
 }
 

@@ -775,6 +775,8 @@ fn join(ranks: Vec<Rank>, deadline: Instant) -> Result<(), String> {
             Err(_) => errors.push(format!("rank {rank}: not finished when the time was up")),
         }
     }
+    // A rank that ends takes the others' steps with it: the cause comes before what it caused.
+    errors.sort_by_key(|error| error.contains("A2A_PEER_LOST"));
     if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
 }
 

@@ -447,9 +447,12 @@ impl Host {
             }
             let status = Status::from_code((word >> 32 & 0xffff) as i32).unwrap_or(Status::PeerLost);
             let lost = self.read_mask(call.slot, observer);
-            let what = format!("rank {observer} gave up on {}", list(&lost));
+            // Word may have come through a third rank: the first is the one to ask.
+            let origin = self.map.mailbox(call.slot, observer) + mail::LOSS_ORIGIN;
+            let origin = self.bases.half(self.rank, origin).load(Relaxed);
+            let what = format!("rank {origin} gave up on {}", list(&lost));
             let values = seen_by(lost.first().copied().unwrap_or(observer));
-            return Err(self.lose(call, slot, flag, status, &lost, values, what));
+            return Err(self.lose_after(call, slot, flag, status, &lost, values, what, origin));
         }
 
         // Ranks that can send nothing more.
@@ -505,8 +508,24 @@ impl Host {
         flag: Flag,
         status: Status,
         lost: &[u32],
+        values: (u64, u64),
+        what: String,
+    ) -> Error {
+        self.lose_after(call, slot, flag, status, lost, values, what, self.rank)
+    }
+
+    /// `lose`, because `origin` did.
+    #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
+    fn lose_after(
+        &self,
+        call: &Call,
+        slot: &mut Slot,
+        flag: Flag,
+        status: Status,
+        lost: &[u32],
         (expected, seen): (u64, u64),
         what: String,
+        origin: u32,
     ) -> Error {
         let epoch = slot.epoch();
         let mut mask = vec![0u64; mask_words(self.ranks)];
@@ -518,6 +537,8 @@ impl Host {
             for (i, word) in mask.iter().enumerate() {
                 self.bases.word(peer, offset + i as u64 * 8).store(*word, Relaxed);
             }
+            let mailbox = self.map.mailbox(call.slot, self.rank);
+            self.bases.half(peer, mailbox + mail::LOSS_ORIGIN).store(origin, Relaxed);
             let word = GENERATION << 48 | (status as u64) << 32 | epoch as u64;
             self.bases.word(peer, self.map.mailbox(call.slot, self.rank) + mail::LOSS).store(word, Release);
         }

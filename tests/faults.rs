@@ -1,0 +1,1627 @@
+//! Ranks that die, stop, abort, leave or disagree: everybody else gets a status and a sentence in time, the group's
+//! processes go on in a new comm, and nothing stays behind.
+//!
+//! Where a rank must be killed or stopped, every rank is a process that obeys orders, one line each, and this process
+//! takes it to the point where the fault strikes. Elsewhere ranks are threads. What is measured is printed at the
+//! end: the promises are 1 s after a death and the deadline plus 1 s after a silence, and asserts add `GRACE` for
+//! machines with fewer cores than ranks. A2A_TEST_SEED gives other ranks, tokens and moments.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc::channel;
+use std::sync::{Mutex, MutexGuard};
+use std::thread::{scope, sleep};
+use std::time::{Duration, Instant};
+
+use a2a::abi::calls::{a2a_destroy, a2a_set_log_callback, a2a_unique_id_from_address};
+use a2a::abi::types::*;
+use libtest_mimic::{Arguments, Trial};
+
+#[allow(dead_code, reason = "each test binary uses a part")]
+mod common;
+
+use common::*;
+
+type Outcomes = Result<Vec<Outcome>, String>;
+
+const RANKS: usize = 4;
+/// Deadline of every step.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// Within this a loss is known, a comm is gone, a closed group is told.
+const PROMISE: Duration = Duration::from_secs(1);
+/// For a loaded machine; only asserts know it.
+const GRACE: Duration = Duration::from_secs(2);
+/// A call on a closed slot waits for nobody.
+const AT_ONCE: Duration = Duration::from_millis(100);
+/// A case is given up after this, whatever hangs.
+const LIMIT: Duration = Duration::from_secs(40);
+/// What processes have for all their answers: less, so that they are killed by the case itself.
+const ANSWERS: Duration = Duration::from_secs(30);
+
+const HIDDEN: usize = 32;
+const TOPK: usize = 2;
+const MAX_TOKENS: usize = 16;
+/// Ranks dispatch at most this many, so that the bound can differ.
+const TOKENS: usize = 8;
+const SLOTS: usize = 2;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    OneSided,
+    Gather,
+}
+
+const BACKENDS: [Backend; 2] = [Backend::OneSided, Backend::Gather];
+
+impl Backend {
+    fn name(self) -> &'static str {
+        match self {
+            Backend::OneSided => "one_sided",
+            Backend::Gather => "allgather",
+        }
+    }
+    fn of(name: &str) -> Backend {
+        BACKENDS.into_iter().find(|backend| backend.name() == name).expect("a backend")
+    }
+    fn code(self) -> a2a_backend_t {
+        match self {
+            Backend::OneSided => A2A_BACKEND_NVLINK_ONE_SIDED,
+            Backend::Gather => A2A_BACKEND_ALLGATHER_REDUCESCATTER,
+        }
+    }
+}
+
+fn seed() -> u64 {
+    std::env::var("A2A_TEST_SEED").map_or(1, |text| text.parse().expect("A2A_TEST_SEED is a number"))
+}
+
+// ---------------------------------------------------------------------------------------------- times
+
+/// The time that all processes of this machine share.
+fn now() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid out-pointer; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// The worst of every kind, and how many there were.
+static MEASURED: Mutex<BTreeMap<&str, (Duration, usize)>> = Mutex::new(BTreeMap::new());
+
+const DEATH: &str = "told of a death";
+const SILENCE: &str = "told of a silence (2 s are the deadline)";
+const LATE: &str = "a late rank is told";
+
+/// Notes a time and asserts that it is within the promise and the grace.
+fn in_time(what: &'static str, took: Duration, promise: Duration) -> Result<(), String> {
+    let mut measured = MEASURED.lock().unwrap();
+    let (worst, count) = measured.entry(what).or_default();
+    (*worst, *count) = (took.max(*worst), *count + 1);
+    if took <= promise + GRACE {
+        Ok(())
+    } else {
+        Err(format!("{what}: took {took:?}, promised are {promise:?}"))
+    }
+}
+
+// ------------------------------------------------------------------------------------------- outcomes
+
+/// How a call ended.
+#[derive(Clone, Debug)]
+struct Outcome {
+    status: a2a_status_t,
+    text: String,
+    /// out.status where it was asked for; an error record's numbers.
+    words: Vec<i64>,
+    took: Duration,
+    /// When, by `now`.
+    ended: Duration,
+}
+
+/// A step that went well and gave something wrong: no status of the library.
+const WRONG: a2a_status_t = -1;
+
+impl Outcome {
+    fn of(call: impl FnOnce() -> Result<(), Failure>) -> Outcome {
+        let begun = now();
+        let result = call();
+        let ended = now();
+        let Failure { status, text } =
+            result.err().unwrap_or(Failure { status: A2A_SUCCESS, text: String::new() });
+        Outcome { status, text, words: Vec::new(), took: ended - begun, ended }
+    }
+
+    /// As a line between processes.
+    fn to_line(&self) -> String {
+        let words: Vec<String> = self.words.iter().map(i64::to_string).collect();
+        let (took, ended) = (self.took.as_micros(), self.ended.as_micros());
+        format!("{}|{took}|{ended}|{}|{}", self.status, words.join(","), self.text)
+    }
+    fn from_line(line: &str) -> Result<Outcome, String> {
+        let parse = || {
+            let mut parts = line.splitn(5, '|');
+            let mut next = || parts.next();
+            let status = next()?.parse().ok()?;
+            let took = Duration::from_micros(next()?.parse().ok()?);
+            let ended = Duration::from_micros(next()?.parse().ok()?);
+            let words = next()?.split(',').filter_map(|word| word.parse().ok()).collect();
+            Some(Outcome { status, text: next()?.to_string(), words, took, ended })
+        };
+        parse().ok_or_else(|| format!("not an answer: {line:?}"))
+    }
+
+    /// The status that was due, and every word that the sentence must have.
+    fn is(&self, status: a2a_status_t, words: &[&str]) -> Result<(), String> {
+        let missing: Vec<_> = words.iter().filter(|word| !self.text.contains(**word)).collect();
+        if self.status == status && missing.is_empty() {
+            return Ok(());
+        }
+        Err(format!("expected {} with {words:?}, got {}", status_name(status), self.describe()))
+    }
+    fn describe(&self) -> String {
+        let name = if self.status == WRONG { "a wrong result" } else { status_name(self.status) };
+        format!("{name} after {:?}: {:?}", self.took, self.text)
+    }
+
+    /// The sentence without the function that returned it.
+    fn sentence(&self) -> &str {
+        self.text.split_once(": ").map_or(&self.text, |(_, sentence)| sentence)
+    }
+}
+
+fn all_fine(what: &str, outcomes: &[Outcome]) -> Result<(), String> {
+    for (at, outcome) in outcomes.iter().enumerate() {
+        outcome.is(A2A_SUCCESS, &[]).map_err(|error| format!("{what}, answer {at}: {error}"))?;
+    }
+    Ok(())
+}
+
+// --------------------------------------------------------------------------------------------- a rank
+
+/// What a rank dispatches and combines. All ranks ask the same, but where they are to disagree.
+#[derive(Clone)]
+struct Ask {
+    /// Of the tokens and their experts; two steps never have the same.
+    seed: u64,
+    /// T; `None`: up to the seed.
+    tokens: Option<usize>,
+    bound: usize,
+    hidden: usize,
+    topk: usize,
+    element: Dtype,
+    rank_tokens: Option<Vec<i32>>,
+    flags: u64,
+    /// Hidden size and type of rows of zeros that stand for the experts' results.
+    result: Option<(usize, Dtype)>,
+}
+
+impl Ask {
+    fn new(seed: u64) -> Ask {
+        Ask {
+            seed,
+            tokens: None,
+            bound: MAX_TOKENS,
+            hidden: HIDDEN,
+            topk: TOPK,
+            element: F32,
+            rank_tokens: None,
+            flags: 0,
+            result: None,
+        }
+    }
+
+    /// A rank's input and the sums that combine must give: rank r's experts multiply by r + 1, all in small integers
+    /// that float32 holds exactly. A rank owns two experts.
+    fn input(&self, rank: usize, world: usize) -> (DispatchIn, Vec<f32>) {
+        let mut rng = Rng::new(&[self.seed, rank as u64]);
+        let drawn = rng.below(TOKENS + 1);
+        let tokens = self.tokens.unwrap_or(drawn);
+        let mut ids = Vec::new();
+        let mut values = Vec::new();
+        let mut sums = Vec::new();
+        for _ in 0..tokens {
+            let experts: Vec<i32> = (0..self.topk)
+                .map(|_| if rng.one_in(8) { -1 } else { rng.below(2 * world) as i32 })
+                .collect();
+            let owns = |rank: &usize| experts.iter().any(|&id| id >= 0 && id as usize / 2 == *rank);
+            let factor: usize = (0..world).filter(owns).map(|rank| rank + 1).sum();
+            for _ in 0..self.hidden {
+                let value = rng.below(1000) as f32;
+                values.extend(value.to_le_bytes());
+                sums.push(value * factor as f32);
+            }
+            ids.extend(experts.iter().flat_map(|id| id.to_le_bytes()));
+        }
+        values.truncate(tokens * self.hidden * self.element.bits as usize / 8);
+        let input = DispatchIn {
+            tokens: Some(Tensor::of(self.element, &[tokens, self.hidden], &values)),
+            topk_ids: Some(Tensor::of(I32, &[tokens, self.topk], &ids)),
+            rank_tokens: self.rank_tokens.clone(),
+            max_tokens: self.bound as i32,
+            flags: self.flags,
+            ..Default::default()
+        };
+        (input, sums)
+    }
+}
+
+/// What the calls on a slot read and write.
+#[derive(Default)]
+struct Work {
+    input: DispatchIn,
+    output: DispatchOut,
+    sums: CombineOut,
+    expected: Vec<f32>,
+}
+
+/// A rank's comm with a routing on every slot.
+struct Member {
+    rank: usize,
+    world: usize,
+    slots: Vec<(Routing, Mutex<Work>)>,
+    comm: Comm,
+}
+
+fn settings(seat: &Seat, backend: Backend) -> a2a_config_t {
+    let mut config = config(seat);
+    config.backend = backend.code();
+    config.num_experts = 2 * seat.world as i32;
+    config.max_topk = TOPK as i32;
+    config.max_hidden = HIDDEN as i32;
+    config.token_dtype = A2A_DTYPE_F32;
+    config.max_tokens = MAX_TOKENS as i32;
+    config.num_slots = SLOTS as i32;
+    config.setup_timeout_ms = 10_000;
+    config.first_step_timeout_ms = DEADLINE.as_millis() as i64;
+    config.timeout_ms = DEADLINE.as_millis() as i64;
+    config
+}
+
+impl Member {
+    /// `views`: statuses are asked for as views, else in tensors of our own.
+    fn new(seat: &Seat, comm: Comm, views: bool) -> Result<Member, Failure> {
+        let status = || Some(if views { Tensor::view() } else { Tensor::new(I32, &[4 + seat.world]) });
+        let slot = |slot| {
+            let mut work = Work::default();
+            (work.output.status, work.sums.status) = (status(), status());
+            comm.routing(slot as i32).map(|routing| (routing, Mutex::new(work)))
+        };
+        let slots = (0..SLOTS).map(slot).collect::<Result<_, _>>()?;
+        Ok(Member { rank: seat.rank, world: seat.world, slots, comm })
+    }
+
+    fn join(seat: &Seat, backend: Backend, views: bool) -> Result<Member, Failure> {
+        Member::new(seat, Comm::create(&settings(seat, backend))?, views)
+    }
+
+    fn slot(&self, slot: usize) -> (&Routing, MutexGuard<'_, Work>) {
+        let (routing, work) = &self.slots[slot];
+        (routing, work.lock().unwrap())
+    }
+
+    fn dispatch(&self, slot: usize, phase: a2a_phase_t, ask: &Ask) -> Outcome {
+        let (routing, mut work) = self.slot(slot);
+        let work = &mut *work;
+        if phase != A2A_PHASE_RECV {
+            (work.input, work.expected) = ask.input(self.rank, self.world);
+            work.output.tokens = Some(Tensor::view());
+        }
+        spoil(&mut work.output.status);
+        let (input, output) = (&work.input, &mut work.output);
+        let mut outcome = Outcome::of(|| self.comm.dispatch(routing, phase, input, output));
+        outcome.words = read(&output.status);
+        outcome
+    }
+
+    /// After a received dispatch. Sums are checked in RECV and BOTH.
+    fn combine(&self, slot: usize, phase: a2a_phase_t, ask: &Ask) -> Outcome {
+        let (routing, mut work) = self.slot(slot);
+        let work = &mut *work;
+        let mut rows = None;
+        if phase != A2A_PHASE_RECV {
+            let received = work.output.tokens.as_ref().expect("dispatched before");
+            rows = Some(self.experts(received, ask));
+            let tokens = work.input.tokens.as_ref().expect("dispatched before").shape()[0];
+            work.sums.tokens =
+                Some(Tensor::new(F32, &[tokens, ask.result.map_or(HIDDEN, |(hidden, _)| hidden)]));
+        }
+        spoil(&mut work.sums.status);
+        let sums = &mut work.sums;
+        let mut outcome = Outcome::of(|| self.comm.combine(routing, phase, 0, rows.as_ref(), sums));
+        outcome.words = read(&sums.status);
+        if outcome.status == A2A_SUCCESS && phase != A2A_PHASE_SEND && ask.result.is_none() {
+            let got = floats(&sums.tokens.as_ref().expect("given").read());
+            if let Some(at) = (0..got.len()).find(|&at| got[at] != work.expected[at]) {
+                outcome.status = WRONG;
+                outcome.text = format!("sum {at} is {} and not {}", got[at], work.expected[at]);
+            }
+        }
+        outcome
+    }
+
+    /// The received rows times rank + 1, or zeros of the type that the disagreement is about.
+    fn experts(&self, received: &Tensor, ask: &Ask) -> Tensor {
+        let mut shape = received.shape();
+        if let Some((hidden, element)) = ask.result {
+            *shape.last_mut().expect("rows have columns") = hidden;
+            let bytes = shape.iter().product::<usize>() * element.bits as usize / 8;
+            return Tensor::of(element, &shape, &vec![0; bytes]);
+        }
+        let scale = |value: f32| (value * (self.rank + 1) as f32).to_le_bytes();
+        let bytes: Vec<u8> = floats(&received.read()).into_iter().flat_map(scale).collect();
+        Tensor::of(F32, &shape, &bytes)
+    }
+
+    /// A whole step; the outcome that ended it.
+    fn step(&self, slot: usize, seed: u64) -> Outcome {
+        let ask = Ask::new(seed);
+        let outcome = self.dispatch(slot, A2A_PHASE_BOTH, &ask);
+        if outcome.status == A2A_SUCCESS { self.combine(slot, A2A_PHASE_BOTH, &ask) } else { outcome }
+    }
+
+    /// The comm's record of its first failure.
+    fn record(&self) -> Outcome {
+        let mut info = None;
+        let mut outcome = Outcome::of(|| {
+            info = Some(self.comm.async_error()?);
+            Ok(())
+        });
+        if let Some(info) = info {
+            let text: Vec<u8> = info.message.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
+            outcome.status = info.status;
+            outcome.text = String::from_utf8_lossy(&text).into_owned();
+            outcome.words = vec![
+                info.operation.into(),
+                info.slot.into(),
+                info.rank.into(),
+                info.peer.into(),
+                info.sequence as i64,
+                info.lost_ranks[0] as i64,
+            ];
+        }
+        outcome
+    }
+
+    /// Beside what `drop` does later: a stale handle is refused then, and nobody minds.
+    fn destroy(&self) -> Outcome {
+        // SAFETY: a handle of ours.
+        Outcome::of(|| check(unsafe { a2a_destroy(self.comm.handle()) }))
+    }
+
+    /// Returns once a call of another thread waits for a peer; `hops` as they were before that call.
+    fn until_waiting(&self, hops: u64) -> Result<(), String> {
+        let limit = Instant::now() + DEADLINE;
+        while self.hops()? == hops {
+            if Instant::now() > limit {
+                return Err(format!("rank {} waits for nobody", self.rank));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+    fn hops(&self) -> Result<u64, String> {
+        Ok(self.comm.stats()?.hops)
+    }
+}
+
+/// So that a status that a call does not write is not taken for one that it wrote.
+fn spoil(status: &mut Option<Tensor>) {
+    if let Some(status) = status.as_mut().filter(|status| !status.is_view()) {
+        status.write(&vec![0xff; 4 * status.shape()[0]]);
+    }
+}
+
+/// Empty for a view that no call has made yet.
+fn read(status: &Option<Tensor>) -> Vec<i64> {
+    let status = status.as_ref().filter(|status| status.address() != 0);
+    status.map_or(Vec::new(), |status| status.read_i32().into_iter().map(i64::from).collect())
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|word| f32::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+// ------------------------------------------------------------------------------------- ranks as processes
+
+/// A rank that does what it is told, line by line, until its standard input ends.
+const OBEY: (&str, Job) = ("obey", obey);
+
+fn obey(_: &Seat) -> Result<(), String> {
+    // A stopped process does not see its input end: the kernel takes it along with the parent.
+    // SAFETY: no pointers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    // SAFETY: the callback is a function, it needs no pointer.
+    check(unsafe { a2a_set_log_callback(Some(log_line), std::ptr::null_mut()) })?;
+    let mut member = None;
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        let answer = follow(&mut member, &line)?;
+        println!("{}", answer.to_line());
+    }
+    Ok(())
+}
+
+/// Standard error is where `Worker` collects lines that are no answers.
+unsafe extern "C" fn log_line(_: i32, line: *const std::ffi::c_char, _: *mut std::ffi::c_void) {
+    // SAFETY: NUL-terminated and valid during the call, by the ABI.
+    eprintln!("{}", unsafe { std::ffi::CStr::from_ptr(line) }.to_string_lossy());
+}
+
+fn follow(member: &mut Option<Member>, line: &str) -> Result<Outcome, String> {
+    let words: Vec<&str> = line.split(' ').collect();
+    let number = |at: usize| words[at].parse::<u64>().map_err(|error| format!("{line:?}: {error}"));
+    if words[0] == "join" {
+        let bytes: Vec<u8> = words[5..].iter().map(|byte| byte.parse().expect("a byte")).collect();
+        let id = GroupId(a2a_unique_id_t { bytes: bytes.try_into().expect("128 bytes") });
+        let seat = Seat { rank: number(1)? as usize, world: number(2)? as usize, id, args: Vec::new() };
+        let (backend, views) = (Backend::of(words[3]), words[4] == "views");
+        return Ok(Outcome::of(|| {
+            *member = Some(Member::join(&seat, backend, views)?);
+            Ok(())
+        }));
+    }
+    let member = member.as_ref().ok_or("no comm yet")?;
+    Ok(match words[0] {
+        "dispatch" => member.dispatch(number(1)? as usize, number(2)? as i32, &Ask::new(number(3)?)),
+        "combine" => member.combine(number(1)? as usize, number(2)? as i32, &Ask::new(0)),
+        "run" => {
+            // Steps without end; the outcome that ends them.
+            let mut step = number(2)?;
+            loop {
+                let outcome = member.step(number(1)? as usize, step);
+                if outcome.status != A2A_SUCCESS {
+                    break outcome;
+                }
+                step += 1;
+            }
+        }
+        "record" => member.record(),
+        "destroy" => member.destroy(),
+        _ => return Err(format!("no such order: {line:?}")),
+    })
+}
+
+/// Processes that obey, one rank each. Killed when this is dropped.
+struct Group {
+    workers: Vec<Worker>,
+    deadline: Instant,
+    backend: Backend,
+    views: bool,
+}
+
+const EVERYBODY: [usize; RANKS] = [0, 1, 2, 3];
+
+impl Group {
+    fn spawn(backend: Backend, views: bool) -> Group {
+        let spawn = |rank: usize| {
+            // The group is named later, by "join".
+            let seat = Seat { rank, world: RANKS, id: GroupId::new(), args: Vec::new() };
+            Worker::spawn(OBEY.0, &[rank], &seat)
+        };
+        let workers = EVERYBODY.map(spawn).into();
+        Group { workers, deadline: Instant::now() + ANSWERS, backend, views }
+    }
+
+    fn tell(&mut self, process: usize, order: &str) -> Result<(), String> {
+        self.workers[process].tell(order)
+    }
+    fn answer(&self, process: usize) -> Result<Outcome, String> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        Outcome::from_line(&self.workers[process].line(left)?)
+    }
+    fn tell_all(&mut self, processes: &[usize], order: &str) -> Result<(), String> {
+        processes.iter().try_for_each(|&process| self.tell(process, order))
+    }
+    fn answers(&self, processes: &[usize]) -> Outcomes {
+        processes.iter().map(|&process| self.answer(process)).collect()
+    }
+    fn all(&mut self, processes: &[usize], order: &str) -> Outcomes {
+        self.tell_all(processes, order)?;
+        self.answers(processes)
+    }
+    /// An order that all must carry out.
+    fn fine(&mut self, processes: &[usize], order: &str) -> Result<(), String> {
+        all_fine(order, &self.all(processes, order)?)
+    }
+
+    /// Tells these processes to be a new group, in this order.
+    fn tell_join(&mut self, processes: &[usize], world: usize, id: GroupId) -> Result<(), String> {
+        for (rank, &process) in processes.iter().enumerate() {
+            self.tell(process, &join(rank, world, self.backend, self.views, id))?;
+        }
+        Ok(())
+    }
+    fn join(&mut self, processes: &[usize]) -> Result<(), String> {
+        self.tell_join(processes, processes.len(), GroupId::new())?;
+        all_fine("join", &self.answers(processes)?)
+    }
+    fn step(&mut self, processes: &[usize], slot: usize, seed: u64) -> Result<(), String> {
+        self.fine(processes, &dispatch(slot, A2A_PHASE_BOTH, seed))?;
+        self.fine(processes, &combine(slot, A2A_PHASE_BOTH))
+    }
+}
+
+fn join(rank: usize, world: usize, backend: Backend, views: bool, id: GroupId) -> String {
+    let bytes: Vec<String> = id.0.bytes.iter().map(u8::to_string).collect();
+    let views = if views { "views" } else { "own" };
+    format!("join {rank} {world} {} {views} {}", backend.name(), bytes.join(" "))
+}
+fn dispatch(slot: usize, phase: a2a_phase_t, seed: u64) -> String {
+    format!("dispatch {slot} {phase} {seed}")
+}
+fn combine(slot: usize, phase: a2a_phase_t) -> String {
+    format!("combine {slot} {phase}")
+}
+
+// ----------------------------------------------------------------------------------- killed and stopped
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Kill,
+    Stop,
+}
+
+impl Fault {
+    fn strike(self, group: &mut Group, victim: usize) {
+        match self {
+            Fault::Kill => group.workers[victim].kill(),
+            Fault::Stop => group.workers[victim].stop(),
+        }
+    }
+}
+
+/// How far the victim has come in its last step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Point {
+    BeforeSend,
+    /// Its rows are out, it waits for the others'.
+    Dispatching,
+    /// It computes.
+    Dispatched,
+    /// Its results are out, it waits for the others'.
+    Combining,
+    /// In a2a_destroy, or close to it.
+    Leaving,
+}
+
+const POINTS: [Point; 5] =
+    [Point::BeforeSend, Point::Dispatching, Point::Dispatched, Point::Combining, Point::Leaving];
+
+/// One process of four is killed or stopped.
+struct Incident {
+    fault: Fault,
+    point: Point,
+    victim: usize,
+    others: Vec<usize>,
+    slot: usize,
+    /// Steps opened on the slot when the survivors lose one.
+    sequence: u64,
+    /// Whether a call that needs nothing more from the victim comes before the fault or after it.
+    late: bool,
+}
+
+fn at_a_point(fault: Fault, backend: Backend, point: Point, index: u64) -> Result<(), String> {
+    let mut rng = Rng::new(&[seed(), 1, fault as u64, backend as u64, point as u64, index]);
+    let victim = rng.below(RANKS);
+    let others: Vec<usize> = EVERYBODY.into_iter().filter(|rank| *rank != victim).collect();
+    // The epochs of a slot wrap after three steps. A view of a status is known from the step before.
+    let (before, views) = (1 + rng.below(4) as u64, rng.one_in(2));
+    let finished = u64::from(matches!(point, Point::Combining | Point::Leaving));
+    let (slot, late, sequence) = (rng.below(SLOTS), index % 2 == 1, before + 1 + finished);
+    let incident = Incident { fault, point, victim, others, slot, sequence, late };
+
+    let mut group = Group::spawn(backend, views);
+    group.join(&EVERYBODY)?;
+    for step in 0..before {
+        group.step(&EVERYBODY, slot, step)?;
+    }
+    incident.lose(&mut group).map_err(|error| {
+        format!("victim {victim}, slot {slot}, {before} steps before, views {views}, late {late}: {error}")
+    })
+}
+
+impl Incident {
+    fn lose(&self, group: &mut Group) -> Result<(), String> {
+        let operation = self.approach(group)?;
+        let order = match operation {
+            "dispatch" => dispatch(self.slot, A2A_PHASE_BOTH, 100),
+            _ => combine(self.slot, A2A_PHASE_BOTH),
+        };
+        // Already down when others completed what needed nothing more from it.
+        let down = self.late && matches!(self.point, Point::Dispatching | Point::Combining);
+        let told = now();
+        group.tell_all(&self.others, &order)?;
+        if !down {
+            // They wait by now; if not, they will soon and the outcome is the same.
+            sleep(Duration::from_millis(50));
+            self.fault.strike(group, self.victim);
+        }
+        let struck = if down { told } else { now() };
+        let lost = group.answers(&self.others)?;
+        self.check_lost(&lost, operation, told, struck)?;
+        self.check_afterwards(group, &lost, operation)?;
+
+        // The survivors go on, and what a late rank still stores lands nowhere near.
+        for outcome in group.all(&self.others, "destroy")? {
+            outcome.is(A2A_SUCCESS, &[])?;
+            in_time("destroy after a loss", outcome.took, PROMISE)?;
+        }
+        let survivors = self.others.clone();
+        group.join(&survivors)?;
+        group.step(&survivors, 0, 200)?;
+        if self.fault == Fault::Stop {
+            self.resume(group)?;
+            // A comm that a process has already is destroyed when it has joined the next.
+            group.join(&EVERYBODY)?;
+            group.step(&EVERYBODY, 1, 300)?;
+        }
+        Ok(())
+    }
+
+    /// Takes everybody to the point; returns the operation in which the survivors then miss the victim. On the way
+    /// all must go well: until the point, the victim's flags have come.
+    fn approach(&self, group: &mut Group) -> Result<&'static str, String> {
+        let (slot, victim, seed) = (self.slot, [self.victim], 90);
+        let [send, recv] = [A2A_PHASE_SEND, A2A_PHASE_RECV].map(|phase| dispatch(slot, phase, seed));
+        let [combine_send, combine_recv] = [A2A_PHASE_SEND, A2A_PHASE_RECV].map(|phase| combine(slot, phase));
+        if self.point == Point::BeforeSend {
+            return Ok("dispatch");
+        }
+        group.fine(&victim, &send)?;
+        if self.point == Point::Dispatching {
+            group.tell(self.victim, &recv)?;
+            if self.late {
+                self.fault.strike(group, self.victim);
+            }
+            group.fine(&self.others, &send)?;
+            group.fine(&self.others, &recv)?;
+            return Ok("combine");
+        }
+        group.fine(&self.others, &send)?;
+        group.fine(&EVERYBODY, &recv)?;
+        if self.point == Point::Dispatched {
+            return Ok("combine");
+        }
+        group.fine(&victim, &combine_send)?;
+        if self.point == Point::Combining {
+            group.tell(self.victim, &combine_recv)?;
+            if self.late {
+                self.fault.strike(group, self.victim);
+            }
+            group.fine(&self.others, &combine(slot, A2A_PHASE_BOTH))?;
+            return Ok("dispatch");
+        }
+        group.fine(&self.others, &combine_send)?;
+        group.fine(&EVERYBODY, &combine_recv)?;
+        group.tell(self.victim, "destroy")?;
+        Ok("dispatch")
+    }
+
+    /// What a survivor may be told: a victim stopped in a2a_destroy may have said goodbye before.
+    fn statuses(&self) -> &'static [a2a_status_t] {
+        match (self.fault, self.point) {
+            (Fault::Kill, _) => &[A2A_PEER_LOST],
+            (Fault::Stop, Point::Leaving) => &[A2A_PEER_LOST, A2A_TIMEOUT],
+            (Fault::Stop, _) => &[A2A_TIMEOUT],
+        }
+    }
+
+    fn check_lost(
+        &self,
+        lost: &[Outcome],
+        operation: &str,
+        told: Duration,
+        struck: Duration,
+    ) -> Result<(), String> {
+        let (slot, sequence) = (format!("slot {}", self.slot), format!("sequence {}", self.sequence));
+        let rank = format!("rank {}", self.victim);
+        for outcome in lost {
+            if !self.statuses().contains(&outcome.status) {
+                return Err(format!("expected one of {:?}, got {}", self.statuses(), outcome.describe()));
+            }
+            outcome.is(outcome.status, &[operation, &slot, &sequence, &rank])?;
+            self.check_status(&outcome.words).map_err(|error| format!("{error}, {}", outcome.describe()))?;
+            if outcome.status == A2A_PEER_LOST {
+                in_time(DEATH, outcome.ended.saturating_sub(struck), PROMISE)?;
+            } else {
+                let took = outcome.ended - told;
+                in_time(SILENCE, took, DEADLINE + PROMISE)?;
+                if took < DEADLINE {
+                    return Err(format!("gave up after {took:?}: {}", outcome.describe()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// out.status of a step that the victim voided.
+    fn check_status(&self, words: &[i64]) -> Result<(), String> {
+        let mut expected = vec![0; 4 + RANKS];
+        expected[0] = A2A_STEP_VOID as i64;
+        expected[4 + self.victim] = 1;
+        if words == expected {
+            Ok(())
+        } else {
+            Err(format!("out.status is {words:?}, expected {expected:?}"))
+        }
+    }
+
+    /// The record agrees, the slot is closed, another slot is no trap.
+    fn check_afterwards(&self, group: &mut Group, lost: &[Outcome], operation: &str) -> Result<(), String> {
+        self.check_records(group, lost, operation)?;
+        let again = group.all(&self.others, &dispatch(self.slot, A2A_PHASE_BOTH, 101))?;
+        for (again, lost) in again.iter().zip(lost) {
+            if (again.status, again.sentence()) != (lost.status, lost.sentence()) || again.took > AT_ONCE {
+                return Err(format!(
+                    "a closed slot said first {}, then {}",
+                    lost.describe(),
+                    again.describe()
+                ));
+            }
+            self.check_status(&again.words).map_err(|error| format!("the slot closed: {error}"))?;
+        }
+        if self.fault == Fault::Kill {
+            let (other, rank) = (SLOTS - 1 - self.slot, format!("rank {}", self.victim));
+            for outcome in group.all(&self.others, &dispatch(other, A2A_PHASE_BOTH, 102))? {
+                let slot = format!("dispatch on slot {other}, sequence 1");
+                outcome.is(A2A_PEER_LOST, &[&slot, &rank])?;
+                in_time("told of a death on another slot", outcome.took, PROMISE)?;
+            }
+        }
+        // It stays the first.
+        self.check_records(group, lost, operation)
+    }
+
+    fn check_records(&self, group: &mut Group, lost: &[Outcome], operation: &str) -> Result<(), String> {
+        let records = group.all(&self.others, "record")?;
+        for ((rank, record), lost) in self.others.iter().zip(records).zip(lost) {
+            let operation = if operation == "dispatch" { 1 } else { 2 };
+            let (slot, sequence) = (self.slot as i64, self.sequence as i64);
+            let expected =
+                vec![operation, slot, *rank as i64, self.victim as i64, sequence, 1 << self.victim];
+            if (record.status, &record.text[..], &record.words) != (lost.status, lost.sentence(), &expected) {
+                let (got, want) = (&record.words, lost.describe());
+                return Err(format!(
+                    "a2a_get_async_error of rank {rank}: {got:?} {}, expected {expected:?} {want}",
+                    record.describe()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The victim wakes up and goes on as if nothing had happened, while the others are busy in their new comm.
+    fn resume(&self, group: &mut Group) -> Result<(), String> {
+        let others = self.others.clone();
+        group.workers[self.victim].go_on();
+        // The rest of its step, for which it may have all it needs, and the next one.
+        let step = [dispatch(self.slot, A2A_PHASE_BOTH, 100), combine(self.slot, A2A_PHASE_BOTH)];
+        let rest = matches!(self.point, Point::Dispatching | Point::Dispatched) as usize;
+        let calls = step[rest..].iter().chain(&step);
+        if matches!(self.point, Point::Dispatching | Point::Combining | Point::Leaving) {
+            // What it was at when it was stopped: everything that call needs had come.
+            all_fine("the call that was stopped", &[group.answer(self.victim)?])?;
+        }
+        if self.point == Point::Leaving {
+            return group.step(&others, 0, 201);
+        }
+        for (at, call) in calls.enumerate() {
+            let begun = now();
+            group.tell(self.victim, call)?;
+            group.step(&others, at % SLOTS, 201 + at as u64)?;
+            let outcome = group.answer(self.victim)?;
+            in_time(LATE, outcome.ended - begun, PROMISE)?;
+            if outcome.status != A2A_SUCCESS {
+                return told_late(&outcome);
+            }
+        }
+        Err("the late rank was never told that the others gave up".into())
+    }
+}
+
+/// A rank is killed or stopped at no particular moment of its steps.
+fn at_any_time(fault: Fault, backend: Backend, index: u64) -> Result<(), String> {
+    let mut rng = Rng::new(&[seed(), 2, fault as u64, backend as u64, index]);
+    let victim = rng.below(RANKS);
+    let others: Vec<usize> = EVERYBODY.into_iter().filter(|rank| *rank != victim).collect();
+    let mut group = Group::spawn(backend, false);
+    group.join(&EVERYBODY)?;
+    group.tell_all(&EVERYBODY, "run 0 1000")?;
+    sleep(Duration::from_micros(rng.below(60_000) as u64));
+    fault.strike(&mut group, victim);
+    let struck = now();
+    for outcome in group.answers(&others)? {
+        let took = outcome.ended.saturating_sub(struck);
+        if fault == Fault::Kill {
+            outcome.is(A2A_PEER_LOST, &["slot 0, sequence", &format!("rank {victim}")])?;
+            in_time(DEATH, took, PROMISE)?;
+        } else {
+            // Stopped between its flag for one rank and for the next, it makes others miss each other too.
+            outcome.is(A2A_TIMEOUT, &["slot 0, sequence"])?;
+            in_time(SILENCE, took, DEADLINE + PROMISE)?;
+        }
+    }
+    group.fine(&others, "destroy")?;
+    group.join(&others)?;
+    group.step(&others, 1, 5)?;
+    if fault == Fault::Stop {
+        let resumed = now();
+        group.workers[victim].go_on();
+        group.step(&others, 0, 6)?;
+        let outcome = group.answer(victim)?;
+        told_late(&outcome)?;
+        in_time(LATE, outcome.ended.saturating_sub(resumed), PROMISE)?;
+        group.step(&others, 1, 7)?;
+    }
+    Ok(())
+}
+
+/// What a rank gets that the others gave up on: their deadline, or that they left since.
+fn told_late(outcome: &Outcome) -> Result<(), String> {
+    match outcome.status {
+        A2A_TIMEOUT | A2A_PEER_LOST => Ok(()),
+        _ => Err(format!("the late rank got {}", outcome.describe())),
+    }
+}
+
+/// A loss on slot 0 takes nothing from slot 1: what was received there can be read, and what all had sent arrives.
+fn the_other_slot_keeps_its_data(backend: Backend) -> Result<(), String> {
+    let mut group = Group::spawn(backend, false);
+    let (victim, others) = (2, [0, 1, 3]);
+    group.join(&EVERYBODY)?;
+    group.fine(&EVERYBODY, &dispatch(1, A2A_PHASE_BOTH, 7))?;
+    group.fine(&[victim], &combine(1, A2A_PHASE_SEND))?;
+    group.tell_all(&others, &dispatch(0, A2A_PHASE_BOTH, 8))?;
+    group.workers[victim].kill();
+    for outcome in group.answers(&others)? {
+        outcome.is(A2A_PEER_LOST, &["dispatch on slot 0, sequence 1", "rank 2"])?;
+    }
+    // Reads the rows received before, and the dead rank's results.
+    group.fine(&others, &combine(1, A2A_PHASE_BOTH))
+}
+
+// -------------------------------------------------------------------------------------- ranks as threads
+
+/// One call per rank, each on a thread of its own.
+fn together<T: Send>(members: &[&Member], call: impl Fn(&Member) -> T + Sync) -> Vec<T> {
+    scope(|scope| {
+        let calls: Vec<_> = members.iter().map(|member| scope.spawn(|| call(member))).collect();
+        calls.into_iter().map(|call| call.join().expect("no panic in a call")).collect()
+    })
+}
+
+/// What came out of a2a_create, and after how long.
+type Created = (Result<Comm, Failure>, Duration);
+
+/// Every rank creates its comm. `config` runs on the rank's thread.
+fn create(seats: &[Seat], config: impl Fn(&Seat) -> a2a_config_t + Sync) -> Vec<Created> {
+    scope(|scope| {
+        let config = &config;
+        let create = |seat: &Seat| {
+            let config = config(seat);
+            let begun = Instant::now();
+            (Comm::create(&config), begun.elapsed())
+        };
+        let calls: Vec<_> = seats.iter().map(|seat| scope.spawn(move || create(seat))).collect();
+        calls.into_iter().map(|call| call.join().expect("no panic in a2a_create")).collect()
+    })
+}
+
+fn seats(world: usize, id: GroupId) -> Vec<Seat> {
+    (0..world).map(|rank| Seat { rank, world, id, args: Vec::new() }).collect()
+}
+
+fn members(seats: &[Seat], backend: Backend) -> Result<Vec<Member>, String> {
+    let comms = create(seats, |seat| settings(seat, backend));
+    let members = comms.into_iter().zip(seats).map(|((comm, _), seat)| Member::new(seat, comm?, false));
+    Ok(members.collect::<Result<_, Failure>>()?)
+}
+
+fn crew(backend: Backend) -> Result<Vec<Member>, String> {
+    members(&seats(RANKS, GroupId::new()), backend)
+}
+
+fn all_but(crew: &[Member], rank: usize) -> Vec<&Member> {
+    crew.iter().filter(|member| member.rank != rank).collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    Dispatch,
+    Combine,
+}
+
+impl Operation {
+    fn run(self, member: &Member, phase: a2a_phase_t, seed: u64) -> Outcome {
+        match self {
+            Operation::Dispatch => member.dispatch(0, phase, &Ask::new(seed)),
+            Operation::Combine => member.combine(0, phase, &Ask::new(seed)),
+        }
+    }
+    fn name(self) -> &'static str {
+        if self == Operation::Dispatch { "dispatch" } else { "combine" }
+    }
+    fn next(self) -> Operation {
+        if self == Operation::Dispatch { Operation::Combine } else { Operation::Dispatch }
+    }
+}
+
+/// Rank 1 waits in an operation when another thread ends its comm, by abort or by destroy.
+fn ended_while_it_waits(backend: Backend, operation: Operation, destroy: bool) -> Result<(), String> {
+    let crew = crew(backend)?;
+    let (victim, peers) = (&crew[1], all_but(&crew, 1));
+    if operation == Operation::Combine {
+        all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
+    }
+    let hops = victim.hops()?;
+    let (begun, ending, waiting) = scope(|scope| {
+        let call = scope.spawn(|| operation.run(victim, A2A_PHASE_BOTH, 1));
+        victim.until_waiting(hops)?;
+        let begun = now();
+        let ending = if destroy { victim.destroy() } else { Outcome::of(|| victim.comm.abort()) };
+        Ok::<_, String>((begun, ending, call.join().expect("no panic in a call")))
+    })?;
+    ending.is(A2A_SUCCESS, &[])?;
+    waiting.is(A2A_ABORTED, &["rank 1", operation.name(), "slot 0, sequence 1"])?;
+    in_time("a waiting call ends with its comm", waiting.ended.saturating_sub(begun), PROMISE)?;
+    if destroy {
+        in_time("destroy beside a waiting call", ending.took, PROMISE)?;
+        let stale = victim.dispatch(0, A2A_PHASE_BOTH, &Ask::new(2));
+        stale.is(A2A_INVALID_ARGUMENT, &["is not a live a2a_comm_t"])?;
+    } else {
+        only_three_calls_remain(victim)?;
+    }
+
+    // Its flag of this operation had come: the peers miss it in the next one.
+    let why = if destroy { "destroyed" } else { "aborted" };
+    all_fine(operation.name(), &together(&peers, |m| operation.run(m, A2A_PHASE_BOTH, 1)))?;
+    peers_lose(&peers, operation.next(), why)
+}
+
+fn all(crew: &[Member]) -> Vec<&Member> {
+    crew.iter().collect()
+}
+
+/// Rank 1 is missed: everybody is told, somebody of the reason.
+fn peers_lose(peers: &[&Member], operation: Operation, why: &str) -> Result<(), String> {
+    let lost = together(peers, |m| operation.run(m, A2A_PHASE_BOTH, 2));
+    told_of_rank_1(&lost, operation, why)?;
+    for outcome in &lost {
+        in_time("told of a rank that left", outcome.took, PROMISE)?;
+    }
+    Ok(())
+}
+
+fn told_of_rank_1(lost: &[Outcome], operation: Operation, why: &str) -> Result<(), String> {
+    for outcome in lost {
+        outcome.is(A2A_PEER_LOST, &[operation.name(), "slot 0, sequence", "rank 1"])?;
+    }
+    if lost.iter().any(|outcome| outcome.text.contains(why)) {
+        Ok(())
+    } else {
+        Err(format!("nobody says {why:?}"))
+    }
+}
+
+fn only_three_calls_remain(member: &Member) -> Result<(), String> {
+    let routing = &member.slots[1].0;
+    let calls = [
+        member.dispatch(0, A2A_PHASE_BOTH, &Ask::new(3)),
+        Outcome::of(|| member.comm.combine(routing, A2A_PHASE_RECV, 0, None, &mut sums())),
+        Outcome::of(|| member.comm.routing(0).map(drop)),
+        Outcome::of(|| member.comm.combine_buffer(routing, F32).map(drop)),
+    ];
+    for call in calls {
+        call.is(A2A_ABORTED, &["rank 1", "a2a_abort"])?;
+    }
+    member.record().is(A2A_ABORTED, &["rank 1", "a2a_abort"])?;
+    Outcome::of(|| member.comm.abort()).is(A2A_SUCCESS, &[])
+}
+
+fn sums() -> CombineOut {
+    CombineOut { tokens: Some(Tensor::new(F32, &[TOKENS, HIDDEN])), status: None }
+}
+
+/// Rank 1 is between two calls when another thread ends its comm; the peers wait for it.
+fn ended_while_peers_wait(backend: Backend, operation: Operation, destroy: bool) -> Result<(), String> {
+    let crew = crew(backend)?;
+    let (victim, peers) = (&crew[1], all_but(&crew, 1));
+    if operation == Operation::Combine {
+        all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
+    }
+    let hops = peers.iter().map(|peer| peer.hops()).collect::<Result<Vec<_>, _>>()?;
+    let (struck, lost) = scope(|scope| {
+        let calls: Vec<_> =
+            peers.iter().map(|peer| scope.spawn(|| operation.run(peer, A2A_PHASE_BOTH, 1))).collect();
+        peers.iter().zip(hops).try_for_each(|(peer, hops)| peer.until_waiting(hops))?;
+        let ending = if destroy { victim.destroy() } else { Outcome::of(|| victim.comm.abort()) };
+        let struck = now();
+        ending.is(A2A_SUCCESS, &[])?;
+        let lost: Vec<_> = calls.into_iter().map(|call| call.join().expect("no panic in a call")).collect();
+        Ok::<_, String>((struck, lost))
+    })?;
+    told_of_rank_1(&lost, operation, if destroy { "destroyed" } else { "aborted" })?;
+    for outcome in &lost {
+        in_time("told of a rank that left", outcome.ended.saturating_sub(struck), PROMISE)?;
+    }
+    Ok(())
+}
+
+/// Rank 1 leaves before anybody needs it.
+fn gone_before_it_is_needed(backend: Backend, operation: Operation, destroy: bool) -> Result<(), String> {
+    let crew = crew(backend)?;
+    if operation == Operation::Combine {
+        all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
+    }
+    let ending = if destroy { crew[1].destroy() } else { Outcome::of(|| crew[1].comm.abort()) };
+    ending.is(A2A_SUCCESS, &[])?;
+    peers_lose(&all_but(&crew, 1), operation, if destroy { "destroyed" } else { "aborted" })
+}
+
+/// One call at a time: a second thread is told so, and the first one's step goes on.
+fn a_second_call_is_busy(backend: Backend) -> Result<(), String> {
+    let crew = crew(backend)?;
+    let member = &crew[2];
+    let hops = member.hops()?;
+    let first = scope(|scope| {
+        let call = scope.spawn(|| member.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1)));
+        member.until_waiting(hops)?;
+        let routing = &member.slots[1].0;
+        let (input, _) = Ask::new(2).input(member.rank, member.world);
+        let calls = [
+            Outcome::of(|| {
+                member.comm.dispatch(routing, A2A_PHASE_BOTH, &input, &mut DispatchOut::default())
+            }),
+            Outcome::of(|| member.comm.combine(routing, A2A_PHASE_RECV, 0, None, &mut sums())),
+            Outcome::of(|| member.comm.routing(0).map(drop)),
+            Outcome::of(|| member.comm.combine_buffer(routing, F32).map(drop)),
+        ];
+        for second in calls {
+            second.is(A2A_BUSY, &["rank 2", "another thread"])?;
+        }
+        member.record().is(A2A_SUCCESS, &[])?;
+        let others = together(&all_but(&crew, 2), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1)));
+        all_fine("dispatch", &others)?;
+        Ok::<_, String>(call.join().expect("no panic in a call"))
+    })?;
+    first.is(A2A_SUCCESS, &[])?;
+    all_fine("combine", &together(&all(&crew), |m| m.combine(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
+    all_fine("a step", &together(&all(&crew), |m| m.step(1, 3)))
+}
+
+// ---------------------------------------------------------------------------------------- disagreements
+
+/// What one rank asks unlike all others.
+struct Quarrel {
+    name: &'static str,
+    /// What everybody asks but for this.
+    common: fn(&mut Ask),
+    odd: fn(&mut Ask),
+    /// What the sentence says of the others' value and of the odd one's, and what it calls it.
+    words: [&'static str; 3],
+}
+
+const QUARRELS: [Quarrel; 7] = [
+    Quarrel {
+        name: "bound",
+        common: |_| {},
+        odd: |ask| ask.bound = 8,
+        words: ["max_tokens (the step's bound)", "16", "8"],
+    },
+    Quarrel {
+        name: "row_bytes",
+        common: |_| {},
+        odd: |ask| ask.hidden = 16,
+        words: ["the row bytes of tokens", "128", "64"],
+    },
+    Quarrel { name: "topk", common: |_| {}, odd: |ask| ask.topk = 1, words: ["top-k", "2", "1"] },
+    Quarrel {
+        // As many bytes as 32 float32. bf16 is code 4, float32 code 2: code | bits << 8 | lanes << 16.
+        name: "element_type",
+        common: |_| {},
+        odd: |ask| (ask.element, ask.hidden) = (BF16, 2 * HIDDEN),
+        words: ["the element type of tokens", "73730", "69636"],
+    },
+    Quarrel {
+        name: "uniform",
+        common: |ask| (ask.flags, ask.tokens) = (A2A_DISPATCH_UNIFORM, Some(5)),
+        odd: |ask| ask.tokens = Some(6),
+        words: ["UNIFORM", "5", "6"],
+    },
+    Quarrel {
+        name: "combine_hidden",
+        common: |_| {},
+        odd: |ask| ask.result = Some((16, F32)),
+        words: ["the hidden size of the experts' rows", "32", "16"],
+    },
+    Quarrel {
+        name: "combine_type",
+        common: |_| {},
+        odd: |ask| ask.result = Some((HIDDEN, BF16)),
+        words: ["the element type of the experts' rows", "2", "0"],
+    },
+];
+
+/// Each side says both values.
+fn quarrel(backend: Backend, quarrel: &Quarrel, odd: usize) -> Result<(), String> {
+    let crew = crew(backend)?;
+    let lost = together(&all(&crew), |member| {
+        let mut ask = Ask::new(1);
+        (quarrel.common)(&mut ask);
+        if member.rank == odd {
+            (quarrel.odd)(&mut ask);
+        }
+        let outcome = member.dispatch(0, A2A_PHASE_BOTH, &ask);
+        if outcome.status == A2A_SUCCESS { member.combine(0, A2A_PHASE_BOTH, &ask) } else { outcome }
+    });
+    let [name, usual, unusual] = quarrel.words;
+    for (rank, outcome) in lost.iter().enumerate() {
+        // The odd one names whoever it found at odds first.
+        let (of, and) = (format!("on rank {rank}"), format!("rank {odd}"));
+        let of = if name == "UNIFORM" { format!("rank {rank} was told") } else { of };
+        outcome.is(A2A_MISMATCH, &[name, usual, unusual, &of, &and])?;
+        in_time("told of a disagreement", outcome.took, PROMISE)?;
+    }
+    closed(&crew, &lost)
+}
+
+/// The slot is closed on every rank, and the record says why.
+fn closed(crew: &[Member], lost: &[Outcome]) -> Result<(), String> {
+    for (member, lost) in crew.iter().zip(lost) {
+        let again = member.dispatch(0, A2A_PHASE_BOTH, &Ask::new(2));
+        if (again.status, again.sentence()) != (lost.status, lost.sentence()) || again.took > AT_ONCE {
+            return Err(format!("a closed slot said first {}, then {}", lost.describe(), again.describe()));
+        }
+        let record = member.record();
+        if (record.status, &record.text[..]) != (lost.status, lost.sentence()) {
+            return Err(format!("the record is {}, the call said {}", record.describe(), lost.describe()));
+        }
+    }
+    Ok(())
+}
+
+/// One rank gives its dispatch up and dispatches again, the others combine.
+fn dispatch_again(backend: Backend, odd: usize) -> Result<(), String> {
+    let crew = crew(backend)?;
+    all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
+    let lost = together(&all(&crew), |member| {
+        let operation = if member.rank == odd { Operation::Dispatch } else { Operation::Combine };
+        operation.run(member, A2A_PHASE_BOTH, 1)
+    });
+    for (rank, outcome) in lost.iter().enumerate() {
+        // The odd one names whom it found in a combine first.
+        let both = ["combine", "dispatch", &format!("rank {rank} is in"), &format!("rank {odd}")];
+        outcome.is(A2A_MISMATCH, &both)?;
+        in_time("told of a disagreement", outcome.took, PROMISE)?;
+    }
+    closed(&crew, &lost)
+}
+
+/// One rank's rank_tokens are wrong about another rank.
+fn a_lie_about_a_peer(backend: Backend, odd: usize) -> Result<(), String> {
+    let crew = crew(backend)?;
+    let about = (odd + 2) % RANKS;
+    let lost = together(&all(&crew), |member| {
+        let mut told = vec![5; RANKS];
+        if member.rank == odd {
+            told[about] = 4;
+        }
+        let ask = Ask { tokens: Some(5), rank_tokens: Some(told), ..Ask::new(1) };
+        let outcome = member.dispatch(0, A2A_PHASE_BOTH, &ask);
+        if outcome.status == A2A_SUCCESS { member.combine(0, A2A_PHASE_BOTH, &ask) } else { outcome }
+    });
+    let (liar, subject) = (format!("rank {odd}"), format!("rank {about}"));
+    let values = [format!("{subject} dispatched 5 tokens"), format!("{liar} was told 4")];
+    for (rank, outcome) in lost.iter().enumerate() {
+        outcome.is(A2A_MISMATCH, &[&liar, &subject])?;
+        if rank == odd {
+            outcome.is(A2A_MISMATCH, &[&values[0], &values[1]])?;
+        }
+        in_time("told of a disagreement", outcome.took, PROMISE)?;
+    }
+    closed(&crew, &lost)
+}
+
+// ----------------------------------------------------------------------------------------------- creating
+
+type Spoil = fn(&mut a2a_config_t);
+
+/// What every rank must agree on: its name, and how one rank comes to have another.
+const FIELDS: [(&str, Spoil); 14] = [
+    ("num_ranks", |config| config.num_ranks = 5),
+    ("num_experts", |config| config.num_experts = 7),
+    ("max_topk", |config| config.max_topk = 3),
+    ("max_hidden", |config| config.max_hidden = 64),
+    ("max_tokens", |config| config.max_tokens = 17),
+    ("num_slots", |config| config.num_slots = 1),
+    ("backend", |config| config.backend = A2A_BACKEND_ALLGATHER_REDUCESCATTER),
+    ("layout", |config| config.layout = A2A_LAYOUT_RANK_MAJOR),
+    ("token_dtype", |config| config.token_dtype = A2A_DTYPE_BF16),
+    ("combine_dtype", |config| config.combine_dtype = A2A_DTYPE_F16),
+    ("combine_hidden", |config| config.combine_hidden = 64),
+    ("max_scale_bytes", |config| config.max_scale_bytes = 4),
+    ("extra_row_bytes[3]", |config| config.extra_row_bytes[3] = 8),
+    ("expert_owner", |config| config.expert_owner = const { &[1, 0, 0, 1, 2, 2, 3, 3] }.as_ptr()),
+];
+
+/// Ranks that differ in one field, `late` long after the others: all are told which field.
+fn configs_differ(odd: usize, late: Option<usize>) -> Result<(), String> {
+    for (name, spoil) in FIELDS {
+        let outcomes = create(&seats(RANKS, GroupId::new()), |seat| {
+            let mut config = settings(seat, Backend::OneSided);
+            // A table on all sides, so that it is the table that differs.
+            config.placement = A2A_PLACEMENT_TABLE;
+            config.expert_owner = const { &[0, 0, 1, 1, 2, 2, 3, 3] }.as_ptr();
+            if seat.rank == odd {
+                spoil(&mut config);
+            }
+            if late == Some(seat.rank) {
+                sleep(Duration::from_millis(100));
+            }
+            config
+        });
+        for (rank, outcome) in outcomes.iter().enumerate() {
+            refused(outcome, A2A_MISMATCH, &[name, "rank 0"])
+                .map_err(|error| format!("{name} differs, rank {rank}: {error}"))?;
+            in_time("told that configs differ", outcome.1, PROMISE)?;
+        }
+    }
+    Ok(())
+}
+
+fn refused(outcome: &Created, status: a2a_status_t, words: &[&str]) -> Result<(), String> {
+    let (Err(Failure { status: got, text }), took) = outcome else { return Err("a comm was made".into()) };
+    if *got == status && words.iter().all(|word| text.contains(word)) {
+        return Ok(());
+    }
+    let (want, got) = (status_name(status), status_name(*got));
+    Err(format!("expected {want} with {words:?}, got {got} after {took:?}: {text:?}"))
+}
+
+/// Some ranks never come: the deadline holds, and rank 0 says who.
+fn ranks_that_never_come(missing: &[usize]) -> Result<(), String> {
+    let setup = Duration::from_millis(1000);
+    let mut seats = seats(RANKS, GroupId::new());
+    seats.retain(|seat| !missing.contains(&seat.rank));
+    let outcomes = create(&seats, |seat| a2a_config_t {
+        setup_timeout_ms: setup.as_millis() as i64,
+        ..settings(seat, Backend::OneSided)
+    });
+    let names: Vec<String> = missing.iter().map(usize::to_string).collect();
+    let names = format!("ranks {}", names.join(", "));
+    for (seat, outcome) in seats.iter().zip(&outcomes) {
+        let words: &[&str] = match seat.rank {
+            0 => &[&names, "1000 ms"],
+            _ if missing.contains(&0) => &["rank 0", "1000 ms"],
+            _ => &["1000 ms"],
+        };
+        refused(outcome, A2A_TIMEOUT, words)?;
+        let took = outcome.1;
+        in_time("a group that is not complete (1 s is the deadline)", took, setup + PROMISE)?;
+        // The others hear of rank 0's deadline, which may have begun before theirs.
+        let own_deadline = seat.rank == 0 || missing.contains(&0);
+        if own_deadline && took < setup {
+            return Err(format!("rank {} gave up after {took:?}", seat.rank));
+        }
+    }
+    Ok(())
+}
+
+/// Ranks come, one of them is refused alone, then the last one comes and the group is whole.
+fn one_is_refused(first: Vec<Seat>, last: Seat, status: a2a_status_t, words: &[&str]) -> Result<(), String> {
+    let (send, outcomes) = channel();
+    let members = scope(|scope| {
+        for seat in &first {
+            let send = send.clone();
+            scope.spawn(move || {
+                let begun = Instant::now();
+                let outcome = Member::join(seat, Backend::OneSided, false);
+                // Nobody listens any more once the case has failed.
+                let _ = send.send((outcome, begun.elapsed()));
+            });
+        }
+        let next = || outcomes.recv().expect("every rank says how it went");
+        let (refusal, took) = next();
+        refused(&(refusal.map(|member| member.comm), took), status, words)?;
+        in_time("a rank that is refused", took, PROMISE)?;
+        let mut members = vec![Member::join(&last, Backend::OneSided, false)?];
+        for _ in 1..first.len() {
+            members.push(next().0?);
+        }
+        Ok::<_, String>(members)
+    })?;
+    all_fine("a step", &together(&all(&members), |m| m.step(0, 1)))
+}
+
+fn a_rank_comes_twice(twice: usize) -> Result<(), String> {
+    let mut first = seats(RANKS, GroupId::new());
+    let last = first.pop().expect("four ranks");
+    first.push(first[twice].clone());
+    match twice {
+        0 => one_is_refused(first, last, A2A_INVALID_ARGUMENT, &["rank 0", "in use"]),
+        _ => {
+            one_is_refused(first, last, A2A_INVALID_ARGUMENT, &[&format!("rank {twice} has joined already")])
+        }
+    }
+}
+
+/// An address that nobody listens on.
+fn free_address() -> Result<String, String> {
+    let listener = TcpListener::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
+    listener.local_addr().map(|address| address.to_string()).map_err(|error| error.to_string())
+}
+
+fn id_of(address: &str, key: &str) -> Result<GroupId, String> {
+    let text = |text: &str| std::ffi::CString::new(text).expect("no NUL");
+    let (address, key) = (text(address), text(key));
+    let mut id = a2a_unique_id_t { bytes: [0; 128] };
+    // SAFETY: NUL-terminated strings and a valid out-pointer.
+    check(unsafe { a2a_unique_id_from_address(address.as_ptr(), key.as_ptr(), &mut id) })?;
+    Ok(GroupId(id))
+}
+
+/// A stranger with another key claims rank 2 before rank 2 comes.
+fn the_wrong_key() -> Result<(), String> {
+    let address = free_address()?;
+    let mut first = seats(RANKS, id_of(&address, "the right key")?);
+    let last = first.pop().expect("four ranks");
+    first.push(Seat { id: id_of(&address, "a wrong key")?, ..first[2].clone() });
+    one_is_refused(first, last, A2A_MISMATCH, &["rank 2", "does not know the group's key"])
+}
+
+/// Whatever talks to rank 0's port, the group forms.
+fn garbage_at_the_door() -> Result<(), String> {
+    let address = free_address()?;
+    let seats = seats(RANKS, id_of(&address, "key")?);
+    let comms = scope(|scope| {
+        let root = scope.spawn(|| Member::join(&seats[0], Backend::Gather, false));
+        let mut rng = Rng::new(&[seed(), 3]);
+        let mut too_long = u32::MAX.to_le_bytes().to_vec();
+        too_long.push(2);
+        // A JOIN (kind 2) of no bytes, one of a length never sent in full, one of noise.
+        let noise = [&[200, 0, 0, 0, 2][..], &rng.bytes(200)].concat();
+        let said: [&[u8]; 7] = [
+            b"",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            &too_long,
+            &[0, 0, 0, 0, 2],
+            &[100, 0, 0, 0, 2, 1],
+            &noise,
+            &rng.bytes(100_000),
+        ];
+        let mut open = Vec::new();
+        for bytes in said {
+            let mut stream = knock(&address)?;
+            // Being thrown out while still talking is one of the ways this may end.
+            let _ = stream.write_all(bytes);
+            open.push(stream);
+        }
+        // One that hangs up, the others stay.
+        drop(knock(&address)?);
+        let mut members = members(&seats[1..], Backend::Gather)?;
+        members.push(root.join().expect("no panic in a2a_create")?);
+        Ok::<_, String>(members)
+    })?;
+    all_fine("a step", &together(&all(&comms), |m| m.step(0, 1)))
+}
+
+/// Connects as soon as somebody listens.
+fn knock(address: &str) -> Result<TcpStream, String> {
+    let limit = Instant::now() + DEADLINE;
+    loop {
+        match TcpStream::connect(address) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > limit => return Err(format!("nobody listens: {error}")),
+            Err(_) => sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// A rank that may not have the memory says both numbers, and the others hear of it.
+fn a_memory_limit_too_small(odd: usize) -> Result<(), String> {
+    let seats = seats(RANKS, GroupId::new());
+    let total = query_memory(&settings(&seats[odd], Backend::OneSided))?.total_bytes;
+    let outcomes = create(&seats, |seat| {
+        let memory_limit = if seat.rank == odd { total - 1 } else { total };
+        a2a_config_t { memory_limit, ..settings(seat, Backend::OneSided) }
+    });
+    let rank = format!("rank {odd}");
+    for (seat, outcome) in seats.iter().zip(&outcomes) {
+        if seat.rank == odd {
+            refused(outcome, A2A_OUT_OF_MEMORY, &[&rank, &total.to_string(), &(total - 1).to_string()])?;
+        } else {
+            refused(outcome, A2A_PEER_LOST, &[&rank, "memory_limit"])?;
+        }
+        in_time("told of a rank without memory", outcome.1, PROMISE)?;
+    }
+    Ok(())
+}
+
+/// A process is killed while the group forms: as soon as it has joined, or when all have and it is due to send its
+/// window.
+fn killed_in_rendezvous(victim: usize, all_have_joined: bool) -> Result<(), String> {
+    let mut group = Group::spawn(Backend::OneSided, false);
+    let id = GroupId::new();
+    let mut joined = vec![0, 1, 2];
+    group.tell_join(&[0, 1, 2], RANKS, id)?;
+    has_joined(&group, 1)?;
+    has_joined(&group, 2)?;
+    if all_have_joined {
+        group.workers[victim].stop();
+        group.tell(3, &join(3, RANKS, group.backend, group.views, id))?;
+        joined.push(3);
+        has_joined(&group, 3)?;
+    }
+    group.workers[victim].kill();
+    let struck = now();
+    joined.retain(|rank| *rank != victim);
+    for outcome in group.answers(&joined)? {
+        outcome.is(A2A_PEER_LOST, &[&format!("rank {victim}")])?;
+        in_time("told of a death in a2a_create", outcome.ended.saturating_sub(struck), PROMISE)?;
+    }
+    group.join(&joined)?;
+    group.step(&joined, 0, 1)
+}
+
+/// Returns once rank 0 has let this rank in.
+fn has_joined(group: &Group, rank: usize) -> Result<(), String> {
+    let line = format!("rank {rank} of {RANKS} has joined");
+    let limit = Instant::now() + DEADLINE + GRACE;
+    while !group.workers[0].stderr().contains(&line) {
+        if Instant::now() > limit {
+            return Err(format!("rank 0 never said {line:?}"));
+        }
+        sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+// --------------------------------------------------------------------------------------- what stays behind
+
+/// A process of its own, so that nothing else opens or maps anything while it counts.
+const TIDY: (&str, Job) = ("tidy", tidy);
+
+fn tidy(_: &Seat) -> Result<(), String> {
+    // What the first use of anything leaves for good is not a leak.
+    trouble(1)?;
+    cycle(Backend::OneSided)?;
+    let before = footprint()?;
+    for index in 0..50 {
+        cycle(BACKENDS[index % 2])?;
+    }
+    for index in 0..3 {
+        trouble(index)?;
+    }
+    // Threads of the launcher end by themselves, a little after their process.
+    let limit = Instant::now() + GRACE;
+    while footprint()? != before && Instant::now() < limit {
+        sleep(Duration::from_millis(10));
+    }
+    let after = footprint()?;
+    if after == before { Ok(()) } else { Err(format!("before {before:?}, after {after:?}")) }
+}
+
+fn cycle(backend: Backend) -> Result<(), String> {
+    let crew = crew(backend)?;
+    all_fine("a step", &together(&all(&crew), |m| m.step(0, 1)))
+}
+
+/// Everything that ends badly.
+fn trouble(index: u64) -> Result<(), String> {
+    let backend = BACKENDS[index as usize % 2];
+    configs_differ(0, None)?;
+    ranks_that_never_come(&[1])?;
+    a_rank_comes_twice(2)?;
+    the_wrong_key()?;
+    garbage_at_the_door()?;
+    ended_while_it_waits(backend, Operation::Dispatch, index == 0)?;
+    ended_while_peers_wait(backend, Operation::Combine, index == 1)?;
+    quarrel(backend, &QUARRELS[0], 1)?;
+
+    // A peer in another process dies.
+    let seats = seats(RANKS, GroupId::new());
+    let mut process = Worker::spawn(OBEY.0, &[3], &seats[3]);
+    process.tell(&join(3, RANKS, backend, false, seats[3].id))?;
+    let members = members(&seats[..3], backend)?;
+    process.kill();
+    for outcome in together(&all(&members), |m| m.step(0, 1)) {
+        outcome.is(A2A_PEER_LOST, &["rank 3"])?;
+    }
+    Ok(())
+}
+
+/// Open descriptors, threads, mapped windows, and files with our name.
+fn footprint() -> Result<[usize; 4], String> {
+    let entries = |path: &str| -> Result<Vec<String>, String> {
+        let entries = std::fs::read_dir(path).map_err(|error| format!("{path}: {error}"))?;
+        Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps").map_err(|error| error.to_string())?;
+    let windows = maps.lines().filter(|line| line.contains("a2a-window")).count();
+    let files = [entries("/dev/shm")?, entries("/tmp")?].concat();
+    let files = files.iter().filter(|name| name.contains("a2a")).count();
+    Ok([entries("/proc/self/fd")?.len(), entries("/proc/self/task")?.len(), windows, files])
+}
+
+// ------------------------------------------------------------------------------------------------ main
+
+fn main() -> std::process::ExitCode {
+    worker(&[OBEY, TIDY]);
+    let mut args = Arguments::from_args();
+    // Cases wait more than they work.
+    args.test_threads.get_or_insert(4);
+    let mut trials = Vec::new();
+    let mut add = |name: String, run: Box<dyn FnOnce() -> Result<(), String> + Send>| {
+        trials.push(Trial::test(name, || limited(run).map_err(Into::into)));
+    };
+    for backend in BACKENDS {
+        let name = backend.name();
+        for point in POINTS {
+            for index in 0..2 {
+                let of = format!("{name}/{point:?}/{index}");
+                add(format!("kill/{of}"), Box::new(move || at_a_point(Fault::Kill, backend, point, index)));
+                add(format!("stop/{of}"), Box::new(move || at_a_point(Fault::Stop, backend, point, index)));
+            }
+        }
+        for index in 0..3 {
+            let of = format!("{name}/AtAnyTime/{index}");
+            add(format!("kill/{of}"), Box::new(move || at_any_time(Fault::Kill, backend, index)));
+            add(format!("stop/{of}"), Box::new(move || at_any_time(Fault::Stop, backend, index)));
+        }
+        add(format!("two_slots/{name}"), Box::new(move || the_other_slot_keeps_its_data(backend)));
+        add(format!("busy/{name}"), Box::new(move || a_second_call_is_busy(backend)));
+        for operation in [Operation::Dispatch, Operation::Combine] {
+            for (how, destroy) in [("abort", false), ("destroy", true)] {
+                let of = format!("{name}/{operation:?}");
+                type Case = fn(Backend, Operation, bool) -> Result<(), String>;
+                let cases: [(&str, Case); 3] = [
+                    ("while_it_waits", ended_while_it_waits),
+                    ("while_peers_wait", ended_while_peers_wait),
+                    ("before_it_is_needed", gone_before_it_is_needed),
+                ];
+                for (when, run) in cases {
+                    add(format!("{how}/{when}/{of}"), Box::new(move || run(backend, operation, destroy)));
+                }
+            }
+        }
+        for odd in [0, 3] {
+            for (at, Quarrel { name: about, .. }) in QUARRELS.iter().enumerate() {
+                let of = format!("disagree/{about}/{name}/{odd}");
+                add(of, Box::new(move || quarrel(backend, &QUARRELS[at], odd)));
+            }
+            let of = format!("{name}/{odd}");
+            add(format!("disagree/operation/{of}"), Box::new(move || dispatch_again(backend, odd)));
+            add(format!("disagree/rank_tokens/{of}"), Box::new(move || a_lie_about_a_peer(backend, odd)));
+        }
+    }
+    for odd in [0, 2] {
+        add(format!("create/configs_differ/{odd}"), Box::new(move || configs_differ(odd, None)));
+        add(format!("create/memory_limit/{odd}"), Box::new(move || a_memory_limit_too_small(odd)));
+        add(format!("create/twice/{odd}"), Box::new(move || a_rank_comes_twice(odd)));
+        add(format!("create/killed/{odd}"), Box::new(move || killed_in_rendezvous(odd, false)));
+    }
+    add("create/killed/2/all_have_joined".into(), Box::new(|| killed_in_rendezvous(2, true)));
+    add("create/configs_differ/1/late".into(), Box::new(|| configs_differ(1, Some(3))));
+    for missing in [&[3][..], &[1, 2], &[0]] {
+        add(format!("create/never_come/{missing:?}"), Box::new(|| ranks_that_never_come(missing)));
+    }
+    add("create/wrong_key".into(), Box::new(the_wrong_key));
+    add("create/garbage".into(), Box::new(garbage_at_the_door));
+    add("nothing_stays_behind".into(), Box::new(|| launch(TIDY, 1, &[Host::Child(vec![0])], &[], LIMIT)));
+
+    let conclusion = libtest_mimic::run(&args, trials);
+    for (what, (worst, count)) in MEASURED.lock().unwrap().iter() {
+        println!("{what}: {count} times, at worst {worst:?}");
+    }
+    conclusion.exit_code()
+}
+
+/// Runs a case under the hard limit. One that hangs is left behind, its processes go with its thread or with us.
+fn limited(run: Box<dyn FnOnce() -> Result<(), String> + Send>) -> Result<(), String> {
+    let (done, outcome) = channel();
+    std::thread::spawn(move || {
+        // Nobody listens any more once the time is up.
+        let _ = done.send(run());
+    });
+    outcome.recv_timeout(LIMIT).unwrap_or_else(|_| Err(format!("panicked, or not finished after {LIMIT:?}")))
+}

@@ -256,11 +256,10 @@ impl Cell {
     }
 
     fn deal_rounds(&mut self, rng: &mut Rng) {
-        let kinds: Vec<Kind> = KINDS
-            .into_iter()
-            .filter(|kind| *kind != Kind::Recorded || !self.recordings().is_empty())
-            .collect();
-        let mut kinds = Deck::new(&kinds);
+        let recordings = self.recordings();
+        let kinds = KINDS.into_iter().filter(|kind| *kind != Kind::Recorded || !recordings.is_empty());
+        let mut kinds = Deck::new(&kinds.collect::<Vec<_>>());
+        let mut recordings = Deck::new(&recordings);
         let mut topks = Deck::new(&TOPKS.into_iter().filter(|&k| k <= self.max_topk).collect::<Vec<_>>());
         let mut tokens = Deck::new(&TOKENS.into_iter().filter(|&t| t <= self.max_tokens).collect::<Vec<_>>());
         let mut types = Deck::new(&[0, 1, 2, 3, 4]);
@@ -272,7 +271,7 @@ impl Cell {
         let mut permuted = Deck::new(&[true, false]);
         // A dispatch that follows a dispatch waits for its peers even in SEND, so such slots keep one order.
         let mut idle = vec![true; self.slots];
-        for _ in 0..28 {
+        for _ in 0..24 {
             let shape = shapes.deal(rng);
             let mut slots: Vec<usize> = (0..self.slots).collect();
             rng.shuffle(&mut slots);
@@ -294,12 +293,8 @@ impl Cell {
                     "loose" => (most + 1 + rng.below(40)).min(self.max_tokens),
                     _ => 0,
                 };
-                let (recorded, topk) = if kind == Kind::Recorded {
-                    let (name, topk) = rng.pick(&self.recordings());
-                    (name, topk)
-                } else {
-                    ("", topks.deal(rng))
-                };
+                let (recorded, topk) =
+                    if kind == Kind::Recorded { recordings.deal(rng) } else { ("", topks.deal(rng)) };
                 // Naive sums are slow: rows are as long as the number of tokens leaves time for.
                 let total = counts.iter().sum::<usize>().max(1);
                 let capacity = self.world * if bound == 0 { self.max_tokens } else { bound };

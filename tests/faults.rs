@@ -428,9 +428,6 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 const OBEY: (&str, Job) = ("obey", obey);
 
 fn obey(_: &Seat) -> Result<(), String> {
-    // A stopped process does not see its input end: the kernel takes it along with the parent.
-    // SAFETY: no pointers.
-    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     // SAFETY: the callback is a function, it needs no pointer.
     check(unsafe { a2a_set_log_callback(Some(log_line), std::ptr::null_mut()) })?;
     let mut member = None;
@@ -1142,27 +1139,52 @@ const QUARRELS: [Quarrel; 7] = [
     },
 ];
 
-/// Each side says both values.
-fn quarrel(backend: Backend, quarrel: &Quarrel, odd: usize) -> Result<(), String> {
-    let crew = crew(backend)?;
-    let lost = together(&all(&crew), |member| {
-        let mut ask = Ask::new(1);
-        (quarrel.common)(&mut ask);
-        if member.rank == odd {
-            (quarrel.odd)(&mut ask);
+/// How the ranks of a group that disagree end: each by what it sees itself. A rank may also be told first, if a third
+/// one is interrupted between its word to one rank and to the next: so rarely that it does not happen three times.
+fn disagree(backend: Backend, act: impl Fn(&[Member]) -> Outcomes) -> Outcomes {
+    for _ in 0..3 {
+        let crew = crew(backend)?;
+        let lost = act(&crew)?;
+        for outcome in &lost {
+            outcome.is(A2A_MISMATCH, &[])?;
+            in_time("told of a disagreement", outcome.took, PROMISE)?;
         }
+        closed(&crew, &lost)?;
+        if !lost.iter().any(|outcome| outcome.text.contains("gave up on")) {
+            return Ok(lost);
+        }
+    }
+    Err("three times in a row a rank was only told that another gave up".into())
+}
+
+/// A step as the ranks ask for it, up to its first failure.
+fn ask_for(crew: &[Member], ask: impl Fn(usize) -> Ask + Sync) -> Vec<Outcome> {
+    together(&all(crew), |member| {
+        let ask = ask(member.rank);
         let outcome = member.dispatch(0, A2A_PHASE_BOTH, &ask);
         if outcome.status == A2A_SUCCESS { member.combine(0, A2A_PHASE_BOTH, &ask) } else { outcome }
-    });
+    })
+}
+
+/// Each side says both values.
+fn quarrel(backend: Backend, quarrel: &Quarrel, odd: usize) -> Result<(), String> {
+    let lost = disagree(backend, |crew| {
+        Ok(ask_for(crew, |rank| {
+            let mut ask = Ask::new(1);
+            (quarrel.common)(&mut ask);
+            if rank == odd {
+                (quarrel.odd)(&mut ask);
+            }
+            ask
+        }))
+    })?;
     let [name, usual, unusual] = quarrel.words;
     for (rank, outcome) in lost.iter().enumerate() {
         // The odd one names whoever it found at odds first.
-        let (of, and) = (format!("on rank {rank}"), format!("rank {odd}"));
-        let of = if name == "UNIFORM" { format!("rank {rank} was told") } else { of };
-        outcome.is(A2A_MISMATCH, &[name, usual, unusual, &of, &and])?;
-        in_time("told of a disagreement", outcome.took, PROMISE)?;
+        let of = if name == "UNIFORM" { format!("rank {rank} was told") } else { format!("on rank {rank}") };
+        outcome.is(A2A_MISMATCH, &[name, usual, unusual, &of, &format!("rank {odd}")])?;
     }
-    closed(&crew, &lost)
+    Ok(())
 }
 
 /// The slot is closed on every rank, and the record says why.
@@ -1182,43 +1204,38 @@ fn closed(crew: &[Member], lost: &[Outcome]) -> Result<(), String> {
 
 /// One rank gives its dispatch up and dispatches again, the others combine.
 fn dispatch_again(backend: Backend, odd: usize) -> Result<(), String> {
-    let crew = crew(backend)?;
-    all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
-    let lost = together(&all(&crew), |member| {
-        let operation = if member.rank == odd { Operation::Dispatch } else { Operation::Combine };
-        operation.run(member, A2A_PHASE_BOTH, 1)
-    });
+    let lost = disagree(backend, |crew| {
+        all_fine("dispatch", &together(&all(crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1))))?;
+        Ok(together(&all(crew), |member| {
+            let operation = if member.rank == odd { Operation::Dispatch } else { Operation::Combine };
+            operation.run(member, A2A_PHASE_BOTH, 1)
+        }))
+    })?;
     for (rank, outcome) in lost.iter().enumerate() {
-        // The odd one names whom it found in a combine first.
         let both = ["combine", "dispatch", &format!("rank {rank} is in"), &format!("rank {odd}")];
         outcome.is(A2A_MISMATCH, &both)?;
-        in_time("told of a disagreement", outcome.took, PROMISE)?;
     }
-    closed(&crew, &lost)
+    Ok(())
 }
 
-/// One rank's rank_tokens are wrong about another rank.
+/// One rank's rank_tokens are wrong about another rank: it says both values, the others hear of it.
 fn a_lie_about_a_peer(backend: Backend, odd: usize) -> Result<(), String> {
-    let crew = crew(backend)?;
     let about = (odd + 2) % RANKS;
-    let lost = together(&all(&crew), |member| {
+    let crew = crew(backend)?;
+    let lost = ask_for(&crew, |rank| {
         let mut told = vec![5; RANKS];
-        if member.rank == odd {
+        if rank == odd {
             told[about] = 4;
         }
-        let ask = Ask { tokens: Some(5), rank_tokens: Some(told), ..Ask::new(1) };
-        let outcome = member.dispatch(0, A2A_PHASE_BOTH, &ask);
-        if outcome.status == A2A_SUCCESS { member.combine(0, A2A_PHASE_BOTH, &ask) } else { outcome }
+        Ask { tokens: Some(5), rank_tokens: Some(told), ..Ask::new(1) }
     });
     let (liar, subject) = (format!("rank {odd}"), format!("rank {about}"));
-    let values = [format!("{subject} dispatched 5 tokens"), format!("{liar} was told 4")];
-    for (rank, outcome) in lost.iter().enumerate() {
+    for outcome in &lost {
         outcome.is(A2A_MISMATCH, &[&liar, &subject])?;
-        if rank == odd {
-            outcome.is(A2A_MISMATCH, &[&values[0], &values[1]])?;
-        }
         in_time("told of a disagreement", outcome.took, PROMISE)?;
     }
+    lost[odd]
+        .is(A2A_MISMATCH, &[&format!("{subject} dispatched 5 tokens"), &format!("{liar} was told 4")])?;
     closed(&crew, &lost)
 }
 
@@ -1437,26 +1454,33 @@ fn a_memory_limit_too_small(odd: usize) -> Result<(), String> {
     Ok(())
 }
 
-/// A process is killed while the group forms: as soon as it has joined, or when all have and it is due to send its
-/// window.
-fn killed_in_rendezvous(victim: usize, all_have_joined: bool) -> Result<(), String> {
+/// A process is killed while the group forms: as soon as it has joined, or (`welcomed`) when all have and it is due
+/// to send its window; then rank 1 is slow and finds the group gone.
+fn killed_in_rendezvous(victim: usize, welcomed: bool) -> Result<(), String> {
     let mut group = Group::spawn(Backend::OneSided, false);
     let id = GroupId::new();
-    let mut joined = vec![0, 1, 2];
+    let mut joined = vec![0, 2, 1];
     group.tell_join(&[0, 1, 2], RANKS, id)?;
     has_joined(&group, 1)?;
     has_joined(&group, 2)?;
-    if all_have_joined {
+    if welcomed {
         group.workers[victim].stop();
+        group.workers[1].stop();
         group.tell(3, &join(3, RANKS, group.backend, group.views, id))?;
-        joined.push(3);
+        joined.insert(0, 3);
         has_joined(&group, 3)?;
     }
     group.workers[victim].kill();
-    let struck = now();
+    let mut struck = now();
     joined.retain(|rank| *rank != victim);
-    for outcome in group.answers(&joined)? {
-        outcome.is(A2A_PEER_LOST, &[&format!("rank {victim}")])?;
+    for &rank in &joined {
+        if welcomed && rank == 1 {
+            group.workers[1].go_on();
+            struck = now();
+        }
+        let outcome = group.answer(rank)?;
+        let told = outcome.is(A2A_PEER_LOST, &[&format!("rank {victim}")]);
+        told.map_err(|error| format!("rank {rank}: {error}"))?;
         in_time("told of a death in a2a_create", outcome.ended.saturating_sub(struck), PROMISE)?;
     }
     group.join(&joined)?;
@@ -1600,7 +1624,7 @@ fn main() -> std::process::ExitCode {
         add(format!("create/twice/{odd}"), Box::new(move || a_rank_comes_twice(odd)));
         add(format!("create/killed/{odd}"), Box::new(move || killed_in_rendezvous(odd, false)));
     }
-    add("create/killed/2/all_have_joined".into(), Box::new(|| killed_in_rendezvous(2, true)));
+    add("create/killed/2/welcomed".into(), Box::new(|| killed_in_rendezvous(2, true)));
     add("create/configs_differ/1/late".into(), Box::new(|| configs_differ(1, Some(3))));
     for missing in [&[3][..], &[1, 2], &[0]] {
         add(format!("create/never_come/{missing:?}"), Box::new(|| ranks_that_never_come(missing)));

@@ -184,8 +184,8 @@ pub unsafe extern "C" fn a2a_query_memory(
 
 /// Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
 /// maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
-/// names the rank and the reason, within setup_timeout_ms (and half a second more, so that rank 0 can say who is
-/// missing).
+/// names the rank and the reason, within setup_timeout_ms of
+/// rank 0's call (a rank whose rank 0 never comes: of its own).
 ///
 /// config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
 /// one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of

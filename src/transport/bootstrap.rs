@@ -368,7 +368,7 @@ pub fn gather(config: &Config, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Re
     if config.rank == 0 {
         gather_as_root(config, id, deadline, own)
     } else {
-        gather_as_peer(config, id, deadline + ROOT_SPEAKS_FIRST, own)
+        gather_as_peer(config, id, deadline, own)
     }
 }
 
@@ -502,6 +502,8 @@ fn gather_as_peer(
     own: impl FnOnce() -> Result<Vec<OwnedFd>>,
 ) -> Result<Gathered> {
     let mut link = Link::new(connect(config, id, deadline)?)?;
+    // Rank 0 is there: its deadline, which began before this moment, decides, and its reason is the one to report.
+    let deadline = Instant::now() + Duration::from_millis(config.setup_timeout_ms) + ROOT_SPEAKS_FIRST;
     let challenge = expect(&mut link, Kind::Challenge, config, deadline)?;
     let nonce: Nonce = random()?;
     let mut body = join_body(config, &nonce);

@@ -53,7 +53,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format clippy rust header symbols abi-c abi-cpp abi-sanitized install cmake python demo
+STAGES := format clippy rust debug header symbols abi-c abi-cpp abi-sanitized install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test:
@@ -75,6 +75,10 @@ test-clippy:
 
 test-rust:
 	cargo test --release
+
+# A debug build checks every addition, and poisons views that have ended.
+test-debug:
+	cargo test --lib --test traffic --test poison
 
 test-header:
 	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh

@@ -40,7 +40,9 @@
 #define A2A_DISPATCH_UNIFORM 4
 
 /**
- * Dispatch flag: replay the routing of its last dispatch; ids and counts do not travel again.
+ * Dispatch flag, of every rank or none: replay the routing's last received dispatch. No routing and no exchange of
+ * counts: rows go where they went then. T and the bound are the same; topk_ids is NULL; absent topk_weights are
+ * those the routing has, given ones replace them. Hidden size, type, scales and extras may differ.
  */
 #define A2A_DISPATCH_REUSE 8
 
@@ -68,6 +70,12 @@
  * Bit of `status[0]`: the step is void; ranks given up on are marked from `status[4]` on.
  */
 #define A2A_STEP_VOID 4
+
+/**
+ * Bit of `status[0]`: the step is void because max_recv_rows was exceeded under A2A_OVERFLOW_ERROR; the ranks that
+ * would have received too many rows are marked from `status[4]` on.
+ */
+#define A2A_STEP_OVERFLOW 8
 
 /**
  * Log level: something failed.
@@ -267,15 +275,15 @@ typedef struct a2a_config_t {
      */
     int32_t combine_hidden;
     /**
-     * (same) Quantisation inside dispatch. Not in this build: anything but A2A_QUANT_NONE is refused.
+     * (same) Quantisation inside dispatch; tokens are then bf16, f16 or f32, or e4m3 with their scales.
      */
     a2a_quant_t quant;
     /**
-     * (same) Layout of scales computed by dispatch. Not in this build: anything but A2A_SCALES_ROW is refused.
+     * (same) Layout of the scales that quantisation makes; A2A_SCALES_COLUMN needs `quant`.
      */
     a2a_scale_layout_t scale_layout;
     /**
-     * (same) Largest row of `scales`, in bytes; 0 = no scales.
+     * (same) Largest row of the caller's `scales`, in bytes; 0 = no scales. Must be 0 with `quant`.
      */
     int32_t max_scale_bytes;
     /**
@@ -291,7 +299,7 @@ typedef struct a2a_config_t {
      */
     int32_t expert_alignment;
     /**
-     * (same) What to do past max_recv_rows. Not in this build: anything but A2A_OVERFLOW_ERROR is refused.
+     * (same) What to do past max_recv_rows.
      */
     a2a_overflow_t overflow;
     /**
@@ -299,7 +307,9 @@ typedef struct a2a_config_t {
      */
     int32_t max_sms;
     /**
-     * (same) Rows a rank receives at most; 0 = the layout's capacity. Not in this build: refused unless 0.
+     * (same) Rows a rank receives at most, which sizes its window; 0 = the layout's capacity. FLAT and
+     * EXPERT_CONTIGUOUS: rows of the outputs, alignment included; EXPERT_PADDED: rows of each expert. GATHERED and
+     * RANK_MAJOR, whose rows have fixed places, refuse it.
      */
     int64_t max_recv_rows;
     /**
@@ -333,9 +343,10 @@ typedef struct a2a_config_t {
      */
     a2a_bootstrap_t bootstrap;
     /**
-     * Must be 0.
+     * (same) Rows that each FIFO of NVLINK_TWO_SIDED holds, 2 to 65536; 0 = the library's choice. Other backends have
+     * none.
      */
-    int32_t reserved;
+    int32_t fifo_rows;
     /**
      * The group's name; unused (all zero) when num_ranks is 1.
      */
@@ -432,7 +443,8 @@ typedef struct a2a_info_t {
      */
     int32_t max_sms;
     /**
-     * Rows of a full step's outputs (R*M for GATHERED, RANK_MAJOR and FLAT).
+     * Rows of this rank's outputs in a full step: R*M for GATHERED, RANK_MAJOR and FLAT, L*R*M for EXPERT_PADDED,
+     * R*M*min(K,L) + L*(alignment-1) rounded up to the alignment for EXPERT_CONTIGUOUS; less under max_recv_rows.
      */
     int64_t row_capacity;
     /**
@@ -521,6 +533,10 @@ typedef int32_t a2a_phase_t;
 
 /**
  * What a rank dispatches. T tokens, K ids each; every tensor may be absent (NULL) where it says so.
+ *
+ * NVLINK_TWO_SIDED moves rows in RECV: what SEND was given must stay as it is until the RECV has returned and, if
+ * another slot of the comm is then between SEND and RECV, until that one's RECV has. Ranks may receive on slots in
+ * different orders once all have sent on them. Everywhere else SEND is done with its tensors when it returns.
  */
 typedef struct a2a_dispatch_in_t {
     /**
@@ -528,12 +544,13 @@ typedef struct a2a_dispatch_in_t {
      */
     size_t struct_size;
     /**
-     * [T, H], any element type. Needed in SEND and BOTH, also when T is 0.
+     * [T, H], any element type (with `quant`: bf16, f16, f32, or e4m3 with scales). Needed in SEND and BOTH, also
+     * when T is 0.
      */
     const struct a2a_tensor_t *tokens;
     /**
      * [T, K] int32 or int64 global expert ids; -1 = none. May be absent with GATHERED: then every token counts
-     * for every rank.
+     * for every rank. NULL with A2A_DISPATCH_REUSE.
      */
     const struct a2a_tensor_t *topk_ids;
     /**
@@ -541,7 +558,8 @@ typedef struct a2a_dispatch_in_t {
      */
     const struct a2a_tensor_t *topk_weights;
     /**
-     * [T, S] or [T], any element type: travels row by row beside the tokens. May be absent.
+     * [T, S] or [T], any element type: travels row by row beside the tokens. May be absent. NULL where dispatch
+     * quantises.
      */
     const struct a2a_tensor_t *scales;
     /**
@@ -577,9 +595,15 @@ typedef struct a2a_dispatch_in_t {
 
 /**
  * What a rank receives. A NULL pointer: not wanted. A tensor without data: the library makes it a view.
- * Outputs are read and written in RECV and BOTH. `rows` is [R, M] for RANK_MAJOR (a caller's tensor may also
- * be [R*M]); for GATHERED [sum of tokens] where rank_tokens or UNIFORM make it known, else [R*M] (a view is cut to
- * the sum under HOST_COUNTS). A caller's tensor may have more rows; too few are A2A_OVERFLOW.
+ * Outputs are read and written in RECV and BOTH. A caller's tensor may have more rows than the step needs; too few
+ * are A2A_OVERFLOW. `rows` is
+ *   GATHERED           [sum of tokens] where rank_tokens or UNIFORM make it known, else [R*M]
+ *   RANK_MAJOR         [R, M] (a caller's tensor may also be [R*M])
+ *   FLAT               [min(R*M, max_recv_rows)]
+ *   EXPERT_PADDED      [L, min(R*M, max_recv_rows)] (a caller's tensor may also have one dimension for both)
+ *   EXPERT_CONTIGUOUS  [min(R*M*min(K,L) + L*(alignment-1) rounded up to the alignment, max_recv_rows)]
+ * Under HOST_COUNTS views of GATHERED, FLAT and EXPERT_CONTIGUOUS are cut to num_rows. NVLINK_TWO_SIDED keeps no
+ * rows: those outputs must be the caller's.
  */
 typedef struct a2a_dispatch_out_t {
     /**
@@ -587,19 +611,23 @@ typedef struct a2a_dispatch_out_t {
      */
     size_t struct_size;
     /**
-     * [rows, H], element type and H as dispatched.
+     * [rows, H], element type and H as dispatched; e4m3 with `quant`.
      */
     struct a2a_tensor_t *tokens;
     /**
-     * [rows, S], as dispatched.
+     * [rows, S], as dispatched. With `quant`, G = ceil(H / 128) groups: float32 [rows, G], or int32 [rows, ceil(G / 4)]
+     * with group 4j+b in byte b of word j. A2A_SCALES_COLUMN: strides [1, P], P the rows rounded up to 4;
+     * EXPERT_PADDED and RANK_MAJOR, whose rows have two dimensions: [S*P, 1, P], P from the second. A caller's
+     * tensor may have larger strides.
      */
     struct a2a_tensor_t *scales;
     /**
      * [rows, K] global ids, int32 (a caller's tensor may be int64); -1 past the counts and for bad ids.
+     * EXPERT_CONTIGUOUS: [rows], the row's expert. EXPERT_PADDED has none: an expert's rows stand together.
      */
     struct a2a_tensor_t *topk_ids;
     /**
-     * [rows, K] float32; 0 past the counts.
+     * [rows, K] float32; 0 past the counts. EXPERT_*: [rows], the sum of the token's weights for the expert.
      */
     struct a2a_tensor_t *topk_weights;
     /**
@@ -607,7 +635,7 @@ typedef struct a2a_dispatch_out_t {
      */
     struct a2a_tensor_t *extras[A2A_MAX_EXTRAS];
     /**
-     * [L] int32: distinct tokens that chose each local expert.
+     * [L] int32: distinct tokens that chose each local expert; rows that were dropped do not count.
      */
     struct a2a_tensor_t *expert_counts;
     /**
@@ -615,7 +643,7 @@ typedef struct a2a_dispatch_out_t {
      */
     struct a2a_tensor_t *rank_counts;
     /**
-     * [L+1] int32, EXPERT_* layouts only: where each expert's rows start.
+     * [L+1] int32, EXPERT_* layouts only: where each expert's rows start, and where the last one's block ends.
      */
     struct a2a_tensor_t *expert_offsets;
     /**
@@ -627,18 +655,18 @@ typedef struct a2a_dispatch_out_t {
      */
     struct a2a_tensor_t *expert_stats;
     /**
-     * [4 + R] int32: A2A_STEP_* bits; bad ids of this rank; dropped rows; rows demanded; then 1 for each rank
-     * given up on.
+     * [4 + R] int32: A2A_STEP_* bits; bad ids of this rank; rows dropped here; rows demanded, which is the
+     * max_recv_rows that this rank needed for the step; then 1 for each rank given up on.
      */
     struct a2a_tensor_t *status;
     /**
-     * N, the rows received, under A2A_DISPATCH_HOST_COUNTS; else -1.
+     * Under A2A_DISPATCH_HOST_COUNTS N, the rows received (EXPERT_CONTIGUOUS: expert_offsets[L]); else -1.
      */
     int64_t num_rows;
 } a2a_dispatch_out_t;
 
 /**
- * What the experts of a rank computed.
+ * What the experts of a rank computed. NVLINK_TWO_SIDED reads it in RECV, as it does a dispatch's tensors.
  */
 typedef struct a2a_combine_in_t {
     /**
@@ -652,11 +680,12 @@ typedef struct a2a_combine_in_t {
      */
     const struct a2a_tensor_t *tokens;
     /**
-     * [T, K] float32, EXPERT_* layouts only: weights instead of those given to dispatch.
+     * [T, K] float32, EXPERT_* layouts only: weights for this rank's own tokens instead of those given to dispatch.
      */
     const struct a2a_tensor_t *topk_weights;
     /**
-     * [rows, K] float32: gradients of the weights on their way back. Not in this build: must be NULL.
+     * [rows, K] float32 (EXPERT_*: [rows]), of every rank or none: one value for each expert of each row, on its way
+     * back to the token's rank. The gradients of the weights, in training. Not with GATHERED without ids.
      */
     const struct a2a_tensor_t *row_weights;
     /**
@@ -687,11 +716,13 @@ typedef struct a2a_combine_out_t {
      */
     struct a2a_tensor_t *tokens;
     /**
-     * [T, K] float32 gradients of the weights. Not in this build: must be NULL.
+     * [T, K] float32, the caller's, where row_weights were sent: entry (t, k) is what the rank that owns expert
+     * topk_ids[t, k] sent for it; 0 for no expert, a bad id, a dropped row. May be NULL.
      */
     struct a2a_tensor_t *topk_weights;
     /**
-     * [4 + R] int32, as in a2a_dispatch_out_t; may be NULL.
+     * [4 + R] int32, as in a2a_dispatch_out_t, with the contributions that this rank's sums lack because their rows
+     * were dropped in place of dropped rows; may be NULL.
      */
     struct a2a_tensor_t *status;
 } a2a_combine_out_t;
@@ -836,7 +867,8 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_OUT_OF_MEMORY 4
 
 /**
- * Call: a result does not fit into what was provided for it; nothing happened.
+ * Call: a result does not fit into what was provided for it; nothing happened. From a dispatch whose rows exceed
+ * max_recv_rows under A2A_OVERFLOW_ERROR: on every rank alike, nothing was received, the slot takes another dispatch.
  */
 #define A2A_OVERFLOW 5
 

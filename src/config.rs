@@ -17,6 +17,8 @@ pub const MAX_SLOTS: u32 = 64;
 pub const MAX_EXTRAS: usize = 8;
 /// Half a year: longer than that is a unit mistaken.
 pub const MAX_TIMEOUT_MS: i64 = 15_552_000_000;
+/// Columns that share a scale.
+pub const QUANT_GROUP: u32 = 128;
 /// Tokens are moved in vectors of this many bytes.
 pub const ROW_ALIGN: u64 = 16;
 
@@ -102,6 +104,25 @@ impl BackendKind {
     }
 }
 
+impl LayoutKind {
+    /// True if a row is a (token, expert) pair, false if it is a token.
+    pub fn by_expert(self) -> bool {
+        matches!(self, LayoutKind::ExpertPadded | LayoutKind::ExpertContiguous)
+    }
+}
+
+impl QuantKind {
+    /// Bytes of a token's scales.
+    pub fn scale_bytes(self, hidden: u32) -> u32 {
+        let groups = hidden.div_ceil(QUANT_GROUP);
+        match self {
+            QuantKind::None => 0,
+            QuantKind::Fp8F32 => groups * 4,
+            QuantKind::Fp8Ue8m0 => groups.next_multiple_of(4),
+        }
+    }
+}
+
 impl Dtype {
     pub fn bytes(self) -> u32 {
         match self {
@@ -122,6 +143,10 @@ pub struct Experts {
     owner: Arc<[u32]>,
     local: Arc<[u32]>,
     counts: Arc<[u32]>,
+    /// Per rank: its first expert in the order (owner, place).
+    starts: Arc<[u32]>,
+    /// In that order: the experts.
+    order: Arc<[u32]>,
 }
 
 impl Experts {
@@ -144,7 +169,16 @@ impl Experts {
                 counts[r as usize] - 1
             })
             .collect();
-        Experts { owner: owner.into(), local, counts: counts.into() }
+        let mut order: Vec<u32> = (0..owner.len() as u32).collect();
+        order.sort_by_key(|expert| owner[*expert as usize]);
+        let starts = counts
+            .iter()
+            .scan(0, |next, count| {
+                *next += count;
+                Some(*next - count)
+            })
+            .collect();
+        Experts { owner: owner.into(), local, counts: counts.into(), starts, order: order.into() }
     }
 
     pub fn num(&self) -> u32 {
@@ -154,6 +188,20 @@ impl Experts {
     #[inline]
     pub fn place(&self, expert: usize) -> (u32, u32) {
         (self.owner[expert], self.local[expert])
+    }
+    /// An expert's number in the order (owner, place): the experts of a rank follow one another.
+    #[inline]
+    pub fn slot(&self, expert: usize) -> u32 {
+        self.starts[self.owner[expert] as usize] + self.local[expert]
+    }
+    /// The first number of a rank's experts in that order.
+    pub fn start(&self, rank: u32) -> u32 {
+        self.starts[rank as usize]
+    }
+    /// The owner of the expert with a number in that order.
+    #[inline]
+    pub fn owner_of_slot(&self, slot: usize) -> u32 {
+        self.owner[self.order[slot] as usize]
     }
     /// How many experts a rank owns.
     pub fn count(&self, rank: u32) -> u32 {
@@ -311,7 +359,10 @@ pub struct Config {
     pub num_slots: u32,
     pub expert_alignment: u32,
     pub overflow: OverflowKind,
+    /// 0: the layout's capacity.
     pub max_recv_rows: u64,
+    /// 0: the library's choice.
+    pub fifo_rows: u32,
     pub setup_timeout_ms: u64,
     pub first_step_timeout_ms: u64,
     pub timeout_ms: u64,
@@ -322,11 +373,28 @@ pub struct Config {
     /// The caller gave an all-gather callback, or an NCCL communicator.
     pub has_allgather: bool,
     pub has_nccl_comm: bool,
+    /// What this rank's plan came to: AUTO may depend on what a rank can afford, and all must come to the same.
+    pub chosen: Option<(BackendKind, LayoutKind)>,
 }
 
 impl Config {
+    /// Bytes of the largest token row as the caller gives it.
     pub fn max_token_bytes(&self) -> u64 {
         self.max_hidden as u64 * self.token_dtype.bytes() as u64
+    }
+    /// Bytes of the largest token row as it travels.
+    pub fn max_wire_bytes(&self) -> u64 {
+        match self.quant {
+            QuantKind::None => self.max_token_bytes(),
+            _ => self.max_hidden as u64,
+        }
+    }
+    /// Bytes of the largest row of scales, given or made.
+    pub fn max_scale_row(&self) -> u32 {
+        match self.quant {
+            QuantKind::None => self.max_scale_bytes,
+            quant => quant.scale_bytes(self.max_hidden),
+        }
     }
     pub fn max_combine_bytes(&self) -> u64 {
         let hidden = if self.combine_hidden == 0 { self.max_hidden } else { self.combine_hidden };
@@ -359,6 +427,7 @@ impl Config {
             ("expert_alignment", self.expert_alignment as u64),
             ("overflow", self.overflow as u64),
             ("max_recv_rows", self.max_recv_rows),
+            ("fifo_rows", self.fifo_rows as u64),
         ];
         const EXTRAS: [&str; MAX_EXTRAS] = [
             "extra_row_bytes[0]",
@@ -371,6 +440,9 @@ impl Config {
             "extra_row_bytes[7]",
         ];
         fields.extend(EXTRAS.into_iter().zip(self.extra_row_bytes.map(u64::from)));
+        let (backend, layout) = self.chosen.unwrap_or((self.backend, self.layout));
+        fields.push(("the backend that AUTO chose (memory_limit may decide it)", backend as u64));
+        fields.push(("the layout that AUTO chose", layout as u64));
         fields
     }
 }
@@ -386,6 +458,9 @@ mod tests {
         assert_eq!(experts.place(3), (1, 0));
         assert_eq!(experts.place(10), (3, 1));
         assert_eq!(experts.first(3), Some(9));
+        let mixed = Experts::from_owners(vec![2, 0, 2, 1, 0], 3);
+        assert_eq!((0..5).map(|e| mixed.slot(e)).collect::<Vec<_>>(), [3, 0, 4, 2, 1]);
+        assert_eq!((0..5).map(|s| mixed.owner_of_slot(s)).collect::<Vec<_>>(), [0, 0, 1, 2, 2]);
         let few = Experts::contiguous(2, 4);
         assert_eq!((few.count(2), few.first(2)), (0, None));
     }

@@ -18,48 +18,145 @@ use libtest_mimic::{Arguments, Trial};
 
 #[allow(dead_code, reason = "each test binary uses a part")]
 mod common;
+#[path = "conformance/laws.rs"]
+mod laws;
 mod oracle;
 
 use common::*;
-use oracle::{Float, Input, Layout, Received, Rows, Source};
+use oracle::{Dropped, Float, Input, Layout, Received, Row, Rows, Scale, Source};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 // --------------------------------------------------------------------------------------------- cells
 
+/// A strategy and a layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Backend {
     OneSided,
     Gather,
+    HtFlat,
+    HtContiguous,
+    LowLatency,
+    TwoSided,
 }
 
-const BACKENDS: [Backend; 2] = [Backend::OneSided, Backend::Gather];
+const BACKENDS: [Backend; 6] = [
+    Backend::OneSided,
+    Backend::Gather,
+    Backend::HtFlat,
+    Backend::HtContiguous,
+    Backend::LowLatency,
+    Backend::TwoSided,
+];
 const WORLDS: [usize; 5] = [1, 2, 3, 4, 8];
 const TOPKS: [usize; 4] = [1, 2, 8, 32];
 const TOKENS: [usize; 5] = [0, 1, 127, 128, 1000];
 const RECORDED: [&str; 5] = ["mixtral", "qwen3_moe", "deepseek_v3", "gaussian", "worst"];
 const EXTRAS: [usize; 8] = [4, 6, 92, 8, 1, 3, 128, 20];
-const ROUTINGS_PER_SLOT: usize = 2;
+const ALIGNMENTS: [usize; 5] = [1, 4, 16, 128, 256];
+const FIFO_ROWS: [usize; 3] = [2, 3, 0];
+/// Scales that dispatch makes, and whether they lie by column.
+const QUANTS: [Option<(Scale, bool)>; 8] = [
+    None,
+    Some((Scale::F32, false)),
+    None,
+    Some((Scale::Ue8m0, true)),
+    None,
+    Some((Scale::F32, true)),
+    None,
+    Some((Scale::Ue8m0, false)),
+];
 
 impl Backend {
     fn name(self) -> &'static str {
         match self {
             Backend::OneSided => "one_sided",
             Backend::Gather => "allgather",
+            Backend::HtFlat => "ht_flat",
+            Backend::HtContiguous => "ht_contiguous",
+            Backend::LowLatency => "low_latency",
+            Backend::TwoSided => "two_sided",
         }
+    }
+    fn named(name: &str) -> Backend {
+        BACKENDS.into_iter().find(|backend| backend.name() == name).expect("a backend")
     }
     fn code(self) -> a2a_backend_t {
         match self {
             Backend::OneSided => A2A_BACKEND_NVLINK_ONE_SIDED,
             Backend::Gather => A2A_BACKEND_ALLGATHER_REDUCESCATTER,
+            Backend::HtFlat | Backend::HtContiguous => A2A_BACKEND_HIGH_THROUGHPUT,
+            Backend::LowLatency => A2A_BACKEND_LOW_LATENCY,
+            Backend::TwoSided => A2A_BACKEND_NVLINK_TWO_SIDED,
         }
     }
-    fn layout(self) -> Layout {
+    fn layout(self, alignment: usize) -> Layout {
         match self {
             Backend::OneSided => Layout::RankMajor,
             Backend::Gather => Layout::Gathered,
+            Backend::HtFlat | Backend::TwoSided => Layout::Flat,
+            Backend::HtContiguous => Layout::ExpertContiguous { alignment },
+            Backend::LowLatency => Layout::ExpertPadded,
         }
     }
+    fn layout_code(self) -> a2a_layout_t {
+        match self.layout(1) {
+            Layout::Gathered => A2A_LAYOUT_GATHERED,
+            Layout::RankMajor => A2A_LAYOUT_RANK_MAJOR,
+            Layout::Flat => A2A_LAYOUT_FLAT,
+            Layout::ExpertPadded => A2A_LAYOUT_EXPERT_PADDED,
+            Layout::ExpertContiguous { .. } => A2A_LAYOUT_EXPERT_CONTIGUOUS,
+        }
+    }
+    /// As a config says it: where there is a choice.
+    fn choose(self, config: &mut a2a_config_t) {
+        config.backend = self.code();
+        config.layout = match self {
+            Backend::HtFlat | Backend::HtContiguous => self.layout_code(),
+            _ => A2A_LAYOUT_AUTO,
+        };
+    }
+    fn by_expert(self) -> bool {
+        self.layout(1).by_expert()
+    }
+    /// Rows have an output of ids.
+    fn has_ids(self) -> bool {
+        self != Backend::LowLatency
+    }
+    /// Rows lie in the window; NVLINK_TWO_SIDED has them in the caller's tensors alone, and moves them in RECV.
+    fn keeps_rows(self) -> bool {
+        self != Backend::TwoSided
+    }
+    /// Rows have two dimensions.
+    fn in_blocks(self) -> bool {
+        matches!(self, Backend::OneSided | Backend::LowLatency)
+    }
+    /// max_recv_rows means something.
+    fn limits_rows(self) -> bool {
+        !matches!(self, Backend::OneSided | Backend::Gather)
+    }
+}
+
+/// What max_recv_rows is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Limit {
+    None,
+    /// Less than many steps need; the rest is dropped.
+    Tight,
+    /// Seldom too little.
+    Loose,
+    /// Too little for some steps, which then fail.
+    Error,
+}
+
+const LIMITS: [Limit; 4] = [Limit::None, Limit::Tight, Limit::Loose, Limit::Error];
+
+/// Where the weights of a step come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Weights {
+    Absent,
+    Recorded,
+    Seeded(u64),
 }
 
 /// How a step's tokens choose their experts.
@@ -139,6 +236,8 @@ struct Cell {
     owner: Vec<usize>,
     table: bool,
     slots: usize,
+    /// Routings of each slot.
+    routings: usize,
     max_topk: usize,
     max_tokens: usize,
     /// Bytes of the largest token row, and its element type.
@@ -148,39 +247,73 @@ struct Cell {
     /// Hidden size of the results; 0 = the tokens'.
     combine_hidden: usize,
     max_scale_bytes: usize,
+    /// Of expert blocks; EXPERT_CONTIGUOUS only.
+    alignment: usize,
+    limit: Limit,
+    max_recv_rows: usize,
+    /// As an element of `QUANTS`.
+    quant: Option<(Scale, bool)>,
+    fifo_rows: usize,
+    /// Steps may replay earlier ones, and combine may bring row_weights back.
+    training: bool,
+    /// Where all outputs lie; `None`: every rank deals its own.
+    place: Option<Place>,
     rounds: Vec<Round>,
 }
 
 /// Steps that are in flight together, on different slots.
+#[derive(Clone)]
 struct Round {
     seed: u64,
-    /// Ranks go through the slots in different orders.
-    permuted: bool,
+    order: Order,
     steps: Vec<Step>,
 }
 
+/// How ranks go through the slots of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// All alike.
+    Same,
+    /// Each from another slot on.
+    Rotated,
+    /// All send alike; odd ranks receive in the opposite order of even ones.
+    Crossed,
+}
+
 /// One dispatch, and the combine that may follow: what all ranks share.
+#[derive(Clone)]
 struct Step {
     seed: u64,
     slot: usize,
     routing: usize,
+    /// How many dispatches with REUSE since the one whose ids these are; 0 = it is that one.
+    replays: usize,
+    /// Another routing of the slot was used since.
+    interrupted: bool,
+    /// What the ids are made of.
+    ids_seed: u64,
     kind: Kind,
     recorded: &'static str,
     topk: usize,
     with_ids: bool,
-    with_weights: bool,
+    weights: Weights,
+    /// Else they are absent: 1 each, or those of the dispatch that is replayed.
+    gives_weights: bool,
     /// T of each rank.
     tokens: Vec<usize>,
-    /// As the call gives it; 0 = the configured maximum.
+    /// As the call gives it; 0 = the configured maximum, or that of the dispatch that is replayed.
+    said_bound: usize,
     bound: usize,
     token_type: usize,
     row_bytes: usize,
-    /// Row bytes; 0 = absent.
+    /// Row bytes of the caller's; 0 = absent.
     scales: usize,
     extras: [usize; 8],
     values: Values,
     /// Index into FLOATS of the results' type; `None`: nothing is combined.
     combine: Option<usize>,
+    /// The results come with row_weights.
+    gradients: bool,
 }
 
 /// What a rank may choose for itself.
@@ -196,15 +329,25 @@ struct Choice {
     zero_padding: bool,
     stats: bool,
     /// Whether each output is a view, the caller's, the caller's with gaps, or not wanted.
-    outputs: [Place; 16],
+    outputs: [Place; 17],
     wide_ids_out: bool,
     flat_rows: bool,
     zero_copy: bool,
     accumulate: bool,
-    /// The thread flushes subnormals and rounds toward zero while it calls combine.
+    /// The thread flushes subnormals and rounds toward zero while it calls combine, or a dispatch that computes.
     odd_modes: bool,
+    weighting: Weighting,
+    wants_gradients: bool,
     /// Index into FLOATS.
     out_type: usize,
+}
+
+/// The weights of an EXPERT_* combine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Weighting {
+    Dispatched,
+    Given,
+    None,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,13 +376,23 @@ impl Cell {
         } else {
             oracle::contiguous(experts, world)
         };
-        let token_type = (index + world) % TOKEN_TYPES.len();
+        // A number of the backend's cells that goes through all combinations of what follows.
+        let place = WORLDS.iter().position(|&other| other == world).expect("one of them");
+        let number = if index < 4 { 4 * place + index } else { 20 + place };
+        let limits = backend.limits_rows();
+        let quant = match index {
+            _ if limits => QUANTS[number % 8],
+            6 => QUANTS[2 * (place % 4) + 1],
+            _ => None,
+        };
+        let token_type = (index + world) % if quant.is_some() { 3 } else { TOKEN_TYPES.len() };
         let mut cell = Cell {
             backend,
             world,
             owner,
             table,
             slots: 1 + (index + world) % 3,
+            routings: 2,
             // Fewer experts a token than ranks leave less room for its targets.
             max_topk: [32, 8, 32, 2][(index + world) % 4],
             combine_hidden: [0, 0, 0, 80, 0][(index + world) % 5],
@@ -248,11 +401,69 @@ impl Cell {
             token_type,
             // The default must suffice for 8-bit tokens of the full size: bf16.
             combine_type: rng.pick(&[A2A_DTYPE_DEFAULT, A2A_DTYPE_F32]),
-            max_scale_bytes: 448,
+            max_scale_bytes: if quant.is_some() { 0 } else { 448 },
+            alignment: if backend == Backend::HtContiguous {
+                ALIGNMENTS[(number + number / 5) % 5]
+            } else {
+                1
+            },
+            limit: if limits { LIMITS[(number + number / 8) % 4] } else { Limit::None },
+            max_recv_rows: 0,
+            quant,
+            fifo_rows: if backend == Backend::TwoSided { FIFO_ROWS[number % 3] } else { 0 },
+            training: limits || index > 5,
+            place: None,
             rounds: Vec::new(),
         };
+        cell.fit();
         cell.deal_rounds(&mut rng);
         cell
+    }
+
+    /// Reduces the maxima to what a test can afford.
+    fn fit(&mut self) {
+        if self.fifo_rows > 0 {
+            // Every few rows take a turn of every rank's thread.
+            self.max_tokens = self.max_tokens.min(128);
+        }
+        let rows = |cell: &Cell| -> usize {
+            (0..cell.world).map(|rank| cell.shape(cell.max_tokens, cell.max_topk).capacity(rank)).sum()
+        };
+        let most =
+            if self.backend.by_expert() { (100_000_000 / self.max_row).min(60_000) } else { usize::MAX };
+        for fewer in [256, 128, 64, 32, 16] {
+            if rows(self) > most {
+                self.max_tokens = self.max_tokens.min(fewer);
+            }
+        }
+        if self.backend.by_expert() && rows(self) * self.max_row > 200_000_000 {
+            self.max_row = 2048;
+        }
+        let shape = self.shape(self.max_tokens, self.max_topk);
+        let all = match shape.layout {
+            Layout::ExpertContiguous { .. } => (0..self.world).map(|rank| shape.capacity(rank)).max(),
+            _ => Some(shape.block()),
+        };
+        let all = all.expect("a rank");
+        self.max_recv_rows = match self.limit {
+            Limit::None => 0,
+            Limit::Tight => all / 8 + 1,
+            Limit::Loose => all - all / 8 + 1,
+            Limit::Error => all / 3 + 1,
+        };
+    }
+
+    /// A step of this bound and top-k without anybody's tokens, which is enough for the sizes of outputs.
+    fn shape(&self, bound: usize, topk: usize) -> oracle::Step {
+        oracle::Step {
+            owner: self.owner.clone(),
+            layout: self.backend.layout(self.alignment),
+            limit: self.max_recv_rows,
+            bound,
+            topk,
+            reuse: false,
+            ranks: vec![Input::default(); self.world],
+        }
     }
 
     fn deal_rounds(&mut self, rng: &mut Rng) {
@@ -261,47 +472,70 @@ impl Cell {
         let mut kinds = Deck::new(&kinds.collect::<Vec<_>>());
         let mut recordings = Deck::new(&recordings);
         let mut topks = Deck::new(&TOPKS.into_iter().filter(|&k| k <= self.max_topk).collect::<Vec<_>>());
-        let mut tokens = Deck::new(&TOKENS.into_iter().filter(|&t| t <= self.max_tokens).collect::<Vec<_>>());
-        let mut types = Deck::new(&[0, 1, 2, 3, 4]);
+        let mut tokens: Vec<usize> = TOKENS.into_iter().filter(|&t| t <= self.max_tokens).collect();
+        if !tokens.contains(&127) {
+            tokens.extend([self.max_tokens - 1, self.max_tokens]);
+        }
+        let mut tokens = Deck::new(&tokens);
+        // Opaque bytes have nothing to quantise.
+        let mut types = Deck::new(if self.quant.is_some() { &[0, 1, 2, 3] } else { &[0, 1, 2, 3, 4] });
         let mut floats = Deck::new(&[0, 1, 2]);
         let mut rows = Deck::new(&[16, 32, 48, 112, 272, 1024, 2048, 5760, 14336]);
         let mut bounds = Deck::new(&["exact", "loose", "default"]);
         let mut values = Deck::new(&[Values::Spread, Values::Spread, Values::Tiny, Values::Any]);
         let mut shapes = Deck::new(&["alone", "alone", "dispatch_only", "flight", "flight"]);
         let mut permuted = Deck::new(&[true, false]);
+        let mut replays = Deck::new(&[true, false]);
+        let mut gradients = Deck::new(&[true, false]);
         // A dispatch that follows a dispatch waits for its peers even in SEND, so such slots keep one order.
         let mut idle = vec![true; self.slots];
+        // The last dispatch of each routing, and the last routing of each slot.
+        let mut last: Vec<Vec<Option<Step>>> = vec![vec![None; self.routings]; self.slots];
+        let mut last_routing = vec![0; self.slots];
         for _ in 0..24 {
             let shape = shapes.deal(rng);
             let mut slots: Vec<usize> = (0..self.slots).collect();
             rng.shuffle(&mut slots);
             slots.truncate(if shape == "flight" { self.slots } else { 1 });
             let permuted = slots.len() > 1 && slots.iter().all(|&slot| idle[slot]) && permuted.deal(rng);
+            let order = if permuted { Order::Rotated } else { Order::Same };
             let mut steps = Vec::new();
             for slot in slots {
-                let (kind, wanted) = (kinds.deal(rng), tokens.deal(rng));
-                let mut counts = vec![wanted; self.world];
-                match kind {
-                    Kind::AllEmpty => counts.fill(0),
-                    Kind::EmptyRank => counts[rng.below(self.world)] = 0,
-                    Kind::Ragged => counts.iter_mut().for_each(|count| *count = rng.below(wanted + 1)),
-                    _ => {}
-                }
-                let most = counts.iter().copied().max().unwrap_or(0);
-                let bound = match bounds.deal(rng) {
-                    "exact" => most.max(1),
-                    "loose" => (most + 1 + rng.below(40)).min(self.max_tokens),
-                    _ => 0,
+                let routing = rng.below(self.routings);
+                // Whether a dispatch overflows, and leaves nothing to replay, depends on the ids.
+                let may_replay = self.training && self.limit != Limit::Error;
+                let original = last[slot][routing].clone().filter(|_| may_replay && replays.deal(rng));
+                let mut step = match original {
+                    Some(original) => self.replay(rng, original, last_routing[slot] != routing),
+                    None => {
+                        let (kind, wanted) = (kinds.deal(rng), tokens.deal(rng));
+                        let bound = bounds.deal(rng);
+                        let (recorded, topk) =
+                            if kind == Kind::Recorded { recordings.deal(rng) } else { ("", topks.deal(rng)) };
+                        Step { slot, routing, recorded, topk, ..self.original(rng, kind, wanted, bound) }
+                    }
                 };
-                let (recorded, topk) =
-                    if kind == Kind::Recorded { recordings.deal(rng) } else { ("", topks.deal(rng)) };
                 // Naive sums are slow: rows are as long as the number of tokens leaves time for.
-                let total = counts.iter().sum::<usize>().max(1);
-                let capacity = self.world * if bound == 0 { self.max_tokens } else { bound };
-                let longest = (1_000_000 / total).min(8_000_000 / capacity).min(self.max_row).max(16);
-                let row_bytes = rows.deal(rng).min(longest / 16 * 16);
-                let token_type = types.deal(rng);
-                let hidden = row_bytes / self.bytes_of(token_type);
+                let total = step.tokens.iter().sum::<usize>().max(1);
+                let sizes = self.shape(step.bound, step.topk);
+                let capacity = (0..self.world).map(|rank| sizes.capacity(rank)).max().unwrap_or(0).max(1);
+                let terms = if self.backend.by_expert() {
+                    (step.topk.min(self.owner.len()) / self.world).max(1)
+                } else {
+                    1
+                };
+                let affordable = if self.quant.is_some() { 300_000 } else { 1_000_000 };
+                let longest =
+                    (affordable / total / terms).min(8_000_000 / capacity).min(self.max_row).max(16);
+                step.token_type = types.deal(rng);
+                let bytes = self.bytes_of(step.token_type);
+                step.row_bytes = rows.deal(rng).min(longest / 16 * 16);
+                if self.quant.is_some() {
+                    // Rows are 16 bytes or a multiple once they are quantised, too.
+                    let hidden = (step.row_bytes / bytes / 16 * 16).clamp(16, self.max_hidden());
+                    step.row_bytes = hidden * bytes;
+                }
+                let hidden = step.row_bytes / bytes;
                 let results = if self.combine_hidden == 0 { hidden } else { self.combine_hidden };
                 let mut float = floats.deal(rng);
                 let fits = |float: usize| {
@@ -313,35 +547,90 @@ impl Cell {
                         float = (float + 1) % FLOATS.len();
                     }
                 }
-                let combine = (shape != "dispatch_only" && fits(float)).then_some(float);
-                let is_f8 = TOKEN_TYPES[token_type].0 == "f8";
-                let scales = if is_f8 {
-                    rng.pick(&[hidden.div_ceil(128) * 4, 4, 92, 3])
-                } else {
-                    rng.pick(&[0, 0, 12])
+                step.combine = (shape != "dispatch_only" && fits(float)).then_some(float);
+                let is_f8 = TOKEN_TYPES[step.token_type].0 == "f8";
+                step.scales = match self.quant {
+                    Some((scale, _)) if is_f8 => scale.row_bytes(hidden),
+                    Some(_) => 0,
+                    None if is_f8 => {
+                        rng.pick(&[hidden.div_ceil(128) * 4, 4, 92, 3]).min(self.max_scale_bytes)
+                    }
+                    None => rng.pick(&[0, 0, 12]),
                 };
-                idle[slot] = combine.is_some();
-                let with_ids = self.backend == Backend::OneSided || kind == Kind::Recorded || !rng.one_in(5);
-                steps.push(Step {
-                    seed: rng.next(),
-                    slot,
-                    routing: rng.below(ROUTINGS_PER_SLOT),
-                    kind,
-                    recorded,
-                    topk,
-                    with_ids,
-                    with_weights: with_ids && !rng.one_in(4),
-                    tokens: counts,
-                    bound,
-                    token_type,
-                    row_bytes,
-                    scales: scales.min(self.max_scale_bytes),
-                    extras: EXTRAS.map(|bytes| if rng.one_in(3) { bytes } else { 0 }),
-                    values: values.deal(rng),
-                    combine,
-                });
+                // What an overflow leaves behind is not known here.
+                idle[slot] = step.combine.is_some() && self.limit != Limit::Error;
+                step.extras = EXTRAS.map(|bytes| if rng.one_in(3) { bytes } else { 0 });
+                step.values = values.deal(rng);
+                step.gradients =
+                    self.training && step.with_ids && step.combine.is_some() && gradients.deal(rng);
+                last_routing[slot] = routing;
+                last[slot][routing] = Some(step.clone());
+                steps.push(step);
             }
-            self.rounds.push(Round { seed: rng.next(), permuted, steps });
+            self.rounds.push(Round { seed: rng.next(), order, steps });
+        }
+    }
+
+    /// Who sends how much where; the rows are to be dealt.
+    fn original(&self, rng: &mut Rng, kind: Kind, wanted: usize, bound: &str) -> Step {
+        let mut counts = vec![wanted; self.world];
+        match kind {
+            Kind::AllEmpty => counts.fill(0),
+            Kind::EmptyRank => counts[rng.below(self.world)] = 0,
+            Kind::Ragged => counts.iter_mut().for_each(|count| *count = rng.below(wanted + 1)),
+            _ => {}
+        }
+        let most = counts.iter().copied().max().unwrap_or(0);
+        let said_bound = match bound {
+            "exact" => most.max(1),
+            "loose" => (most + 1 + rng.below(40)).min(self.max_tokens),
+            _ => 0,
+        };
+        let seed = rng.next();
+        let with_ids = self.backend != Backend::Gather || kind == Kind::Recorded || !rng.one_in(5);
+        let weights = match kind {
+            _ if !with_ids || rng.one_in(4) => Weights::Absent,
+            Kind::Recorded => Weights::Recorded,
+            _ => Weights::Seeded(seed),
+        };
+        Step {
+            seed,
+            slot: 0,
+            routing: 0,
+            replays: 0,
+            interrupted: false,
+            ids_seed: seed,
+            kind,
+            recorded: "",
+            topk: 1,
+            with_ids,
+            weights,
+            gives_weights: weights != Weights::Absent,
+            tokens: counts,
+            said_bound,
+            bound: if said_bound == 0 { self.max_tokens } else { said_bound },
+            token_type: 0,
+            row_bytes: 16,
+            scales: 0,
+            extras: [0; 8],
+            values: Values::Spread,
+            combine: None,
+            gradients: false,
+        }
+    }
+
+    /// The same routing once more; the rows are to be dealt.
+    fn replay(&self, rng: &mut Rng, original: Step, interrupted: bool) -> Step {
+        let seed = rng.next();
+        let gives_weights = original.with_ids && rng.one_in(3);
+        Step {
+            seed,
+            replays: original.replays + 1,
+            interrupted,
+            weights: if gives_weights { Weights::Seeded(seed) } else { original.weights },
+            gives_weights,
+            said_bound: rng.pick(&[0, original.bound]),
+            ..original
         }
     }
 
@@ -373,13 +662,12 @@ impl Cell {
             self.combine_hidden
         }
     }
-    fn bound(&self, step: &Step) -> usize {
-        if step.bound == 0 { self.max_tokens } else { step.bound }
-    }
-
     fn choice(&self, round: &Round, step: &Step, rank: usize) -> Choice {
         // What concerns the order of calls is one choice per round, the rest is per step.
-        let mut order = Rng::new(&[round.seed, rank as u64]);
+        // Where rows move in RECV, ranks that have sent on several slots and ranks that do one slot at a time would
+        // wait for each other.
+        let alike = !self.backend.keeps_rows() && round.steps.len() > 1;
+        let mut order = Rng::new(&[round.seed, if alike { 0 } else { rank as u64 }]);
         let mut rng = Rng::new(&[step.seed, rank as u64, 1]);
         let hidden = self.result_hidden(step);
         let out_types: Vec<usize> = (0..FLOATS.len())
@@ -387,9 +675,10 @@ impl Cell {
             .collect();
         let equal = step.tokens.iter().all(|&count| count == step.tokens[0]);
         Choice {
-            split_dispatch: order.one_in(2) || round.permuted,
-            split_combine: order.one_in(2) || round.permuted,
-            wide_ids: rng.one_in(2),
+            split_dispatch: order.one_in(2) || round.order != Order::Same,
+            split_combine: order.one_in(2) || round.order != Order::Same,
+            // Ids past 32 bits, where ids are bad: a replay has them too.
+            wide_ids: Rng::new(&[step.ids_seed, rank as u64, 5]).one_in(2),
             strided: rng.one_in(3),
             null_when_empty: rng.one_in(2),
             rank_tokens: rng.one_in(4),
@@ -398,56 +687,68 @@ impl Cell {
             zero_padding: rng.one_in(4),
             stats: rng.one_in(3),
             outputs: std::array::from_fn(|_| {
-                rng.pick(&[
-                    Place::View,
-                    Place::View,
-                    Place::View,
-                    Place::Own,
-                    Place::Strided,
-                    Place::Unwanted,
-                ])
+                let views = [Place::View; 3];
+                let place = rng.pick(&[&views[..], &[Place::Own, Place::Strided, Place::Unwanted]].concat());
+                self.place.unwrap_or(place)
             }),
+            weighting: rng.pick(&[Weighting::Dispatched, Weighting::Given, Weighting::None]),
+            wants_gradients: !rng.one_in(4),
             wide_ids_out: rng.one_in(2),
             flat_rows: rng.one_in(2),
-            zero_copy: rng.one_in(2),
+            zero_copy: rng.one_in(2) && self.backend.keeps_rows(),
             accumulate: rng.one_in(2),
             odd_modes: rng.one_in(2),
             out_type: rng.pick(&out_types),
         }
     }
 
-    /// What every rank puts in.
-    fn inputs(&self, round: &Round, step: &Step) -> oracle::Step {
+    /// What every rank puts in, with the rows or without.
+    fn inputs(&self, step: &Step, with_rows: bool) -> oracle::Step {
         let ranks = (0..self.world)
             .map(|rank| {
                 let mut rng = Rng::new(&[step.seed, rank as u64]);
                 let tokens = step.tokens[rank];
-                let mut rows = |row_bytes: usize| Rows { row_bytes, bytes: rng.bytes(tokens * row_bytes) };
-                let (row_data, scales) = (rows(step.row_bytes), (step.scales > 0).then(|| rows(step.scales)));
-                let extras = step.extras.map(|bytes| (bytes > 0).then(|| rows(bytes)));
-                let wide = self.choice(round, step, rank).wide_ids;
-                let (ids, mut weights) = self.ids(step, rank, wide);
-                if step.recorded.is_empty() {
-                    // Weights travel as they are, whatever their bits mean.
-                    weights = (0..tokens * step.topk).map(|_| rng.next() as u32).collect();
+                let rows = if !with_rows { 0 } else { tokens };
+                let mut random = |row_bytes: usize| Rows { row_bytes, bytes: rng.bytes(rows * row_bytes) };
+                let mut row_data = random(step.row_bytes);
+                if let (Some(_), Some(&(_, float, _))) = (self.quant, FLOATS.get(step.token_type)) {
+                    // Magnitudes that a format of 8 bits can tell apart, zeros among them.
+                    let mut rng = Rng::new(&[step.seed, rank as u64, 7]);
+                    row_data.bytes.clear();
+                    for _ in 0..rows * step.row_bytes / float.bytes() {
+                        let bits = if rng.one_in(16) { 0 } else { step.values.bits(float, rng.next()) };
+                        row_data.bytes.extend_from_slice(&bits.to_le_bytes()[..float.bytes()]);
+                    }
                 }
-                Input {
-                    tokens,
-                    ids: step.with_ids.then_some(ids),
-                    weights: step.with_weights.then_some(weights),
-                    rows: row_data,
-                    scales,
-                    extras,
-                }
+                let scales = (step.scales > 0).then(|| random(step.scales));
+                let extras = step.extras.map(|bytes| (bytes > 0).then(|| random(bytes)));
+                // Of a replay it is the first dispatch that had them.
+                let wide = Rng::new(&[step.ids_seed, rank as u64, 5]).one_in(2);
+                let (ids, recorded) = self.ids(step, rank, wide);
+                let weights = match step.weights {
+                    Weights::Absent => None,
+                    Weights::Recorded => Some(recorded),
+                    Weights::Seeded(seed) => Some(self.weights(seed, rank, tokens * step.topk)),
+                };
+                Input { tokens, ids: step.with_ids.then_some(ids), weights, rows: row_data, scales, extras }
             })
             .collect();
-        oracle::Step { owner: self.owner.clone(), bound: self.bound(step), topk: step.topk, ranks }
+        oracle::Step { reuse: step.replays > 0, ranks, ..self.shape(step.bound, step.topk) }
+    }
+
+    /// Float32 as bits. Where rows are weighted by the experts they travel as they are, whatever they mean.
+    fn weights(&self, seed: u64, rank: usize, count: usize) -> Vec<u32> {
+        // A replay has the weights of the step it replays, so they do not depend on the values of either.
+        let mut any = Rng::new(&[seed, 8]);
+        let values = if self.backend.by_expert() && !any.one_in(3) { Values::Spread } else { Values::Any };
+        let mut rng = Rng::new(&[seed, rank as u64, 8]);
+        (0..count).map(|_| values.bits(Float::F32, rng.next())).collect()
     }
 
     /// The ids a rank gives, and, if recorded, its weights.
     fn ids(&self, step: &Step, rank: usize, wide: bool) -> (Vec<i64>, Vec<u32>) {
         let (experts, topk, tokens) = (self.owner.len(), step.topk, step.tokens[rank]);
-        let mut rng = Rng::new(&[step.seed, rank as u64, 2]);
+        let mut rng = Rng::new(&[step.ids_seed, rank as u64, 2]);
         if step.kind == Kind::Recorded {
             let recorded = Recorded::load(step.recorded);
             assert_eq!((recorded.experts, recorded.topk), (experts, topk), "{}", step.recorded);
@@ -457,7 +758,7 @@ impl Cell {
                 (0..tokens).flat_map(|t| recorded.weights[from(t)..][..topk].to_vec()).collect(),
             );
         }
-        let chosen_rank = self.owner[Rng::new(&[step.seed]).below(experts)];
+        let chosen_rank = self.owner[Rng::new(&[step.ids_seed]).below(experts)];
         let favourites = oracle::local_experts(&self.owner, chosen_rank);
         let mut all: Vec<usize> = (0..experts).collect();
         let mut ids = Vec::with_capacity(tokens * topk);
@@ -530,12 +831,16 @@ impl Cell {
         }
         add(format!("max_topk {}", self.max_topk));
         add(format!("results of their own size {}", self.combine_hidden > 0));
+        add(format!("alignment {}", self.alignment));
+        add(format!("limit {:?}", self.limit));
+        add(format!("quant {:?}", self.quant));
+        add(format!("fifo rows {}", self.fifo_rows));
         let mut given_up = vec![0; self.slots];
         for round in &self.rounds {
             if round.steps.len() > 1 {
                 add(format!(
                     "slots in flight, {}",
-                    if round.permuted { "each rank its own order" } else { "one order" }
+                    if round.order == Order::Same { "one order" } else { "each rank its own order" }
                 ));
             }
             for step in &round.steps {
@@ -549,9 +854,39 @@ impl Cell {
                 add(format!("results {:?}", step.values));
                 add(format!("combine {}", step.combine.map_or("none", |float| FLOATS[float].0)));
                 add(format!("ids {}", step.with_ids));
-                add(format!("weights {}", step.with_weights));
+                add(format!("weights {}", step.weights != Weights::Absent));
                 add(format!("scales {}", step.scales > 0));
-                add(format!("bound {}", step.bound > 0 && step.bound < self.max_tokens));
+                add(format!("bound {}", step.bound < self.max_tokens));
+                if self.quant.is_some() {
+                    add(format!("{:?} of {}", self.quant, TOKEN_TYPES[step.token_type].0));
+                    add(format!(
+                        "groups {}",
+                        (step.row_bytes / self.bytes_of(step.token_type)).div_ceil(128)
+                    ));
+                }
+                if self.limit != Limit::None {
+                    let inputs = self.inputs(step, false);
+                    let lacking = if self.limit == Limit::Error {
+                        !inputs.overflowing().is_empty()
+                    } else {
+                        !inputs.dropped().is_empty()
+                    };
+                    add(format!("{:?} limit, too few rows {lacking}", self.limit));
+                    if lacking && self.limit != Limit::Error {
+                        add(format!("dropped, then combined {}", step.combine.is_some()));
+                        add(format!("dropped, then replayed {}", step.replays > 0));
+                    }
+                }
+                if self.training {
+                    add(format!("gradients {}", step.gradients));
+                    add(format!("replays {}", step.replays.min(2)));
+                    if step.replays > 0 {
+                        add(format!("replayed with new weights {}", step.gives_weights));
+                        add(format!("replayed after another routing {}", step.interrupted));
+                        add(format!("replayed {:?}", step.kind));
+                        add(format!("replayed ids {}", step.with_ids));
+                    }
+                }
                 add(format!("routing {}", step.routing));
                 if step.kind == Kind::Recorded {
                     add(format!("recorded {}", step.recorded));
@@ -574,11 +909,18 @@ impl Cell {
                     for (output, place) in choice.outputs.iter().enumerate() {
                         add(format!("output {output} {place:?}"));
                     }
+                    if self.quant.is_some() {
+                        add(format!("{:?} {:?}", self.quant, choice.outputs[OUT_SCALES]));
+                    }
                     if let Some(from) = step.combine {
                         add(format!("split combine {}", choice.split_combine));
                         add(format!("zero copy {}", choice.zero_copy));
                         add(format!("accumulate {}", choice.accumulate));
                         add(format!("odd modes {}", choice.odd_modes));
+                        add(format!("weighting {:?}", choice.weighting));
+                        if step.gradients {
+                            add(format!("wants gradients {}", choice.wants_gradients));
+                        }
                         add(format!("combine {} to {}", FLOATS[from].0, FLOATS[choice.out_type].0));
                     }
                 }
@@ -590,6 +932,9 @@ impl Cell {
 
 // ---------------------------------------------------------------------------------------- one rank
 
+/// Element type and row shape of what arrives.
+type Column = Option<(Dtype, Vec<usize>)>;
+
 /// A step under way on one rank.
 struct Live<'a> {
     cell: &'a Cell,
@@ -597,17 +942,26 @@ struct Live<'a> {
     rank: usize,
     choice: Choice,
     routing: &'a Routing,
-    /// Of all ranks.
+    /// Of all ranks; the rows and scales as they arrive.
     inputs: oracle::Step,
     input: DispatchIn,
     output: DispatchOut,
+    tokens: Column,
+    scales: Column,
+    extras: [Column; A2A_MAX_EXTRAS],
     /// As the views show it.
     expected: Received,
     /// As the caller's own tensors hold it: under HOST_COUNTS alone they are sized before anybody knows the counts.
     expected_own: Received,
+    /// Under A2A_OVERFLOW_DROP.
+    dropped: Dropped,
+    /// Under A2A_OVERFLOW_ERROR the ranks that have too little room: dispatch fails.
+    overflowing: Vec<usize>,
     /// What expert_stats held before.
     stats: Vec<i64>,
-    results: Option<Tensor>,
+    results: CombineIn,
+    /// The weights that combine is given, as bits.
+    weights: Vec<u32>,
     sums: CombineOut,
     /// What the sums' tensor held before, if it is added to.
     before: Option<Vec<u8>>,
@@ -623,10 +977,11 @@ const OUT_RANK_COUNTS: usize = 5;
 const OUT_SOURCE: usize = 6;
 const OUT_STATUS: usize = 7;
 const OUT_EXTRA: usize = 8;
+const OUT_OFFSETS: usize = 16;
 
 impl<'a> Live<'a> {
     fn new(cell: &'a Cell, round: &Round, step: &'a Step, rank: usize, routing: &'a Routing) -> Live<'a> {
-        let (choice, inputs) = (cell.choice(round, step, rank), cell.inputs(round, step));
+        let (choice, mut inputs) = (cell.choice(round, step, rank), cell.inputs(step, true));
         let mine = &inputs.ranks[rank];
         let tokens = mine.tokens;
         let make = |dtype: Dtype, columns: usize, bytes: &[u8]| {
@@ -644,7 +999,8 @@ impl<'a> Live<'a> {
             tensor
         };
         let words = |bits: &[u32]| -> Vec<u8> { bits.iter().flat_map(|word| word.to_le_bytes()).collect() };
-        let ids = mine.ids.as_ref().map(|ids| {
+        let replayed = step.replays > 0;
+        let ids = mine.ids.as_ref().filter(|_| !replayed).map(|ids| {
             if choice.wide_ids {
                 make(I64, step.topk, &ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<_>>())
             } else {
@@ -663,6 +1019,11 @@ impl<'a> Live<'a> {
                 _ => make(dtype, columns, &rows.bytes),
             }
         };
+        let scale_type = cell.quant.map(|(scale, _)| if scale == Scale::F32 { F32 } else { I32 });
+        let scales = |rows: &Rows| match scale_type {
+            Some(dtype) => make(dtype, rows.row_bytes / 4, &rows.bytes),
+            None => side(rows),
+        };
         let flag = |set: bool, bit: u64| if set { bit } else { 0 };
         let input = DispatchIn {
             tokens: Some(make(
@@ -671,30 +1032,55 @@ impl<'a> Live<'a> {
                 &mine.rows.bytes,
             )),
             topk_ids: ids,
-            topk_weights: mine.weights.as_ref().map(|weights| make(F32, step.topk, &words(weights))),
-            scales: mine.scales.as_ref().map(side),
+            topk_weights: mine
+                .weights
+                .as_ref()
+                .filter(|_| step.gives_weights)
+                .map(|weights| make(F32, step.topk, &words(weights))),
+            scales: mine.scales.as_ref().map(scales),
             extras: std::array::from_fn(|i| mine.extras[i].as_ref().map(side)),
             rank_tokens: choice.rank_tokens.then(|| step.tokens.iter().map(|&count| count as i32).collect()),
-            max_tokens: step.bound as i32,
-            flags: flag(choice.uniform, A2A_DISPATCH_UNIFORM)
+            max_tokens: step.said_bound as i32,
+            flags: flag(replayed, A2A_DISPATCH_REUSE)
+                | flag(choice.uniform, A2A_DISPATCH_UNIFORM)
                 | flag(choice.host_counts, A2A_DISPATCH_HOST_COUNTS)
                 | flag(choice.zero_padding, A2A_DISPATCH_ZERO_PADDING),
         };
-        let (layout, told) = (cell.backend.layout(), choice.rank_tokens || choice.uniform);
-
+        // Rows that are not gathered have places for all that may come, unless their number is asked for.
+        let told = (choice.rank_tokens || choice.uniform) && cell.backend == Backend::Gather;
+        let expected = inputs.dispatch(rank, told || choice.host_counts);
+        let column = |tensor: &Option<Tensor>| {
+            let tensor = tensor.as_ref()?;
+            Some((tensor.dtype(), tensor.shape()[1..].to_vec()))
+        };
+        let (mut tokens, mut scales) = (column(&input.tokens), column(&input.scales));
+        if let Some((scale, _)) = cell.quant {
+            let hidden = step.row_bytes / cell.bytes_of(step.token_type);
+            tokens = Some((F8, vec![hidden]));
+            scales = Some((scale_type.expect("quantised"), vec![scale.row_bytes(hidden) / 4]));
+            if let Some(&(_, float, _)) = FLOATS.get(step.token_type) {
+                quantise(&mut inputs, &expected, float, scale);
+            }
+        }
         let mut live = Live {
-            expected: inputs.dispatch(layout, rank, told || choice.host_counts),
-            expected_own: inputs.dispatch(layout, rank, told),
+            expected,
+            expected_own: inputs.dispatch(rank, told),
+            dropped: if cell.limit == Limit::Error { Dropped::new() } else { inputs.dropped() },
+            overflowing: if cell.limit == Limit::Error { inputs.overflowing() } else { Vec::new() },
             cell,
             step,
             rank,
             choice,
             routing,
             inputs,
+            tokens,
+            scales,
+            extras: std::array::from_fn(|i| column(&input.extras[i])),
             input,
             output: DispatchOut::default(),
             stats: Vec::new(),
-            results: None,
+            results: CombineIn::default(),
+            weights: Vec::new(),
             sums: CombineOut::default(),
             before: None,
         };
@@ -709,53 +1095,69 @@ impl<'a> Live<'a> {
 
     /// [rows] as the layout shapes it.
     fn row_shape(&self) -> Vec<usize> {
-        match self.cell.backend.layout() {
-            Layout::RankMajor => vec![self.cell.world, self.cell.bound(self.step)],
-            Layout::Gathered => vec![self.expected.rows.len()],
+        match self.cell.backend {
+            Backend::OneSided => vec![self.cell.world, self.step.bound],
+            Backend::LowLatency => vec![self.expected.expert_counts.len(), self.inputs.block()],
+            _ => vec![self.expected.rows.len()],
         }
     }
 
     fn prepare_outputs(&mut self) {
-        let own = self.expected_own.rows.len();
-        let rows = if self.choice.flat_rows || self.cell.backend == Backend::Gather {
-            vec![own]
-        } else {
-            self.row_shape()
-        };
+        let backend = self.cell.backend;
+        let own = vec![self.expected_own.rows.len()];
+        let blocks = if backend.in_blocks() { self.row_shape() } else { own.clone() };
+        let rows = if self.choice.flat_rows { own } else { blocks.clone() };
+        let by_column = self.cell.quant.is_some_and(|(_, by_column)| by_column);
         let places = self.choice.outputs;
-        let make = |output: usize, dtype: Dtype, rows: &[usize], columns: &[usize]| {
+        let make = |output: usize, dtype: Dtype, rows: &[usize], columns: &[usize], is_rows: bool| {
             let shape = [rows, columns].concat();
             match places[output] {
                 Place::Unwanted => None,
-                Place::View => Some(Tensor::view()),
+                Place::View if backend.keeps_rows() || !is_rows => Some(Tensor::view()),
                 Place::Strided if !columns.is_empty() => {
                     Some(Tensor::strided(dtype, &shape, 2 * pad(dtype, columns[0]), pad(dtype, columns[0])))
                 }
-                Place::Own | Place::Strided => Some(Tensor::new(dtype, &shape)),
+                _ => Some(Tensor::new(dtype, &shape)),
             }
         };
-        let side = |output: usize, input: &Option<Tensor>| {
-            let input = input.as_ref()?;
-            make(output, input.dtype(), &rows, &input.shape()[1..])
+        let side = |output: usize, column: &Column| {
+            let (dtype, columns) = column.as_ref()?;
+            let own = places[output] != Place::View || !backend.keeps_rows();
+            if output == OUT_SCALES && by_column && own {
+                let (shape, apart) = ([&blocks[..], columns].concat(), blocks[blocks.len() - 1]);
+                return match places[output] {
+                    Place::Unwanted => None,
+                    Place::Strided => Some(Tensor::columns(*dtype, &shape, apart + 5, 3)),
+                    _ => Some(Tensor::columns(*dtype, &shape, apart, 0)),
+                };
+            }
+            make(output, *dtype, &rows, columns, true)
         };
         let local = self.expected.expert_counts.len();
         // Without ids there are none to receive, no weights and no counts of experts.
         let ids = self.step.with_ids;
+        let per_row: &[usize] = if backend.by_expert() { &[] } else { &[self.step.topk] };
+        let id_type = if self.choice.wide_ids_out { I64 } else { I32 };
         self.output = DispatchOut {
-            tokens: side(OUT_TOKENS, &self.input.tokens),
-            scales: side(OUT_SCALES, &self.input.scales),
-            topk_ids: if ids {
-                make(OUT_IDS, if self.choice.wide_ids_out { I64 } else { I32 }, &rows, &[self.step.topk])
+            tokens: side(OUT_TOKENS, &self.tokens),
+            scales: side(OUT_SCALES, &self.scales),
+            topk_ids: if ids && backend.has_ids() {
+                make(OUT_IDS, id_type, &rows, per_row, true)
             } else {
                 None
             },
-            topk_weights: if ids { make(OUT_WEIGHTS, F32, &rows, &[self.step.topk]) } else { None },
-            extras: std::array::from_fn(|i| side(OUT_EXTRA + i, &self.input.extras[i])),
-            expert_counts: if ids { make(OUT_EXPERT_COUNTS, I32, &[local], &[]) } else { None },
-            rank_counts: make(OUT_RANK_COUNTS, I32, &[self.cell.world], &[]),
-            row_source: make(OUT_SOURCE, I32, &rows, &[2]),
+            topk_weights: if ids { make(OUT_WEIGHTS, F32, &rows, per_row, true) } else { None },
+            extras: std::array::from_fn(|i| side(OUT_EXTRA + i, &self.extras[i])),
+            expert_counts: if ids { make(OUT_EXPERT_COUNTS, I32, &[local], &[], false) } else { None },
+            rank_counts: make(OUT_RANK_COUNTS, I32, &[self.cell.world], &[], false),
+            expert_offsets: if backend.by_expert() {
+                make(OUT_OFFSETS, I32, &[local + 1], &[], false)
+            } else {
+                None
+            },
+            row_source: make(OUT_SOURCE, I32, &rows, &[2], true),
             expert_stats: None,
-            status: make(OUT_STATUS, I32, &[4 + self.cell.world], &[]),
+            status: make(OUT_STATUS, I32, &[4 + self.cell.world], &[], false),
             num_rows: 0,
         };
         if self.choice.stats && ids {
@@ -767,9 +1169,57 @@ impl<'a> Live<'a> {
     }
 
     fn dispatch(&mut self, comm: &Comm, phase: a2a_phase_t) -> Result<(), String> {
-        comm.dispatch(self.routing, phase, &self.input, &mut self.output)
-            .map_err(|failure| self.what(failure))?;
-        if phase != A2A_PHASE_SEND { self.check_received() } else { Ok(()) }
+        let computes = self.cell.quant.is_some() || self.cell.backend.by_expert();
+        let mut call = || comm.dispatch(self.routing, phase, &self.input, &mut self.output);
+        let odd = self.choice.odd_modes && computes;
+        let (result, changed) = if odd { in_odd_float_modes(call) } else { (call(), false) };
+        if changed {
+            return Err(self.what("dispatch changed the thread's floating-point modes"));
+        }
+        if phase == A2A_PHASE_SEND {
+            result.map_err(|failure| self.what(failure))?;
+            if self.cell.backend.keeps_rows() {
+                // SEND is done with its tensors.
+                let DispatchIn { tokens, topk_ids, topk_weights, scales, extras, .. } = &mut self.input;
+                let all = [tokens, topk_ids, topk_weights, scales].into_iter().chain(extras);
+                all.flatten().for_each(Tensor::scribble);
+            }
+            return Ok(());
+        }
+        if self.overflows() {
+            return self.check_overflow(result);
+        }
+        result.map_err(|failure| self.what(failure))?;
+        self.check_received()
+    }
+
+    fn overflows(&self) -> bool {
+        !self.overflowing.is_empty()
+    }
+
+    /// Every rank fails alike, and says of whom.
+    fn check_overflow(&self, result: Result<(), Failure>) -> Result<(), String> {
+        let first = self.overflowing[0];
+        let words = [
+            format!("rank {first}"),
+            self.inputs.demand(first).to_string(),
+            "max_recv_rows".into(),
+            self.cell.max_recv_rows.to_string(),
+        ];
+        refused("a dispatch of too many rows", result, A2A_OVERFLOW, &words.each_ref().map(String::as_str))
+            .map_err(|problem| self.what(problem))?;
+        // A call that fails hands out no views.
+        if let Some(status) = self.output.status.as_ref().filter(|status| !status.is_view()) {
+            let got = status.read_i32();
+            let mut want = got.clone();
+            want[0] = A2A_STEP_VOID | A2A_STEP_OVERFLOW | got[0] & A2A_STEP_BAD_ID;
+            want[3] = self.inputs.demand(self.rank) as i32;
+            for rank in 0..self.cell.world {
+                want[4 + rank] = i32::from(self.overflowing.contains(&rank));
+            }
+            self.check_list("status of an overflow", status, &[4 + self.cell.world], &got, &want)?;
+        }
+        Ok(())
     }
 
     fn check_received(&self) -> Result<(), String> {
@@ -778,29 +1228,35 @@ impl<'a> Live<'a> {
         if output.num_rows != received {
             return Err(self.what(format!("num_rows is {}, expected {received}", output.num_rows)));
         }
-        self.check_rows("tokens", &self.input.tokens, &output.tokens, |input| Some(&input.rows))?;
-        self.check_rows("scales", &self.input.scales, &output.scales, |input| input.scales.as_ref())?;
-        for (i, (given, got)) in self.input.extras.iter().zip(&output.extras).enumerate() {
-            self.check_rows(&format!("extras[{i}]"), given, got, |input| input.extras[i].as_ref())?;
+        self.check_rows("tokens", &self.tokens, &output.tokens, |input| Some(&input.rows))?;
+        self.check_rows("scales", &self.scales, &output.scales, |input| input.scales.as_ref())?;
+        for (i, (column, got)) in self.extras.iter().zip(&output.extras).enumerate() {
+            self.check_rows(&format!("extras[{i}]"), column, got, |input| input.extras[i].as_ref())?;
         }
         let expected = &self.expected;
         let rows = self.row_shape();
+        let by_expert = self.cell.backend.by_expert();
         let with = |columns: usize| [&rows[..], &[columns]].concat();
+        let per_row = if by_expert { rows.clone() } else { with(self.step.topk) };
         if let Some(ids) = &output.topk_ids {
             let wide = self.choice.wide_ids_out && !ids.is_view();
             let got = if wide { ids.read_i64() } else { ids.read_i32().into_iter().map(i64::from).collect() };
             let want: Vec<i64> = self.expected(ids).ids.iter().map(|&id| i64::from(id)).collect();
-            self.check_list("topk_ids", ids, &with(self.step.topk), &got, &want)?;
+            self.check_list("topk_ids", ids, &per_row, &got, &want)?;
         }
         if let Some(weights) = &output.topk_weights {
+            let want = &self.expected(weights).weights;
             let got: Vec<u32> = weights.read().chunks_exact(4).map(|w| Float::F32.load(w, 0)).collect();
-            self.check_list(
-                "topk_weights (bits)",
-                weights,
-                &with(self.step.topk),
-                &got,
-                &self.expected(weights).weights,
-            )?;
+            let got: Vec<u32> = got
+                .iter()
+                .enumerate()
+                .map(|(at, &got)| match want.get(at) {
+                    // A sum that is NaN is any NaN.
+                    Some(&want) if by_expert && Float::F32.is_nan(got) && Float::F32.is_nan(want) => want,
+                    _ => got,
+                })
+                .collect();
+            self.check_list("topk_weights (bits)", weights, &per_row, &got, want)?;
         }
         let source = output.row_source.as_ref().map_or(expected, |tensor| self.expected(tensor));
         let ints = [
@@ -812,6 +1268,12 @@ impl<'a> Live<'a> {
                 &expected.expert_counts,
             ),
             ("rank_counts", &output.rank_counts, vec![self.cell.world], &expected.rank_counts),
+            (
+                "expert_offsets",
+                &output.expert_offsets,
+                vec![expected.expert_counts.len() + 1],
+                &expected.expert_offsets,
+            ),
             ("status", &output.status, vec![4 + self.cell.world], &expected.status),
         ];
         for (name, tensor, shape, want) in ints {
@@ -835,21 +1297,21 @@ impl<'a> Live<'a> {
     fn check_rows(
         &self,
         name: &str,
-        given: &Option<Tensor>,
+        column: &Column,
         received: &Option<Tensor>,
         of: impl Fn(&Input) -> Option<&Rows>,
     ) -> Result<(), String> {
-        let (Some(given), Some(tensor)) = (given, received) else { return Ok(()) };
+        let (Some((dtype, columns)), Some(tensor)) = (column, received) else { return Ok(()) };
         let row_bytes = of(&self.inputs.ranks[self.rank]).expect("given").row_bytes;
-        let element = given.dtype().bits as usize / 8;
+        let element = dtype.bits as usize / 8;
         // A row of one element keeps the shape it came with: [T] arrives as [rows], [T, 1] as [rows, 1].
-        let shape = [&self.row_shape()[..], &given.shape()[1..]].concat();
-        self.check_shape(name, tensor, given.dtype(), &shape)?;
+        let shape = [&self.row_shape()[..], columns].concat();
+        self.check_shape(name, tensor, *dtype, &shape)?;
         let got = tensor.read();
         let zeros = vec![0; row_bytes];
         for (row, source) in self.expected(tensor).rows.iter().enumerate() {
             let want = match source {
-                Some(source) => {
+                Some(Row { source, .. }) => {
                     of(&self.inputs.ranks[source.rank]).expect("all ranks or none").row(source.token)
                 }
                 None if self.choice.zero_padding => &zeros,
@@ -905,14 +1367,35 @@ impl<'a> Live<'a> {
         if !tensor.gaps_are_intact() {
             return Err(self.what(format!("{name}: bytes between the caller's rows were written")));
         }
-        Ok(())
+        let by_column = name == "scales" && self.cell.quant.is_some_and(|(_, by_column)| by_column);
+        let strides = tensor.strides();
+        if !tensor.is_view() || shape.contains(&0) {
+            return Ok(());
+        }
+        let last = shape.len() - 1;
+        let right = if by_column {
+            let rows = if self.cell.backend.in_blocks() { shape[1] } else { self.expected_own.rows.len() };
+            let apart = rows.next_multiple_of(4);
+            strides[last - 1..] == [1, apart] && (last == 1 || strides[0] == shape[2] * apart)
+        } else {
+            // Rows may be padded, but stand evenly.
+            strides[last] == 1
+                && (last < 1 || strides[last - 1] >= shape[last])
+                && (last < 2 || strides[0] == shape[1] * strides[1])
+        };
+        if right {
+            Ok(())
+        } else {
+            Err(self.what(format!("{name}: the view of {shape:?} has strides {strides:?}")))
+        }
     }
 
     /// Computes what the experts would: rank r's results for the rows it received.
     fn compute(&mut self, comm: &Comm, from: usize) -> Result<(), String> {
         let (_, float, dtype) = FLOATS[from];
         let hidden = self.cell.result_hidden(self.step);
-        let shape = [&self.row_shape()[..], &[hidden]].concat();
+        let rows = self.row_shape();
+        let shape = [&rows[..], &[hidden]].concat();
         let mut tensor = if self.choice.zero_copy {
             let tensor = comm.combine_buffer(self.routing, dtype).map_err(|failure| self.what(failure))?;
             self.check_shape("combine buffer", &tensor, dtype, &shape)?;
@@ -925,16 +1408,38 @@ impl<'a> Live<'a> {
         // Rows past the counts are NaN: they must not find their way into a sum.
         let row_bytes = hidden * float.bytes();
         let mut bytes = vec![0xff; self.expected.rows.len() * row_bytes];
-        for (row, source) in self.expected.rows.iter().enumerate() {
-            if let Some(source) = source {
-                bytes[row * row_bytes..][..row_bytes]
-                    .copy_from_slice(&self.step.result(self.rank, *source, float, hidden));
+        for (at, row) in self.expected.rows.iter().enumerate() {
+            if let Some(row) = row {
+                bytes[at * row_bytes..][..row_bytes]
+                    .copy_from_slice(&self.step.result(self.rank, *row, float, hidden));
             }
         }
         tensor.write(&bytes);
         // The experts read the views while they write.
         self.check_received()?;
-        self.results = Some(tensor);
+        self.results.tokens = Some(tensor);
+        if self.step.gradients {
+            self.results.row_weights = Some(self.row_weights(&rows));
+        }
+        if self.cell.backend.by_expert() {
+            let shape = [self.step.tokens[self.rank], self.step.topk];
+            match self.choice.weighting {
+                Weighting::Dispatched => {}
+                Weighting::Given => {
+                    self.weights = self.cell.weights(self.step.seed ^ 6, self.rank, shape[0] * shape[1]);
+                    let bytes: Vec<u8> = self.weights.iter().flat_map(|word| word.to_le_bytes()).collect();
+                    self.results.topk_weights = Some(self.small_rows(&shape));
+                    self.results.topk_weights.as_mut().expect("just made").write(&bytes);
+                }
+                Weighting::None => self.results.flags |= A2A_COMBINE_NO_WEIGHTS,
+            }
+        }
+        if self.choice.accumulate {
+            self.results.flags |= A2A_COMBINE_ACCUMULATE;
+        }
+        if self.step.gradients && self.choice.wants_gradients {
+            self.sums.topk_weights = Some(self.small_rows(&[self.step.tokens[self.rank], self.step.topk]));
+        }
 
         let (_, to, to_dtype) = FLOATS[self.choice.out_type];
         let tokens = self.step.tokens[self.rank];
@@ -950,7 +1455,8 @@ impl<'a> Live<'a> {
         }
         if self.choice.accumulate {
             let nobody = Source { rank: self.cell.world, token: self.rank };
-            let before = self.step.result(self.rank, nobody, to, tokens * hidden);
+            let before =
+                self.step.result(self.rank, Row { source: nobody, expert: None }, to, tokens * hidden);
             sums.write(&before);
             self.before = Some(before);
         }
@@ -963,24 +1469,66 @@ impl<'a> Live<'a> {
         Ok(())
     }
 
+    /// A float32 tensor of [T, K].
+    fn small_rows(&self, shape: &[usize]) -> Tensor {
+        if self.choice.strided {
+            let gap = pad(F32, shape[1]);
+            Tensor::strided(F32, shape, 2 * gap, gap)
+        } else {
+            Tensor::new(F32, shape)
+        }
+    }
+
+    /// One value for each expert of each row, on its way back.
+    fn row_weights(&self, rows: &[usize]) -> Tensor {
+        let columns = if self.cell.backend.by_expert() { 1 } else { self.step.topk };
+        let mut shape = if self.choice.flat_rows { vec![rows.iter().product()] } else { rows.to_vec() };
+        if !self.cell.backend.by_expert() {
+            shape.push(columns);
+        }
+        let mut tensor = if self.choice.strided && shape.len() > rows.len() {
+            Tensor::strided(F32, &shape, pad(F32, columns), 0)
+        } else {
+            Tensor::new(F32, &shape)
+        };
+        let value =
+            |row: &Option<Row>, column| row.map_or(!0, |row| self.step.gradient(self.rank, row, column));
+        let rows = self.expected.rows.iter();
+        let words = rows.flat_map(|row| (0..columns).map(move |column| value(row, column)));
+        tensor.write(&words.flat_map(u32::to_le_bytes).collect::<Vec<_>>());
+        tensor
+    }
+
     fn combine(&mut self, comm: &Comm, phase: a2a_phase_t) -> Result<(), String> {
-        let flags = if self.choice.accumulate { A2A_COMBINE_ACCUMULATE } else { 0 };
-        let rows = if phase == A2A_PHASE_RECV { None } else { self.results.as_ref() };
-        let mut call = || comm.combine(self.routing, phase, flags, rows, &mut self.sums);
+        let mut call = || comm.combine_with(self.routing, phase, &self.results, &mut self.sums);
         let (result, changed) =
             if self.choice.odd_modes { in_odd_float_modes(call) } else { (call(), false) };
         result.map_err(|failure| self.what(failure))?;
         if changed {
             return Err(self.what("combine changed the thread's floating-point modes"));
         }
-        if phase != A2A_PHASE_SEND { self.check_sums() } else { Ok(()) }
+        if phase != A2A_PHASE_SEND {
+            return self.check_sums();
+        }
+        if self.cell.backend.keeps_rows() {
+            // SEND is done with its tensors; the zero-copy target is none of them.
+            let CombineIn { tokens, topk_weights, row_weights, .. } = &mut self.results;
+            [tokens, topk_weights, row_weights].into_iter().flatten().for_each(Tensor::scribble);
+        }
+        Ok(())
     }
 
     fn check_sums(&self) -> Result<(), String> {
         let (from, to) = (FLOATS[self.step.combine.expect("combined")].1, FLOATS[self.choice.out_type].1);
         let hidden = self.cell.result_hidden(self.step);
-        let result = |rank, token| self.step.result(rank, Source { rank: self.rank, token }, from, hidden);
-        let want = self.inputs.combine(self.rank, hidden, (from, to), result, self.before.as_deref());
+        let result = |rank, row| self.step.result(rank, row, from, hidden);
+        let weights = match self.choice.weighting {
+            Weighting::Dispatched => oracle::Weights::Dispatched,
+            Weighting::Given => oracle::Weights::Given(&self.weights),
+            Weighting::None => oracle::Weights::None,
+        };
+        let (inputs, dropped, before) = (&self.inputs, &self.dropped, self.before.as_deref());
+        let want = inputs.combine(self.rank, hidden, (from, to), weights, dropped, result, before);
         let sums = self.sums.tokens.as_ref().expect("prepared");
         let got = sums.read();
         for at in 0..self.step.tokens[self.rank] * hidden {
@@ -1000,9 +1548,15 @@ impl<'a> Live<'a> {
             return Err(self.what("combine: bytes between the caller's rows were written"));
         }
         if let Some(status) = &self.sums.status {
-            // Nothing to say of a combine that went well.
-            let zeros = vec![0; 4 + self.cell.world];
-            self.check_list("combine status", status, &[zeros.len()], &status.read_i32(), &zeros)?;
+            let want = inputs.combine_status(self.rank, dropped);
+            self.check_list("combine status", status, &[want.len()], &status.read_i32(), &want)?;
+        }
+        if let Some(gradients) = &self.sums.topk_weights {
+            let value = |rank, row, column| self.step.gradient(rank, row, column);
+            let want = inputs.gradients(self.rank, dropped, value);
+            let got: Vec<u32> = gradients.read().chunks_exact(4).map(|w| Float::F32.load(w, 0)).collect();
+            let shape = [self.step.tokens[self.rank], self.step.topk];
+            self.check_list("gradients (bits)", gradients, &shape, &got, &want)?;
         }
         Ok(())
     }
@@ -1014,14 +1568,32 @@ impl<'a> Live<'a> {
 
 /// A sentence that places a problem: the step, and what this rank chose.
 fn describe(step: &Step, choice: &Choice, problem: impl std::fmt::Display) -> String {
-    let Step { slot, routing, kind, recorded, topk, tokens, bound, row_bytes, .. } = step;
+    let Step { slot, routing, kind, recorded, topk, tokens, bound, row_bytes, replays, gradients, .. } = step;
     let dtype = TOKEN_TYPES[step.token_type].0;
-    let Choice { split_dispatch, split_combine, zero_copy, accumulate, outputs, .. } = choice;
+    let Choice { split_dispatch, split_combine, zero_copy, accumulate, weighting, outputs, .. } = choice;
     format!(
-        "{kind:?} routing{recorded}, T {tokens:?}, K {topk}, M {bound} (0 = maximum), rows of {row_bytes} bytes \
-         {dtype}: {problem}\n  slot {slot}, routing {routing}, split_dispatch {split_dispatch}, split_combine \
-         {split_combine}, zero_copy {zero_copy}, accumulate {accumulate}, outputs {outputs:?}"
+        "{kind:?} routing{recorded}, T {tokens:?}, K {topk}, M {bound}, rows of {row_bytes} bytes {dtype}, {replays} \
+         replays: {problem}\n  slot {slot}, routing {routing}, split_dispatch {split_dispatch}, split_combine \
+         {split_combine}, zero_copy {zero_copy}, accumulate {accumulate}, weighting {weighting:?}, gradients \
+         {gradients}, host_counts {}, outputs {outputs:?}",
+        choice.host_counts
     )
+}
+
+/// The rows as they arrive: those that do, quantised.
+fn quantise(inputs: &mut oracle::Step, received: &Received, float: Float, scale: Scale) {
+    let arriving: BTreeSet<Source> = received.rows.iter().flatten().map(|row| row.source).collect();
+    for (rank, input) in inputs.ranks.iter_mut().enumerate() {
+        let hidden = input.rows.row_bytes / float.bytes();
+        let empty = |row_bytes| Rows { row_bytes, bytes: vec![0; input.tokens * row_bytes] };
+        let (mut values, mut scales) = (empty(hidden), empty(scale.row_bytes(hidden)));
+        for token in (0..input.tokens).filter(|&token| arriving.contains(&Source { rank, token })) {
+            let (row, row_scales) = oracle::quantise(input.rows.row(token), float, scale);
+            values.bytes[token * values.row_bytes..][..values.row_bytes].copy_from_slice(&row);
+            scales.bytes[token * scales.row_bytes..][..scales.row_bytes].copy_from_slice(&row_scales);
+        }
+        (input.rows, input.scales) = (values, Some(scales));
+    }
 }
 
 /// A gap that keeps rows aligned: tokens move in vectors of 16 bytes, other rows need no more than their element.
@@ -1040,56 +1612,75 @@ fn side_shape(row_bytes: usize) -> (Dtype, usize) {
     }
 }
 
-impl Step {
-    /// Rank `rank`'s result for a token.
-    fn result(&self, rank: usize, source: Source, float: Float, hidden: usize) -> Vec<u8> {
-        let mut rng = Rng::new(&[self.seed, rank as u64, source.rank as u64, source.token as u64, 4]);
+impl Values {
+    /// A float made of a random word.
+    fn bits(self, float: Float, word: u64) -> u32 {
         let (exponent, mantissa, bias) = match float {
             Float::Bf16 => (8, 7, 127),
             Float::F16 => (5, 10, 15),
             Float::F32 => (8, 23, 127),
         };
+        let any = word as u32;
+        let spread = (word >> 32) as u32;
+        let sign = any & 1 << (exponent + mantissa);
+        let fraction = any & ((1 << mantissa) - 1);
+        match self {
+            Values::Spread => sign | (bias - 9 + spread % 19) << mantissa | fraction,
+            Values::Tiny => sign | (spread % 3) << mantissa | fraction,
+            Values::Any => any,
+        }
+    }
+}
+
+impl Step {
+    /// Rank `rank`'s result for a row; where experts have rows of their own, whichever rank has the expert.
+    fn result(&self, rank: usize, row: Row, float: Float, hidden: usize) -> Vec<u8> {
+        let Row { source, expert } = row;
+        let by = expert.map_or(rank as u64, |expert| (1 << 32) + expert as u64);
+        let mut rng = Rng::new(&[self.seed, by, source.rank as u64, source.token as u64, 4]);
         let mut row = Vec::with_capacity(hidden * float.bytes());
         for _ in 0..hidden {
-            let word = rng.next();
-            let any = word as u32;
-            let spread = (word >> 32) as u32;
-            let sign = any & 1 << (exponent + mantissa);
-            let fraction = any & ((1 << mantissa) - 1);
-            let bits = match self.values {
-                Values::Spread => sign | (bias - 9 + spread % 19) << mantissa | fraction,
-                Values::Tiny => sign | (spread % 3) << mantissa | fraction,
-                Values::Any => any,
-            };
-            row.extend_from_slice(&bits.to_le_bytes()[..float.bytes()]);
+            row.extend_from_slice(&self.values.bits(float, rng.next()).to_le_bytes()[..float.bytes()]);
         }
         row
+    }
+
+    /// Rank `rank`'s row_weights of a row: any bits.
+    fn gradient(&self, rank: usize, row: Row, column: usize) -> u32 {
+        let Row { source, expert } = row;
+        let expert = expert.map_or(0, |expert| 1 + expert as u64);
+        let (from, token) = (source.rank as u64, source.token as u64);
+        Rng::new(&[self.seed, rank as u64, expert, from, token, column as u64, 9]).next() as u32
     }
 }
 
 /// The job of one rank: a whole cell.
 fn conform(seat: &Seat) -> Result<(), String> {
-    let backend = BACKENDS.into_iter().find(|backend| backend.name() == seat.args[0]).expect("a backend");
-    let cell = Cell::new(backend, seat.world, seat.args[1].parse().expect("an index"));
-    let comm = cell.create(seat)?;
-    let mut routings = Vec::new();
-    for slot in 0..cell.slots {
-        routings
-            .push((0..ROUTINGS_PER_SLOT).map(|_| comm.routing(slot as i32)).collect::<Result<Vec<_>, _>>()?);
-    }
-    for (index, round) in cell.rounds.iter().enumerate() {
-        run_round(&cell, round, seat.rank, &comm, &routings)
-            .map_err(|error| format!("round {index}, {error}"))?;
-    }
-    comm.destroy()?;
-    Ok(())
+    Cell::new(Backend::named(&seat.args[0]), seat.world, seat.args[1].parse().expect("an index")).run(seat)
 }
 
 impl Cell {
+    /// One rank's part.
+    fn run(&self, seat: &Seat) -> Result<(), String> {
+        let comm = self.create(seat)?;
+        let mut routings = Vec::new();
+        for slot in 0..self.slots {
+            routings
+                .push((0..self.routings).map(|_| comm.routing(slot as i32)).collect::<Result<Vec<_>, _>>()?);
+        }
+        for (index, round) in self.rounds.iter().enumerate() {
+            run_round(self, round, seat.rank, &comm, &routings)
+                .map_err(|error| format!("round {index}, {error}"))?;
+        }
+        expect("an error on record", comm.async_error()?.status, A2A_SUCCESS)?;
+        comm.destroy()?;
+        Ok(())
+    }
+
     fn create(&self, seat: &Seat) -> Result<Comm, String> {
         let mut config = config(seat);
         let owner: Vec<i32> = self.owner.iter().map(|&rank| rank as i32).collect();
-        config.backend = self.backend.code();
+        self.backend.choose(&mut config);
         config.num_experts = owner.len() as i32;
         if self.table {
             config.placement = A2A_PLACEMENT_TABLE;
@@ -1104,14 +1695,26 @@ impl Cell {
         config.max_scale_bytes = self.max_scale_bytes as i32;
         config.extra_row_bytes = EXTRAS.map(|bytes| bytes as i32);
         config.num_slots = self.slots as i32;
+        // 1 is the default.
+        config.expert_alignment = if self.alignment > 1 { self.alignment as i32 } else { 0 };
+        config.max_recv_rows = self.max_recv_rows as i64;
+        config.overflow = match self.limit {
+            Limit::Tight | Limit::Loose => A2A_OVERFLOW_DROP,
+            Limit::None | Limit::Error => A2A_OVERFLOW_ERROR,
+        };
+        config.fifo_rows = self.fifo_rows as i32;
+        (config.quant, config.scale_layout) = match self.quant {
+            None => (A2A_QUANT_NONE, A2A_SCALES_ROW),
+            Some((scale, by_column)) => (
+                if scale == Scale::F32 { A2A_QUANT_FP8_F32_SCALES } else { A2A_QUANT_FP8_UE8M0_SCALES },
+                if by_column { A2A_SCALES_COLUMN } else { A2A_SCALES_ROW },
+            ),
+        };
         let need = query_memory(&config)?;
         let comm = Comm::create(&config)?;
         let info = comm.info()?;
         let local = oracle::local_experts(&self.owner, seat.rank);
-        let layout = match self.backend.layout() {
-            Layout::Gathered => A2A_LAYOUT_GATHERED,
-            Layout::RankMajor => A2A_LAYOUT_RANK_MAJOR,
-        };
+        let layout = self.backend.layout_code();
         let got = (
             info.backend,
             info.layout,
@@ -1121,7 +1724,7 @@ impl Cell {
             info.window_bytes,
         );
         let first = local.first().map_or(-1, |&expert| expert as i32);
-        let capacity = (self.world * self.max_tokens) as i64;
+        let capacity = self.shape(self.max_tokens, self.max_topk).capacity(seat.rank) as i64;
         let want = (self.backend.code(), layout, first, local.len() as i32, capacity, need.window_bytes);
         if got != want {
             return Err(format!("a2a_get_info says {got:?}, expected {want:?}"));
@@ -1142,41 +1745,42 @@ fn run_round(
         .iter()
         .map(|step| Live::new(cell, round, step, rank, &routings[step.slot][step.routing]))
         .collect();
-    if round.permuted {
+    if round.order == Order::Rotated {
         steps.rotate_left(rank % round.steps.len());
     }
     let (split_dispatch, split_combine) = (steps[0].choice.split_dispatch, steps[0].choice.split_combine);
+    // A rank that does both halves of a slot at once is done with it before it sends on the next. Where rows move in
+    // RECV, it needs the others to receive in the same order.
+    let same_order = match round.order {
+        Order::Same => !cell.backend.keeps_rows(),
+        Order::Rotated => false,
+        Order::Crossed => rank.is_multiple_of(2),
+    };
+    fn for_each<'a, 'b>(
+        steps: &'b mut [Live<'a>],
+        same_order: bool,
+        act: impl Fn(&mut Live<'a>) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let order: Box<dyn Iterator<Item = &'b mut Live<'a>>> =
+            if same_order { Box::new(steps.iter_mut()) } else { Box::new(steps.iter_mut().rev()) };
+        order.into_iter().try_for_each(act)
+    }
     if split_dispatch {
-        for step in &mut steps {
-            step.dispatch(comm, A2A_PHASE_SEND)?;
-        }
-        for step in steps.iter_mut().rev() {
-            step.dispatch(comm, A2A_PHASE_RECV)?;
-        }
+        for_each(&mut steps, true, |step| step.dispatch(comm, A2A_PHASE_SEND))?;
+        for_each(&mut steps, same_order, |step| step.dispatch(comm, A2A_PHASE_RECV))?;
     } else {
-        for step in &mut steps {
-            step.dispatch(comm, A2A_PHASE_BOTH)?;
-        }
+        for_each(&mut steps, true, |step| step.dispatch(comm, A2A_PHASE_BOTH))?;
     }
     // What was dispatched first is combined last.
     steps.reverse();
-    steps.retain(|step| step.step.combine.is_some());
-    for step in &mut steps {
-        step.compute(comm, step.step.combine.expect("retained"))?;
-    }
+    steps.retain(|step| step.step.combine.is_some() && !step.overflows());
+    for_each(&mut steps, true, |step| step.compute(comm, step.step.combine.expect("retained")))?;
     if split_combine {
-        for step in &mut steps {
-            step.combine(comm, A2A_PHASE_SEND)?;
-        }
-        for step in steps.iter_mut().rev() {
-            step.combine(comm, A2A_PHASE_RECV)?;
-        }
+        for_each(&mut steps, true, |step| step.combine(comm, A2A_PHASE_SEND))?;
+        for_each(&mut steps, same_order, |step| step.combine(comm, A2A_PHASE_RECV))
     } else {
-        for step in &mut steps {
-            step.combine(comm, A2A_PHASE_BOTH)?;
-        }
+        for_each(&mut steps, true, |step| step.combine(comm, A2A_PHASE_BOTH))
     }
-    Ok(())
 }
 
 // ------------------------------------------------------------------------------------------ the matrix
@@ -1217,6 +1821,11 @@ fn matrix() -> Vec<(Mode, Backend, usize, usize)> {
     for backend in BACKENDS {
         for world in WORLDS {
             cells.extend((0..4).map(|index| (Mode::Threads, backend, world, index)));
+        }
+        if !backend.limits_rows() {
+            // The first four without quantisation, replays and row_weights, which the others have anyway.
+            cells.extend(WORLDS.map(|world| (Mode::Threads, backend, world, 6)));
+            cells.extend(WORLDS.map(|world| (Mode::Threads, backend, world, 7)));
         }
         cells.extend([2, 3, 8].map(|world| (Mode::Processes, backend, world, 4)));
         cells.push((Mode::Mixed, backend, 4, 5));
@@ -1278,12 +1887,43 @@ fn everything_is_tried() -> Result<(), String> {
             "accumulate",
             "odd modes",
             "results of their own size",
+            "gradients",
+            "wants gradients",
+            "replayed with new weights",
+            "replayed after another routing",
         ];
-        for name in both {
+        for name in both.into_iter().filter(|name| *name != "zero copy" || backend.keeps_rows()) {
             want(name, &["true", "false"]);
         }
-        want("ids", if backend == Backend::Gather { &["true", "false"] } else { &["true"] });
-        for output in 0..OUT_EXTRA + A2A_MAX_EXTRAS {
+        let ids: &[&str] = if backend == Backend::Gather { &["true", "false"] } else { &["true"] };
+        want("ids", ids);
+        want("replayed ids", ids);
+        want("replays", &["0", "1", "2"]);
+        want("replayed", &["Duplicates", "BadIds", "EmptyRank", "AllEmpty", "Nones", "Recorded"]);
+        want("groups", &["1", "3", "8"]);
+        for quant in QUANTS.into_iter().flatten().map(Some) {
+            want("quant", &[&format!("{quant:?}")]);
+            want(&format!("{quant:?} of"), &["bf16", "f16", "f32", "f8"]);
+            want(&format!("{quant:?}"), &["View", "Own", "Strided", "Unwanted"]);
+        }
+        want("quant", &["None"]);
+        if backend.limits_rows() {
+            want("limit", &["None", "Tight", "Loose", "Error"]);
+            want("Tight limit, too few rows", &["true", "false"]);
+            want("Error limit, too few rows", &["true", "false"]);
+            want("dropped, then combined", &["true", "false"]);
+            want("dropped, then replayed", &["true", "false"]);
+        }
+        if backend.by_expert() {
+            want("weighting", &["Dispatched", "Given", "None"]);
+        }
+        if backend == Backend::HtContiguous {
+            want("alignment", &ALIGNMENTS.map(|rows| rows.to_string()).each_ref().map(String::as_str));
+        }
+        if backend == Backend::TwoSided {
+            want("fifo rows", &FIFO_ROWS.map(|rows| rows.to_string()).each_ref().map(String::as_str));
+        }
+        for output in 0..=OUT_OFFSETS {
             want(&format!("output {output}"), &["View", "Own", "Strided", "Unwanted"]);
         }
         for (index, bytes) in EXTRAS.iter().enumerate() {
@@ -1331,6 +1971,51 @@ fn the_oracle_rounds_right() -> Result<(), String> {
     Ok(())
 }
 
+/// The oracle's e4m3: every value survives, what lies between two goes to the nearer, ties to even, past the largest
+/// to the largest; and the scales of groups whose scales are known.
+fn the_oracle_quantises_right() -> Result<(), String> {
+    let value = |bits| oracle::e4m3_value(bits) as f32;
+    expect(
+        "the least, the least normal, one, the largest",
+        [1, 8, 0x38, 0x7e].map(value),
+        [1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0],
+    )?;
+    for bits in 0..0x7f {
+        expect(format!("e4m3 {bits:#x}"), oracle::e4m3(value(bits)), bits)?;
+    }
+    for low in 0..0x7e {
+        let middle = (value(low) + value(low + 1)) / 2.0;
+        expect(format!("below the middle of {low:#x}"), oracle::e4m3(middle.next_down()), low)?;
+        expect(format!("the middle of {low:#x}"), oracle::e4m3(middle), low + low % 2)?;
+        expect(format!("above the middle of {low:#x}"), oracle::e4m3(middle.next_up()), low + 1)?;
+    }
+    for large in [449.0, 464.0, 465.0, 1e30, f32::INFINITY] {
+        expect(format!("{large}"), oracle::e4m3(large), 0x7e)?;
+    }
+    expect("NaN", oracle::e4m3(f32::NAN), 0x7f)?;
+
+    let row = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let f32_scales = |bytes: &[u8]| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|word| f32::from_le_bytes(word.try_into().unwrap())).collect()
+    };
+    // 448 makes the scale one; a group of its own has the rest, and the least scale.
+    let mut values = vec![-448.0, 17.0, 0.0, -0.0, f32::NAN, -f32::NAN, 1.0, 0.3];
+    values.resize(128, 0.0);
+    values.extend([0.0, 1e-4]);
+    let (q, scales) = oracle::quantise(&row(&values), Float::F32, Scale::F32);
+    expect("values of scale one", &q[..8], &[0xfe, 0x58, 0, 0x80, 0x7f, 0xff, 0x38, 0x2a])?;
+    expect("values of the least scale", &q[128..], &[0, 0x7e])?;
+    expect("scales", f32_scales(&scales), vec![1.0, 1e-4 / 448.0])?;
+    let (_, scales) = oracle::quantise(&row(&values), Float::F32, Scale::Ue8m0);
+    // 1e-4 / 448 lies between 2^-23 and 2^-22.
+    expect("exponents", scales, vec![127, 127 - 22, 0, 0])?;
+    let (q, scales) = oracle::quantise(&row(&[448.0f32.next_up(), 3.0]), Float::F32, Scale::Ue8m0);
+    expect("the next power of two", (q, scales), (vec![0x76, 0x3c], vec![128, 0, 0, 0]))?;
+    // Infinity over infinity is not a number, anything else over it nothing.
+    let (q, scales) = oracle::quantise(&row(&[f32::NEG_INFINITY, -5.0]), Float::F32, Scale::F32);
+    expect("infinity", (q, f32_scales(&scales)), (vec![0xff, 0x80], vec![f32::INFINITY]))
+}
+
 fn expect<T: PartialEq + std::fmt::Debug>(
     what: impl std::fmt::Display,
     got: T,
@@ -1345,16 +2030,21 @@ const EXPERTS: usize = 6;
 const HIDDEN: usize = 64;
 const T: usize = 5;
 const K: usize = 3;
+const M: usize = 16;
+const SMALL_ALIGNMENT: usize = 4;
 
 /// A small group: K up to 4, 16 tokens of 128 bytes and as many results of 256, 16 bytes of scales, 8 of the first extra, two slots.
 fn small(seat: &Seat, backend: Backend) -> a2a_config_t {
     let mut config = config(seat);
-    config.backend = backend.code();
+    backend.choose(&mut config);
+    if backend == Backend::HtContiguous {
+        config.expert_alignment = SMALL_ALIGNMENT as i32;
+    }
     config.num_experts = EXPERTS as i32;
     config.max_topk = 4;
     config.max_hidden = HIDDEN as i32;
     config.combine_dtype = A2A_DTYPE_F32;
-    config.max_tokens = 16;
+    config.max_tokens = M as i32;
     config.max_scale_bytes = 16;
     config.extra_row_bytes[0] = 8;
     config.num_slots = 2;
@@ -1372,73 +2062,114 @@ fn small_input() -> DispatchIn {
     DispatchIn {
         tokens: Some(Tensor::of(BF16, &[T, HIDDEN], &[7; T * HIDDEN * 2])),
         topk_ids: Some(Tensor::of(I32, &[T, K], &ids)),
-        topk_weights: Some(Tensor::of(F32, &[T, K], &[0; T * K * 4])),
+        topk_weights: Some(Tensor::of(F32, &[T, K], &1.0f32.to_le_bytes().repeat(T * K))),
         scales: Some(Tensor::of(F32, &[T, 4], &[8; T * 16])),
         extras,
         ..Default::default()
     }
 }
 
-/// Everything as views.
-fn small_output() -> DispatchOut {
+/// [rows] of a step of the small group.
+fn small_rows(seat: &Seat, backend: Backend) -> Vec<usize> {
+    let step = oracle::Step {
+        owner: oracle::contiguous(EXPERTS, seat.world),
+        layout: backend.layout(SMALL_ALIGNMENT),
+        limit: 0,
+        bound: M,
+        topk: K,
+        reuse: false,
+        ranks: vec![Input::default(); seat.world],
+    };
+    match backend {
+        Backend::OneSided => vec![seat.world, M],
+        Backend::LowLatency => vec![step.capacity(seat.rank) / step.block(), step.block()],
+        _ => vec![step.capacity(seat.rank)],
+    }
+}
+
+fn capacity(seat: &Seat, backend: Backend) -> usize {
+    small_rows(seat, backend).iter().product()
+}
+
+/// Everything as views, where rows have any.
+fn small_output(seat: &Seat, backend: Backend) -> DispatchOut {
+    let rows = small_rows(seat, backend);
+    let own = |dtype: Dtype, columns: &[usize]| {
+        Some(if backend.keeps_rows() {
+            Tensor::view()
+        } else {
+            Tensor::new(dtype, &[&rows[..], columns].concat())
+        })
+    };
     let mut extras = [const { None }; A2A_MAX_EXTRAS];
-    extras[0] = Some(Tensor::view());
+    extras[0] = own(I64, &[]);
     let view = || Some(Tensor::view());
     DispatchOut {
-        tokens: view(),
-        scales: view(),
-        topk_ids: view(),
-        topk_weights: view(),
+        tokens: own(BF16, &[HIDDEN]),
+        scales: own(F32, &[4]),
+        topk_ids: if backend.has_ids() { own(I32, &[K]) } else { None },
+        topk_weights: own(F32, &[K]),
         extras,
         expert_counts: view(),
         rank_counts: view(),
-        row_source: view(),
+        expert_offsets: if backend.by_expert() { view() } else { None },
+        row_source: own(I32, &[2]),
         expert_stats: None,
         status: view(),
         num_rows: 0,
     }
 }
 
-/// Every row of every rank is ones, so a token's sum counts the ranks that own its experts.
-fn ones(comm: &Comm, routing: &Routing) -> Result<Tensor, String> {
-    let mut tensor = comm.combine_buffer(routing, F32)?;
+/// Every row of every rank is ones, so a token's sum counts the ranks that own its experts, or its experts.
+fn ones(seat: &Seat, backend: Backend, comm: &Comm, routing: &Routing) -> Result<Tensor, String> {
+    let mut tensor = if backend.keeps_rows() {
+        comm.combine_buffer(routing, F32)?
+    } else {
+        Tensor::new(F32, &[capacity(seat, backend), HIDDEN])
+    };
     let elements: usize = tensor.shape().iter().product();
     tensor.write(&1.0f32.to_le_bytes().repeat(elements));
     Ok(tensor)
 }
 
 fn small_sums() -> CombineOut {
-    CombineOut { tokens: Some(Tensor::new(F32, &[T, HIDDEN])), status: Some(Tensor::view()) }
+    CombineOut {
+        tokens: Some(Tensor::new(F32, &[T, HIDDEN])),
+        status: Some(Tensor::view()),
+        ..Default::default()
+    }
 }
 
-fn check_ones(seat: &Seat, sums: &CombineOut) -> Result<(), String> {
+fn check_ones(seat: &Seat, backend: Backend, sums: &CombineOut) -> Result<(), String> {
     let owner = oracle::contiguous(EXPERTS, seat.world);
     let got = sums.tokens.as_ref().expect("given").read();
     for at in 0..T * HIDDEN {
         let token = at / HIDDEN;
         let owners: BTreeSet<usize> = (0..K).map(|k| owner[(token + k) % EXPERTS]).collect();
+        let terms = if backend.by_expert() { K } else { owners.len() };
         let sum = Float::F32.widen(Float::F32.load(&got, at));
-        expect(format!("token {token} column {}", at % HIDDEN), sum, owners.len() as f32)?;
+        expect(format!("token {token} column {}", at % HIDDEN), sum, terms as f32)?;
     }
     Ok(())
 }
 
 /// A whole step that must succeed.
-fn small_step(seat: &Seat, comm: &Comm, routing: &Routing) -> Result<(), String> {
-    comm.dispatch(routing, A2A_PHASE_BOTH, &small_input(), &mut small_output())?;
+fn small_step(seat: &Seat, backend: Backend, comm: &Comm, routing: &Routing) -> Result<(), String> {
+    comm.dispatch(routing, A2A_PHASE_BOTH, &small_input(), &mut small_output(seat, backend))?;
     let mut sums = small_sums();
-    comm.combine(routing, A2A_PHASE_BOTH, 0, Some(&ones(comm, routing)?), &mut sums)?;
-    check_ones(seat, &sums)
+    comm.combine(routing, A2A_PHASE_BOTH, 0, Some(&ones(seat, backend, comm, routing)?), &mut sums)?;
+    check_ones(seat, backend, &sums)
 }
 
 /// Only rank 0 acts, then only the others, and so on: each SEND returns while no peer is in a call, each RECV
-/// completes while no peer's thread does anything.
+/// completes while no peer's thread does anything. Not with NVLINK_TWO_SIDED, whose rows move while both ranks are in
+/// RECV.
 fn nobody_needs_the_other_thread(backend: Backend) -> Result<(), String> {
     let turn = Arc::new(Turn::new(3));
     threads(3, LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let routing = comm.routing(0)?;
-        let (input, mut output, mut sums) = (small_input(), small_output(), small_sums());
+        let (input, mut output, mut sums) = (small_input(), small_output(seat, backend), small_sums());
         let mine = |turn: usize| turn.is_multiple_of(2) == (seat.rank == 0);
         turn.wait()?;
         for now in 0..6 {
@@ -1449,11 +2180,17 @@ fn nobody_needs_the_other_thread(backend: Backend) -> Result<(), String> {
                     0 => comm.dispatch(&routing, A2A_PHASE_SEND, &input, &mut output)?,
                     1 => {
                         comm.dispatch(&routing, A2A_PHASE_RECV, &input, &mut output)?;
-                        comm.combine(&routing, A2A_PHASE_SEND, 0, Some(&ones(&comm, &routing)?), &mut sums)?;
+                        comm.combine(
+                            &routing,
+                            A2A_PHASE_SEND,
+                            0,
+                            Some(&ones(seat, backend, &comm, &routing)?),
+                            &mut sums,
+                        )?;
                     }
                     _ => {
                         comm.combine(&routing, A2A_PHASE_RECV, 0, None, &mut sums)?;
-                        check_ones(seat, &sums)?;
+                        check_ones(seat, backend, &sums)?;
                     }
                 }
             }
@@ -1463,22 +2200,35 @@ fn nobody_needs_the_other_thread(backend: Backend) -> Result<(), String> {
     })
 }
 
-/// A rank that destroys its comm after its last SEND is not missed.
+/// A rank that destroys its comm after its last flag is not missed: after its SEND, or, where rows move in RECV, as
+/// soon as it has its own sums.
 fn leaving_after_the_last_flag(backend: Backend) -> Result<(), String> {
     let turn = Arc::new(Turn::new(3));
     threads(3, LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let routing = comm.routing(0)?;
         let mut sums = small_sums();
-        comm.dispatch(&routing, A2A_PHASE_BOTH, &small_input(), &mut small_output())?;
-        comm.combine(&routing, A2A_PHASE_SEND, 0, Some(&ones(&comm, &routing)?), &mut sums)?;
+        comm.dispatch(&routing, A2A_PHASE_BOTH, &small_input(), &mut small_output(seat, backend))?;
+        let rows = ones(seat, backend, &comm, &routing)?;
+        comm.combine(&routing, A2A_PHASE_SEND, 0, Some(&rows), &mut sums)?;
+        let finish = |sums: &mut CombineOut| -> Result<(), String> {
+            comm.combine(&routing, A2A_PHASE_RECV, 0, None, sums)?;
+            check_ones(seat, backend, sums)
+        };
+        if !backend.keeps_rows() {
+            // Rank 1 goes while the others may still be receiving.
+            finish(&mut sums)?;
+            if seat.rank == 1 {
+                comm.destroy()?;
+            }
+            return turn.wait();
+        }
         if seat.rank == 1 {
             comm.destroy()?;
             return turn.wait();
         }
         turn.wait()?;
-        comm.combine(&routing, A2A_PHASE_RECV, 0, None, &mut sums)?;
-        check_ones(seat, &sums)
+        finish(&mut sums)
     })
 }
 
@@ -1510,10 +2260,8 @@ fn calls_out_of_order(backend: Backend) -> Result<(), String> {
     threads(2, LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let (routing, other) = (comm.routing(1)?, comm.routing(1)?);
-        let (input, mut output, mut sums) = (small_input(), small_output(), small_sums());
-        let rows = Tensor::new(F32, &[seat.world, 16, HIDDEN]);
-        let rows =
-            if backend == Backend::OneSided { rows } else { Tensor::new(F32, &[seat.world * 16, HIDDEN]) };
+        let (input, mut output, mut sums) = (small_input(), small_output(seat, backend), small_sums());
+        let rows = Tensor::new(F32, &[&small_rows(seat, backend)[..], &[HIDDEN]].concat());
         let rank = format!("rank {}", seat.rank);
         let mut problems = Vec::new();
         let mut no = |what: &str, result: Result<(), Failure>| {
@@ -1521,7 +2269,9 @@ fn calls_out_of_order(backend: Backend) -> Result<(), String> {
             problems.extend(refused(what, result, A2A_INVALID_ARGUMENT, &words).err());
         };
 
-        no("combine buffer before dispatch", comm.combine_buffer(&routing, F32).map(drop));
+        if backend.keeps_rows() {
+            no("combine buffer before dispatch", comm.combine_buffer(&routing, F32).map(drop));
+        }
         no("combine before dispatch", comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&rows), &mut sums));
         no("combine RECV before dispatch", comm.combine(&routing, A2A_PHASE_RECV, 0, None, &mut sums));
         no("dispatch RECV without SEND", comm.dispatch(&routing, A2A_PHASE_RECV, &input, &mut output));
@@ -1531,23 +2281,25 @@ fn calls_out_of_order(backend: Backend) -> Result<(), String> {
         no("dispatch BOTH after SEND", comm.dispatch(&other, A2A_PHASE_BOTH, &input, &mut output));
         no("RECV with another routing", comm.dispatch(&other, A2A_PHASE_RECV, &input, &mut output));
         no("combine before RECV", comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&rows), &mut sums));
-        no("combine buffer before RECV", comm.combine_buffer(&routing, F32).map(drop));
+        if backend.keeps_rows() {
+            no("combine buffer before RECV", comm.combine_buffer(&routing, F32).map(drop));
+        }
 
         comm.dispatch(&routing, A2A_PHASE_RECV, &input, &mut output)?;
         no("dispatch RECV after RECV", comm.dispatch(&routing, A2A_PHASE_RECV, &input, &mut output));
         no("combine RECV without SEND", comm.combine(&routing, A2A_PHASE_RECV, 0, None, &mut sums));
         no("combine with another routing", comm.combine(&other, A2A_PHASE_BOTH, 0, Some(&rows), &mut sums));
 
-        let rows = ones(&comm, &routing)?;
+        let rows = ones(seat, backend, &comm, &routing)?;
         comm.combine(&routing, A2A_PHASE_SEND, 0, Some(&rows), &mut sums)?;
         no("combine SEND after SEND", comm.combine(&routing, A2A_PHASE_SEND, 0, Some(&rows), &mut sums));
         no("dispatch after combine SEND", comm.dispatch(&routing, A2A_PHASE_BOTH, &input, &mut output));
         no("combine RECV with another routing", comm.combine(&other, A2A_PHASE_RECV, 0, None, &mut sums));
 
         comm.combine(&routing, A2A_PHASE_RECV, 0, None, &mut sums)?;
-        check_ones(seat, &sums)?;
+        check_ones(seat, backend, &sums)?;
         no("a second combine", comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&rows), &mut sums));
-        small_step(seat, &comm, &other)?;
+        small_step(seat, backend, &comm, &other)?;
         expect("an error on record", comm.async_error()?.status, A2A_SUCCESS)?;
         none_of(problems)
     })
@@ -1749,43 +2501,6 @@ const BAD_DISPATCH: &[(&str, Spoil, a2a_status_t, &[&str])] = &[
         &["rank_tokens[0]", "-2"],
     ),
     ("an unknown flag", |i, _| i.flags = 1 << 40, A2A_INVALID_ARGUMENT, &["flags", "0x10000000000"]),
-    ("reuse", |i, _| i.flags = A2A_DISPATCH_REUSE, A2A_UNSUPPORTED, &["REUSE", "not in this build"]),
-    (
-        "too few rows out",
-        |_, o| o.tokens = Some(Tensor::new(BF16, &[31, HIDDEN])),
-        A2A_OVERFLOW,
-        &["tokens", "31", "32"],
-    ),
-    (
-        "short rows out",
-        |_, o| o.tokens = Some(Tensor::new(BF16, &[32, 32])),
-        A2A_INVALID_ARGUMENT,
-        &["tokens", "64", "128"],
-    ),
-    (
-        "misaligned rows out",
-        |_, o| o.tokens = Some(Tensor::strided(BF16, &[32, HIDDEN], 16, 8)),
-        A2A_INVALID_ARGUMENT,
-        &["output tokens", "16 bytes"],
-    ),
-    (
-        "float ids out",
-        |_, o| o.topk_ids = Some(Tensor::new(F32, &[32, K])),
-        A2A_INVALID_ARGUMENT,
-        &["topk_ids", "float32"],
-    ),
-    (
-        "int sources as floats",
-        |_, o| o.row_source = Some(Tensor::new(F32, &[32, 2])),
-        A2A_INVALID_ARGUMENT,
-        &["row_source", "float32"],
-    ),
-    (
-        "the wrong shape out",
-        |_, o| o.scales = Some(Tensor::new(F32, &[16, 2, 4])),
-        A2A_INVALID_ARGUMENT,
-        &["scales", "16", "32"],
-    ),
     (
         "counts too short",
         |_, o| o.rank_counts = Some(Tensor::new(I32, &[1])),
@@ -1812,7 +2527,7 @@ const BAD_DISPATCH: &[(&str, Spoil, a2a_status_t, &[&str])] = &[
     ),
     (
         "extras never given",
-        |_, o| o.extras[1] = Some(Tensor::view()),
+        |_, o| o.extras[1] = Some(Tensor::new(U8, &[128, 1])),
         A2A_INVALID_ARGUMENT,
         &["extras[1]", "given"],
     ),
@@ -1835,12 +2550,6 @@ const BAD_RAW: &[(&str, SpoilRaw, a2a_status_t, &[&str])] = &[
         A2A_INVALID_ARGUMENT,
         &["a2a_dispatch_out_t", "struct_size", "0"],
     ),
-    (
-        "expert offsets",
-        |_, o| o.expert_offsets = o.rank_counts,
-        A2A_INVALID_ARGUMENT,
-        &["rank 1", "expert_offsets"],
-    ),
 ];
 
 /// Rank 1 makes every mistake alone while rank 0 waits in an honest step; then it takes that step too.
@@ -1848,26 +2557,108 @@ fn bad_arguments(backend: Backend) -> Result<(), String> {
     threads(2, LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let routing = comm.routing(0)?;
-        small_step(seat, &comm, &routing)?;
+        small_step(seat, backend, &comm, &routing)?;
         let mut outcome = Ok(());
         if seat.rank == 1 {
-            outcome = spoil_dispatch(&comm, &routing, backend);
-            spoil_handles(seat, &comm, &routing)?;
+            outcome = spoil_dispatch(seat, &comm, &routing, backend);
+            spoil_handles(seat, &comm, &routing, backend)?;
         }
-        comm.dispatch(&routing, A2A_PHASE_BOTH, &small_input(), &mut small_output())?;
+        comm.dispatch(&routing, A2A_PHASE_BOTH, &small_input(), &mut small_output(seat, backend))?;
         if seat.rank == 1 {
-            spoil_combine(&comm, &routing, backend)?;
+            spoil_combine(seat, &comm, &routing, backend)?;
         }
         let mut sums = small_sums();
-        comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&ones(&comm, &routing)?), &mut sums)?;
-        check_ones(seat, &sums)?;
+        comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&ones(seat, backend, &comm, &routing)?), &mut sums)?;
+        check_ones(seat, backend, &sums)?;
         expect("dispatches counted", comm.stats()?.dispatches, 2)?;
         expect("an error on record", comm.async_error()?.status, A2A_SUCCESS)?;
         outcome
     })
 }
 
-fn spoil_dispatch(comm: &Comm, routing: &Routing, backend: Backend) -> Result<(), String> {
+/// Outputs that dispatch must refuse, whose sizes depend on the layout.
+fn bad_outputs(seat: &Seat, backend: Backend) -> Vec<(&'static str, DispatchOut, a2a_status_t, Vec<String>)> {
+    let rows = capacity(seat, backend);
+    let good = || small_output(seat, backend);
+    let words = |words: &[&str]| words.iter().map(|word| word.to_string()).collect::<Vec<_>>();
+    let tokens = |tensor| DispatchOut { tokens: Some(tensor), ..good() };
+    let mut cases = vec![
+        (
+            "too few rows out",
+            tokens(Tensor::new(BF16, &[rows - 1, HIDDEN])),
+            A2A_OVERFLOW,
+            words(&["tokens", &(rows - 1).to_string(), &rows.to_string()]),
+        ),
+        (
+            "short rows out",
+            tokens(Tensor::new(BF16, &[rows, 32])),
+            A2A_INVALID_ARGUMENT,
+            words(&["tokens", "64", "128"]),
+        ),
+        (
+            "misaligned rows out",
+            tokens(Tensor::strided(BF16, &[rows, HIDDEN], 16, 8)),
+            A2A_INVALID_ARGUMENT,
+            words(&["output tokens", "16 bytes"]),
+        ),
+        (
+            "int sources as floats",
+            DispatchOut { row_source: Some(Tensor::new(F32, &[rows, 2])), ..good() },
+            A2A_INVALID_ARGUMENT,
+            words(&["row_source", "float32"]),
+        ),
+        (
+            "the wrong shape out",
+            DispatchOut {
+                scales: Some(match backend {
+                    // As many rows, the other way round.
+                    Backend::LowLatency => Tensor::new(F32, &[rows / 3, 3, 4]),
+                    _ => Tensor::new(F32, &[rows / 2, 2, 4]),
+                }),
+                ..good()
+            },
+            A2A_INVALID_ARGUMENT,
+            words(&["scales"]),
+        ),
+    ];
+    let ids = |tensor| DispatchOut { topk_ids: Some(tensor), ..good() };
+    let columns: &[usize] = if backend.by_expert() { &[] } else { &[K] };
+    cases.push(if backend.has_ids() {
+        (
+            "float ids out",
+            ids(Tensor::new(F32, &[&[rows], columns].concat())),
+            A2A_INVALID_ARGUMENT,
+            words(&["topk_ids", "float32"]),
+        )
+    } else {
+        ("ids out", ids(Tensor::view()), A2A_INVALID_ARGUMENT, words(&["topk_ids"]))
+    });
+    if !backend.by_expert() {
+        let output = DispatchOut { expert_offsets: Some(Tensor::view()), ..good() };
+        cases.push(("expert offsets", output, A2A_INVALID_ARGUMENT, words(&["expert_offsets"])));
+    }
+    if !backend.keeps_rows() {
+        let view = || Some(Tensor::view());
+        let outputs = [
+            ("tokens", DispatchOut { tokens: view(), ..good() }),
+            ("scales", DispatchOut { scales: view(), ..good() }),
+            ("topk_ids", DispatchOut { topk_ids: view(), ..good() }),
+            ("topk_weights", DispatchOut { topk_weights: view(), ..good() }),
+            ("row_source", DispatchOut { row_source: view(), ..good() }),
+            (
+                "extras[0]",
+                DispatchOut { extras: std::array::from_fn(|i| view().filter(|_| i == 0)), ..good() },
+            ),
+        ];
+        for (name, output) in outputs {
+            let words = words(&[name, "has no data", "backend nvlink_two_sided keeps no rows"]);
+            cases.push(("a view of nothing", output, A2A_INVALID_ARGUMENT, words));
+        }
+    }
+    cases
+}
+
+fn spoil_dispatch(seat: &Seat, comm: &Comm, routing: &Routing, backend: Backend) -> Result<(), String> {
     let without_ids: &[(&str, Spoil, a2a_status_t, &[&str])] = &[(
         "no ids",
         |i, _| (i.topk_ids, i.topk_weights) = (None, None),
@@ -1875,16 +2666,21 @@ fn spoil_dispatch(comm: &Comm, routing: &Routing, backend: Backend) -> Result<()
         &["topk_ids is NULL"],
     )];
     let mut problems = Vec::new();
-    let more = if backend == Backend::OneSided { without_ids } else { &[] };
+    let more = if backend == Backend::Gather { &[] } else { without_ids };
     for (what, spoil, status, words) in BAD_DISPATCH.iter().chain(more) {
-        let (mut input, mut output) = (small_input(), small_output());
+        let (mut input, mut output) = (small_input(), small_output(seat, backend));
         spoil(&mut input, &mut output);
         let words = [&["rank 1"], *words].concat();
         let result = comm.dispatch(routing, A2A_PHASE_BOTH, &input, &mut output);
         problems.extend(refused(what, result, *status, &words).err());
     }
+    for (what, mut output, status, words) in bad_outputs(seat, backend) {
+        let result = comm.dispatch(routing, A2A_PHASE_BOTH, &small_input(), &mut output);
+        let words: Vec<&str> = words.iter().map(String::as_str).chain(["rank 1"]).collect();
+        problems.extend(refused(what, result, status, &words).err());
+    }
     for (what, spoil, status, words) in BAD_RAW {
-        let (input, mut output) = (small_input(), small_output());
+        let (input, mut output) = (small_input(), small_output(seat, backend));
         let (mut raw_in, mut raw_out) = (input.raw(A2A_PHASE_BOTH), output.raw());
         spoil(&mut raw_in, &mut raw_out);
         // SAFETY: the tensors live in `input` and `output`; the sizes are refused before they are believed.
@@ -1896,9 +2692,9 @@ fn spoil_dispatch(comm: &Comm, routing: &Routing, backend: Backend) -> Result<()
     none_of(problems)
 }
 
-fn spoil_handles(seat: &Seat, comm: &Comm, routing: &Routing) -> Result<(), String> {
+fn spoil_handles(seat: &Seat, comm: &Comm, routing: &Routing, backend: Backend) -> Result<(), String> {
     use std::ptr::null_mut;
-    let (input, mut output) = (small_input(), small_output());
+    let (input, mut output) = (small_input(), small_output(seat, backend));
     let (raw_in, mut raw_out) = (input.raw(A2A_PHASE_BOTH), output.raw());
     let (c, r) = (comm.handle(), routing.handle());
     // SAFETY: handles are looked up, not followed; NULL is refused.
@@ -1957,7 +2753,7 @@ fn spoil_handles(seat: &Seat, comm: &Comm, routing: &Routing) -> Result<(), Stri
     let result = check(unsafe { a2a_dispatch(single.handle(), handle, &raw_in, &mut raw_out, null_mut()) });
     refused("a destroyed routing", result, A2A_INVALID_ARGUMENT, &["not a live a2a_routing_t"])?;
     let handle = single.handle();
-    small_step(&alone, &single, &foreign)?;
+    small_step(&alone, Backend::OneSided, &single, &foreign)?;
     single.destroy()?;
     // SAFETY: as above.
     let result = check(unsafe { a2a_dispatch(handle, foreign.handle(), &raw_in, &mut raw_out, null_mut()) });
@@ -1970,10 +2766,13 @@ fn spoil_handles(seat: &Seat, comm: &Comm, routing: &Routing) -> Result<(), Stri
     Ok(())
 }
 
-fn spoil_combine(comm: &Comm, routing: &Routing, backend: Backend) -> Result<(), String> {
+fn spoil_combine(seat: &Seat, comm: &Comm, routing: &Routing, backend: Backend) -> Result<(), String> {
     let rows = |rows: usize, hidden: usize, dtype: Dtype| Tensor::new(dtype, &[rows, hidden]);
-    let good = || rows(32, HIDDEN, BF16);
-    let buffer = ones(comm, routing)?;
+    let full = capacity(seat, backend);
+    let (all, fewer) = (full.to_string(), (full - 1).to_string());
+    let (fewer, all) = (fewer.as_str(), all.as_str());
+    let good = || rows(full, HIDDEN, BF16);
+    let buffer = ones(seat, backend, comm, routing)?;
     // One row into the buffer: neither the whole of it nor outside.
     let mut overlapping = good();
     overlapping.raw_mut().data = (buffer.address() + HIDDEN * 2) as *mut _;
@@ -1981,37 +2780,30 @@ fn spoil_combine(comm: &Comm, routing: &Routing, backend: Backend) -> Result<(),
     misplaced.raw_mut().byte_offset = 8;
     let out = |dtype, shape: &[usize]| Some(Tensor::new(dtype, shape));
     let sums = || out(F32, &[T, HIDDEN]);
+    let too_few = ["tokens", fewer, all];
     type Case<'a> = (&'a str, Option<Tensor>, Option<Tensor>, a2a_phase_t, u64, &'a [&'a str]);
-    let cases: Vec<Case> = vec![
+    let mut cases: Vec<Case> = vec![
         ("no rows", None, sums(), A2A_PHASE_BOTH, 0, &["tokens is NULL"]),
         (
             "integer rows",
-            Some(rows(32, HIDDEN, I32)),
+            Some(rows(full, HIDDEN, I32)),
             sums(),
             A2A_PHASE_BOTH,
             0,
             &["tokens", "int32", "bfloat16"],
         ),
-        ("8-bit rows", Some(rows(32, HIDDEN, F8)), sums(), A2A_PHASE_BOTH, 0, &["tokens", "8", "bfloat16"]),
-        ("too few rows", Some(rows(31, HIDDEN, BF16)), sums(), A2A_PHASE_BOTH, 0, &["tokens", "31", "32"]),
+        ("8-bit rows", Some(rows(full, HIDDEN, F8)), sums(), A2A_PHASE_BOTH, 0, &["tokens", "8", "bfloat16"]),
+        ("too few rows", Some(rows(full - 1, HIDDEN, BF16)), sums(), A2A_PHASE_BOTH, 0, &too_few),
         (
             "rows too long",
-            Some(rows(32, 2 * HIDDEN, F32)),
+            Some(rows(full, 2 * HIDDEN, F32)),
             sums(),
             A2A_PHASE_BOTH,
             0,
             &["tokens", "512", "256"],
         ),
-        ("rows too short", Some(rows(32, 12, BF16)), sums(), A2A_PHASE_BOTH, 0, &["tokens", "24", "16"]),
+        ("rows too short", Some(rows(full, 12, BF16)), sums(), A2A_PHASE_BOTH, 0, &["tokens", "24", "16"]),
         ("misaligned rows", Some(misplaced), sums(), A2A_PHASE_BOTH, 0, &["tokens", "16 bytes"]),
-        (
-            "rows inside the buffer",
-            Some(overlapping),
-            sums(),
-            A2A_PHASE_BOTH,
-            0,
-            &["tokens", "combine buffer"],
-        ),
         ("nowhere to put sums", Some(good()), None, A2A_PHASE_BOTH, 0, &["the output tokens is NULL"]),
         (
             "integer sums",
@@ -2038,20 +2830,26 @@ fn spoil_combine(comm: &Comm, routing: &Routing, backend: Backend) -> Result<(),
             &["output tokens", "[5, 32]", "[5, 64]"],
         ),
         ("flat sums", Some(good()), out(F32, &[T]), A2A_PHASE_BOTH, 0, &["output tokens", "4 bytes"]),
-        (
-            "weights where there are none",
-            Some(good()),
-            sums(),
-            A2A_PHASE_BOTH,
-            A2A_COMBINE_NO_WEIGHTS,
-            &["NO_WEIGHTS"],
-        ),
         ("an unknown flag", Some(good()), sums(), A2A_PHASE_BOTH, 1 << 9, &["flags", "0x200"]),
         ("an unknown phase", Some(good()), sums(), -1, 0, &["phase", "-1"]),
     ];
+    if backend.keeps_rows() {
+        let words: &[&str] = &["tokens", "combine buffer"];
+        cases.push(("rows inside the buffer", Some(overlapping), sums(), A2A_PHASE_BOTH, 0, words));
+    }
+    if !backend.by_expert() {
+        let words: &[&str] = &["NO_WEIGHTS"];
+        let flags = A2A_COMBINE_NO_WEIGHTS;
+        cases.push(("weights where there are none", Some(good()), sums(), A2A_PHASE_BOTH, flags, words));
+    }
     for (what, rows, tokens, phase, flags, words) in cases {
-        let result =
-            comm.combine(routing, phase, flags, rows.as_ref(), &mut CombineOut { tokens, status: None });
+        let result = comm.combine(
+            routing,
+            phase,
+            flags,
+            rows.as_ref(),
+            &mut CombineOut { tokens, ..Default::default() },
+        );
         refused(what, result, A2A_INVALID_ARGUMENT, &[&["rank 1"], words].concat())?;
     }
     if backend == Backend::OneSided {
@@ -2060,34 +2858,88 @@ fn spoil_combine(comm: &Comm, routing: &Routing, backend: Backend) -> Result<(),
         refused("rows by token", result, A2A_INVALID_ARGUMENT, &["rank 1", "tokens", "[2, 16, 64]"])?;
     }
     let result = comm.combine_buffer(routing, I64).map(drop);
-    refused("an integer buffer", result, A2A_INVALID_ARGUMENT, &["rank 1", "int64"])?;
+    if backend.keeps_rows() {
+        refused("an integer buffer", result, A2A_INVALID_ARGUMENT, &["rank 1", "int64"])?;
+    } else {
+        refused("a buffer", result, A2A_UNSUPPORTED, &["rank 1", "nvlink_two_sided"])?;
+        let result = comm.combine_buffer(routing, F32).map(drop);
+        refused("a buffer", result, A2A_UNSUPPORTED, &["rank 1", "nvlink_two_sided"])?;
+    }
 
-    let (rows, mut sums) = (good(), small_sums());
-    let (weights, mut weights_out) = (Tensor::new(F32, &[T, K]), Tensor::new(F32, &[T, K]));
-    let mut raw_in = combine_in(A2A_PHASE_BOTH, 0, Some(&rows));
-    let mut raw_out = sums.raw();
-    let call =
-        |what: &str, raw_in: &a2a_combine_in_t, raw_out: &mut a2a_combine_out_t, status, words: &[&str]| {
-            // SAFETY: the tensors live in this function.
-            let result = check(unsafe {
-                a2a_combine(comm.handle(), routing.handle(), raw_in, raw_out, std::ptr::null_mut())
-            });
-            refused(what, result, status, &[&["rank 1"], words].concat())
-        };
-    raw_in.row_weights = weights.as_ptr();
-    call("gradients in", &raw_in, &mut raw_out, A2A_UNSUPPORTED, &["row_weights"])?;
-    raw_in.row_weights = std::ptr::null();
-    raw_in.topk_weights = weights.as_ptr();
-    call("weights", &raw_in, &mut raw_out, A2A_INVALID_ARGUMENT, &["topk_weights"])?;
-    raw_in.topk_weights = std::ptr::null();
-    raw_out.topk_weights = weights_out.as_mut_ptr();
-    call("gradients out", &raw_in, &mut raw_out, A2A_UNSUPPORTED, &["topk_weights"])
+    let weights = || Some(Tensor::of(F32, &[T, K], &1.0f32.to_le_bytes().repeat(T * K)));
+    let input = || CombineIn { tokens: Some(good()), ..Default::default() };
+    let columns: &[usize] = if backend.by_expert() { &[] } else { &[K] };
+    let values = |dtype: Dtype, rows: usize| Some(Tensor::new(dtype, &[&[rows], columns].concat()));
+    let mut cases = vec![
+        (
+            "gradients of too few rows",
+            CombineIn { row_weights: values(F32, full - 1), ..input() },
+            None,
+            vec!["row_weights", fewer, all],
+        ),
+        (
+            "16-bit gradients",
+            CombineIn { row_weights: values(BF16, full), ..input() },
+            None,
+            vec!["row_weights", "bfloat16", "float32"],
+        ),
+        ("gradients of nothing", input(), weights(), vec!["topk_weights", "row_weights"]),
+        (
+            "gradients of fewer tokens",
+            CombineIn { row_weights: values(F32, full), ..input() },
+            Some(Tensor::new(F32, &[T - 1, K])),
+            vec!["topk_weights", "[4, 3]", "[5, 3]"],
+        ),
+        (
+            "16-bit gradients back",
+            CombineIn { row_weights: values(F32, full), ..input() },
+            Some(Tensor::new(F16, &[T, K])),
+            vec!["topk_weights", "float16", "float32"],
+        ),
+    ];
+    if backend.by_expert() {
+        let flags = A2A_COMBINE_NO_WEIGHTS;
+        let both = CombineIn { topk_weights: weights(), flags, ..input() };
+        cases.push(("weights and none", both, None, vec!["topk_weights", "NO_WEIGHTS"]));
+        let fewer = CombineIn { topk_weights: Some(Tensor::new(F32, &[T, 2])), ..input() };
+        cases.push(("fewer weights than ids", fewer, None, vec!["topk_weights", "2", "3"]));
+    } else {
+        let weights = CombineIn { topk_weights: weights(), ..input() };
+        cases.push(("weights", weights, None, vec!["topk_weights"]));
+    }
+    for (what, input, topk_weights, words) in cases {
+        let mut output = CombineOut { topk_weights, ..small_sums() };
+        let result = comm.combine_with(routing, A2A_PHASE_BOTH, &input, &mut output);
+        refused(what, result, A2A_INVALID_ARGUMENT, &[&["rank 1"], &words[..]].concat())?;
+    }
+    Ok(())
+}
+
+/// A memory limit may decide what AUTO chooses: ranks that come to different answers are told so, not left to wait.
+fn auto_comes_to_one_answer() -> Result<(), String> {
+    threads(2, LIMIT, |seat| {
+        let mut config = small(seat, Backend::HtFlat);
+        config.max_tokens = 1 << 14;
+        let need = query_memory(&config)?.total_bytes;
+        config.backend = A2A_BACKEND_AUTO;
+        if seat.rank == 1 {
+            config.memory_limit = need - 1;
+        }
+        let refusal = Comm::create(&config).map(|_| ());
+        refused("two answers", refusal, A2A_MISMATCH, &["AUTO chose", "memory_limit"])?;
+        // With one limit for all there is one answer.
+        config.memory_limit = need - 1;
+        let explained = |config: &a2a_config_t| query_memory(config).map(|memory| memory.window_bytes);
+        let auto = explained(&config)?;
+        config.backend = A2A_BACKEND_NVLINK_TWO_SIDED;
+        expect("AUTO within the limit", auto, explained(&config)?)
+    })
 }
 
 /// Configs that a2a_query_memory and a2a_create refuse alike.
 fn bad_configs() -> Result<(), String> {
     type Spoil = fn(&mut a2a_config_t);
-    let cases: [(&str, Spoil, a2a_status_t, &[&str]); 27] = [
+    let cases: Vec<(&str, Spoil, a2a_status_t, &[&str])> = vec![
         ("no ranks", |c| c.num_ranks = 0, A2A_INVALID_ARGUMENT, &["num_ranks", "0", "1024"]),
         ("too many ranks", |c| c.num_ranks = 1025, A2A_INVALID_ARGUMENT, &["num_ranks", "1025", "1024"]),
         ("a rank of nobody", |c| c.rank = 1, A2A_INVALID_ARGUMENT, &["rank is 1", "0"]),
@@ -2150,11 +3002,63 @@ fn bad_configs() -> Result<(), String> {
             &["expert_owner[2]", "7", "0"],
         ),
         ("an unknown flag", |c| c.flags = 4, A2A_INVALID_ARGUMENT, &["flags", "0x4"]),
-        ("a reserved field", |c| c.reserved = 4, A2A_INVALID_ARGUMENT, &["reserved", "4"]),
+        (
+            "a FIFO of one row",
+            |c| (c.backend, c.fifo_rows) = (A2A_BACKEND_NVLINK_TWO_SIDED, 1),
+            A2A_INVALID_ARGUMENT,
+            &["fifo_rows", "1"],
+        ),
+        (
+            "a FIFO too long",
+            |c| (c.backend, c.fifo_rows) = (A2A_BACKEND_NVLINK_TWO_SIDED, 65537),
+            A2A_INVALID_ARGUMENT,
+            &["fifo_rows", "65537", "65536"],
+        ),
         ("a negative timeout", |c| c.timeout_ms = -4, A2A_INVALID_ARGUMENT, &["timeout_ms", "-4"]),
         ("another's layout", |c| c.layout = A2A_LAYOUT_FLAT, A2A_UNSUPPORTED, &["flat"]),
-        ("quantisation", |c| c.quant = A2A_QUANT_FP8_F32_SCALES, A2A_UNSUPPORTED, &["quant"]),
+        ("an unknown quantisation", |c| c.quant = 7, A2A_INVALID_ARGUMENT, &["quant", "7"]),
+        (
+            "scales given and made",
+            |c| c.quant = A2A_QUANT_FP8_F32_SCALES,
+            A2A_INVALID_ARGUMENT,
+            &["max_scale_bytes", "16", "quant"],
+        ),
+        (
+            "columns of the caller's scales",
+            |c| c.scale_layout = A2A_SCALES_COLUMN,
+            A2A_INVALID_ARGUMENT,
+            &["scale_layout", "quant"],
+        ),
+        ("an unknown scale layout", |c| c.scale_layout = 2, A2A_INVALID_ARGUMENT, &["scale_layout", "2"]),
+        ("an unknown policy", |c| c.overflow = 2, A2A_INVALID_ARGUMENT, &["overflow", "2"]),
         ("a limit on rows", |c| c.max_recv_rows = 5, A2A_UNSUPPORTED, &["max_recv_rows"]),
+        (
+            "a limit on gathered rows",
+            |c| (c.backend, c.max_recv_rows) = (A2A_BACKEND_ALLGATHER_REDUCESCATTER, 5),
+            A2A_UNSUPPORTED,
+            &["max_recv_rows"],
+        ),
+        (
+            "a negative limit",
+            |c| (c.backend, c.max_recv_rows) = (A2A_BACKEND_LOW_LATENCY, -5),
+            A2A_INVALID_ARGUMENT,
+            &["max_recv_rows", "-5"],
+        ),
+        (
+            "a negative alignment",
+            |c| {
+                (c.backend, c.layout) = (A2A_BACKEND_HIGH_THROUGHPUT, A2A_LAYOUT_EXPERT_CONTIGUOUS);
+                c.expert_alignment = -4;
+            },
+            A2A_INVALID_ARGUMENT,
+            &["expert_alignment", "-4"],
+        ),
+        (
+            "padding where nothing is padded",
+            |c| (c.backend, c.layout) = (A2A_BACKEND_HIGH_THROUGHPUT, A2A_LAYOUT_EXPERT_PADDED),
+            A2A_UNSUPPORTED,
+            &["expert_padded"],
+        ),
     ];
     let seat = Seat { rank: 0, world: 1, id: GroupId::new(), args: Vec::new() };
     for (what, spoil, status, words) in cases {
@@ -2212,7 +3116,7 @@ const SMALL: i64 = 8 << 10;
 /// In a process of its own: what a2a_create and a2a_routing_create take is what a2a_query_memory said, and steps
 /// take nothing.
 fn measure(seat: &Seat) -> Result<(), String> {
-    let backend = BACKENDS.into_iter().find(|backend| backend.name() == seat.args[0]).expect("a backend");
+    let backend = Backend::named(&seat.args[0]);
     let mut config = small(seat, backend);
     config.max_tokens = 1000;
     let memory = query_memory(&config)?;
@@ -2244,12 +3148,21 @@ fn measure(seat: &Seat) -> Result<(), String> {
         ));
     }
 
-    let (input, mut output, mut sums) = (small_input(), small_output(), small_sums());
+    config.max_tokens = 2000;
+    let more = query_memory(&config)?.window_bytes;
+    expect(
+        "a window that does not grow with the tokens",
+        more == memory.window_bytes,
+        !backend.keeps_rows(),
+    )?;
+
+    let (mut input, mut output, mut sums) = (small_input(), small_output(seat, backend), small_sums());
+    input.max_tokens = M as i32;
     for step in 0..4 {
         let before = CALLS.get();
         comm.dispatch(&routing, A2A_PHASE_BOTH, &input, &mut output)?;
         let dispatch = CALLS.get() - before;
-        let rows = ones(&comm, &routing)?;
+        let rows = ones(seat, backend, &comm, &routing)?;
         let before = CALLS.get();
         comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&rows), &mut sums)?;
         let combine = CALLS.get() - before;
@@ -2293,12 +3206,32 @@ fn main() -> std::process::ExitCode {
         }),
     ];
     for (name, run) in each {
+        let apart = name == "nobody_needs_the_other_thread";
+        for backend in BACKENDS.into_iter().filter(|backend| backend.keeps_rows() || !apart) {
+            trials.push(trial(format!("{name}/{}", backend.name()), Box::new(move || run(backend))));
+        }
+    }
+    for (name, run) in laws::OF_A_BACKEND {
         for backend in BACKENDS {
             trials.push(trial(format!("{name}/{}", backend.name()), Box::new(move || run(backend))));
         }
     }
+    for backend in BACKENDS.into_iter().filter(|backend| backend.limits_rows()) {
+        let name = format!("too_many_rows/{}", backend.name());
+        trials.push(trial(name, Box::new(move || laws::too_many_rows(backend))));
+    }
+    for backend in BACKENDS.into_iter().filter(|backend| backend.by_expert()) {
+        let name = format!("any_number_of_ranks_gives_the_same_bits/{}", backend.name());
+        trials.push(trial(name, Box::new(move || laws::any_number_of_ranks(backend))));
+    }
+    for world in [2, 3, 4] {
+        let name = format!("a_class_of_backends_gives_the_same_bits/{world}");
+        trials.push(trial(name, Box::new(move || laws::classes(world))));
+    }
     trials.push(trial("bad_configs".into(), Box::new(bad_configs)));
+    trials.push(trial("auto_comes_to_one_answer".into(), Box::new(auto_comes_to_one_answer)));
     trials.push(trial("everything_is_tried".into(), Box::new(everything_is_tried)));
     trials.push(trial("the_oracle_rounds_right".into(), Box::new(the_oracle_rounds_right)));
+    trials.push(trial("the_oracle_quantises_right".into(), Box::new(the_oracle_quantises_right)));
     libtest_mimic::run(&args, trials).exit_code()
 }

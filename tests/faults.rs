@@ -1016,7 +1016,7 @@ fn only_three_calls_remain(member: &Member) -> Result<(), String> {
 }
 
 fn sums() -> CombineOut {
-    CombineOut { tokens: Some(Tensor::new(F32, &[TOKENS, HIDDEN])), status: None }
+    CombineOut { tokens: Some(Tensor::new(F32, &[TOKENS, HIDDEN])), ..Default::default() }
 }
 
 /// Rank 1 is between two calls when another thread ends its comm; the peers wait for it.

@@ -12,16 +12,30 @@ from pathlib import Path
 SUCCESS, INVALID_ARGUMENT, UNSUPPORTED, BUSY, OUT_OF_MEMORY, OVERFLOW, SYSTEM_ERROR = range(7)
 TIMEOUT, PEER_LOST, MISMATCH = 16, 17, 18
 CUDA_ERROR, NCCL_ERROR, NIXL_ERROR, ABORTED, INTERNAL = range(32, 37)
+(
+    BACKEND_AUTO, BACKEND_ALLGATHER_REDUCESCATTER, BACKEND_HIGH_THROUGHPUT, BACKEND_LOW_LATENCY,
+    BACKEND_NVLINK_ONE_SIDED, BACKEND_NVLINK_TWO_SIDED, BACKEND_NIXL_ELASTIC,
+) = range(7)
+BACKEND_UNKNOWN = -1
+TRANSPORT_AUTO, TRANSPORT_WINDOW, TRANSPORT_NCCL, TRANSPORT_NIXL = range(4)
 DEVICE_CPU, DEVICE_CUDA = 1, 2
 DTYPE_DEFAULT, DTYPE_BF16, DTYPE_F16, DTYPE_F32, DTYPE_F8_E4M3, DTYPE_U8 = range(6)
 LAYOUT_AUTO, LAYOUT_GATHERED, LAYOUT_RANK_MAJOR, LAYOUT_FLAT, LAYOUT_EXPERT_PADDED, LAYOUT_EXPERT_CONTIGUOUS = range(6)
+QUANT_NONE, QUANT_FP8_F32_SCALES, QUANT_FP8_UE8M0_SCALES = range(3)
+SCALES_ROW, SCALES_COLUMN = range(2)
+PLACEMENT_CONTIGUOUS, PLACEMENT_TABLE = range(2)
+OVERFLOW_ERROR, OVERFLOW_DROP = range(2)
+BOOTSTRAP_UNIQUE_ID, BOOTSTRAP_ALLGATHER = range(2)
 PHASE_BOTH, PHASE_SEND, PHASE_RECV = range(3)
 DISPATCH_HOST_COUNTS, DISPATCH_ZERO_PADDING, DISPATCH_UNIFORM, DISPATCH_REUSE = 1, 2, 4, 8
 COMBINE_ACCUMULATE, COMBINE_NO_WEIGHTS = 1, 2
-MAX_EXTRAS = 8
+STEP_BAD_ID, STEP_DROPPED, STEP_VOID, STEP_OVERFLOW = 1, 2, 4, 8
+LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG = range(1, 5)
+MAX_EXTRAS, MAX_TOPK, MAX_RANKS = 8, 32, 1024
 
 # DLPack's (code, bits) of an element type.
-INT32, INT64, FLOAT16, FLOAT32, BFLOAT16 = (0, 32), (0, 64), (2, 16), (2, 32), (4, 16)
+INT32, INT64, UINT8, FLOAT16, FLOAT32, BFLOAT16 = (0, 32), (0, 64), (1, 8), (2, 16), (2, 32), (4, 16)
+FLOAT8_E4M3 = (10, 8)
 
 
 class UniqueId(ctypes.Structure):
@@ -74,6 +88,14 @@ class Tensor(ctypes.Structure):
         offset = {b"dltensor": 0, b"dltensor_versioned": 32}[name(capsule)]
         tensor = cls.from_address(content(capsule, name(capsule)) + offset)
         tensor.memory = (array, capsule)
+        return tensor
+
+    def typed(self, dtype):
+        """The same bytes as another type of the same width: numpy has uint8 for what is FLOAT8_E4M3 to liba2a."""
+        assert self.dtype.bits == dtype[1]
+        tensor = Tensor.from_buffer_copy(self)
+        tensor.dtype = TensorDtype(*dtype, 1)
+        tensor.memory = self
         return tensor
 
     def sizes(self):
@@ -142,7 +164,7 @@ class Config(Sized):
         ("flags", c_uint64),
         ("expert_owner", POINTER(c_int32)),
         ("bootstrap", c_int32),
-        ("reserved", c_int32),
+        ("fifo_rows", c_int32),
         ("unique_id", UniqueId),
         ("allgather", ALLGATHER_FN),
         ("allgather_user", c_void_p),

@@ -71,9 +71,6 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
             raw.flags
         )));
     }
-    if raw.reserved != 0 {
-        return Err(Error::invalid(format!("rank {rank}: reserved is {}, it must be 0", raw.reserved)));
-    }
     let positive = |name: &str, value: i64, default: i64, high: i64| {
         range(name, value, 0, high).map(|value| if value == 0 { default as u64 } else { value as u64 })
     };
@@ -135,6 +132,10 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         num_slots: positive("num_slots", raw.num_slots as i64, 1, MAX_SLOTS as i64)? as u32,
         expert_alignment: positive("expert_alignment", raw.expert_alignment as i64, 1, 1 << 16)? as u32,
         overflow: OverflowKind::from_code(rank, raw.overflow)?,
+        fifo_rows: match raw.fifo_rows {
+            0 => 0,
+            rows => range("fifo_rows", rows as i64, 2, 1 << 16)? as u32,
+        },
         max_recv_rows: range("max_recv_rows", raw.max_recv_rows, 0, MAX_ROWS as i64)? as u64,
         setup_timeout_ms: positive("setup_timeout_ms", raw.setup_timeout_ms, 300_000, MAX_TIMEOUT_MS)?,
         first_step_timeout_ms: positive(
@@ -149,9 +150,11 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         unique_id: UniqueId::from_bytes(rank, &raw.unique_id.bytes)?,
         has_allgather: raw.allgather.is_some() || !raw.allgather_user.is_null(),
         has_nccl_comm: !raw.nccl_comm.is_null(),
+        chosen: None,
     };
     for (name, bytes) in [
         ("max_hidden * token_dtype", config.max_token_bytes()),
+        ("max_hidden, a byte a column with quant,", config.max_wire_bytes()),
         ("max_hidden (or combine_hidden) * combine_dtype", config.max_combine_bytes()),
     ] {
         if bytes > i32::MAX as u64 || !bytes.is_multiple_of(ROW_ALIGN) {
@@ -183,7 +186,7 @@ pub fn info(comm: &Comm) -> a2a_info_t {
         max_tokens: config.max_tokens as i32,
         num_slots: config.num_slots as i32,
         max_sms: 0,
-        row_capacity: config.num_ranks as i64 * config.max_tokens as i64,
+        row_capacity: plan.row_capacity(config) as i64,
         window_bytes: plan.map.window_bytes(),
     }
 }

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use super::guard::read_struct;
 use super::types::*;
 use crate::comm::{
-    CombineRecv, CombineSend, Comm, DispatchRecv, DispatchSend, Element, Output, Routing, Tensor, View,
+    ColumnTensor, CombineRecv, CombineSend, Comm, DispatchRecv, DispatchSend, Element, Output, Routing,
+    Tensor, View,
 };
-use crate::config::{MAX_EXTRAS, ROW_ALIGN};
-use crate::device::Rows;
+use crate::config::{MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
 use crate::device::map::{PLANES, Plane};
+use crate::device::{Columns, Rows};
 use crate::error::{Error, Result};
 
 /// A routing and the shape arrays of its views.
@@ -20,8 +21,8 @@ pub struct RoutingHandle {
     shapes: Box<[[AtomicI64; 6]; VIEWS]>,
 }
 
-/// Views by plane, then expert_counts, rank_counts, status, the combine buffer, combine's status.
-const VIEWS: usize = PLANES + 5;
+/// Views by plane, then expert_counts, rank_counts, status, the combine buffer, combine's status, expert_offsets.
+const VIEWS: usize = PLANES + 6;
 
 impl RoutingHandle {
     pub fn new(routing: Routing) -> RoutingHandle {
@@ -35,11 +36,9 @@ impl RoutingHandle {
     /// `tensor` is writable.
     unsafe fn show(&self, entry: usize, view: &View, tensor: *mut a2a_tensor_t) {
         let words = &self.shapes[entry];
-        let mut stride = 1;
-        for i in (0..view.ndim).rev() {
+        for i in 0..view.ndim {
             words[i].store(view.dims[i], Ordering::Relaxed);
-            words[3 + i].store(stride, Ordering::Relaxed);
-            stride *= view.dims[i].max(1);
+            words[3 + i].store(view.strides[i], Ordering::Relaxed);
         }
         let value = a2a_tensor_t {
             data: view.address as *mut _,
@@ -59,11 +58,21 @@ impl RoutingHandle {
     }
 }
 
-/// Reads a tensor. `aligned`: rows of tokens, which are moved in 16-byte vectors.
+/// What every tensor says of itself.
+struct Header {
+    address: usize,
+    has_data: bool,
+    ndim: usize,
+    dims: [i64; 3],
+    strides: [i64; 3],
+    element: Element,
+}
+
+/// Checks a tensor's device, dimensions and element type.
 ///
 /// # Safety
-/// `tensor` points at a tensor whose shape and strides have ndim entries and whose data is there.
-unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool) -> Result<Tensor> {
+/// `tensor` points at a tensor whose shape and strides have ndim entries.
+unsafe fn read_header(rank: u32, name: &str, tensor: *const a2a_tensor_t) -> Result<Header> {
     let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
     // SAFETY: forwarded.
     let raw = unsafe { tensor.read() };
@@ -101,6 +110,20 @@ unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool
             _ => return invalid(format!("has the shape {:?}, which is past the address space", &dims[..=i])),
         };
     }
+    let address = (raw.data as usize).wrapping_add(raw.byte_offset as usize);
+    Ok(Header { address, has_data: !raw.data.is_null(), ndim, dims, strides, element })
+}
+
+/// Reads a tensor. `aligned`: rows of tokens, which are moved in 16-byte vectors.
+///
+/// # Safety
+/// As `read_header`, and its data is there.
+unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool) -> Result<Tensor> {
+    let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
+    // SAFETY: forwarded.
+    let Header { address, has_data, ndim, dims, strides, element } =
+        unsafe { read_header(rank, name, tensor)? };
+    let size = element.bytes() as i64;
     let columns = if ndim > 1 { dims[ndim - 1] } else { 1 };
     let rows: i64 = if ndim > 1 { dims[..ndim - 1].iter().product() } else { dims[0] };
     let row_stride = match ndim {
@@ -126,9 +149,8 @@ unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool
     if stride < row_bytes || stride.checked_mul(rows).is_none_or(|span| span > isize::MAX as i64) {
         return invalid(format!("has rows of {row_bytes} bytes {stride} bytes apart"));
     }
-    let address = (raw.data as usize).wrapping_add(raw.byte_offset as usize);
     if rows > 0 && row_bytes > 0 {
-        if raw.data.is_null() {
+        if !has_data {
             return invalid(format!("has no data and the shape {:?}", &dims[..ndim]));
         }
         let align = ROW_ALIGN as usize;
@@ -181,6 +203,64 @@ unsafe fn output(rank: u32, name: &str, tensor: *mut a2a_tensor_t, aligned: bool
     unsafe { read(rank, name, tensor, aligned) }.map(Output::Into)
 }
 
+/// Reads a tensor of 4-byte elements whose token dimension is contiguous: [rows, S] or [blocks, rows, S].
+///
+/// # Safety
+/// As `read`.
+unsafe fn read_columns(rank: u32, name: &str, tensor: *const a2a_tensor_t) -> Result<ColumnTensor> {
+    let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
+    // SAFETY: forwarded.
+    let Header { address, has_data, ndim, dims, strides, element } =
+        unsafe { read_header(rank, name, tensor)? };
+    if ndim < 2 || element.bytes() != 4 {
+        return invalid(format!(
+            "has {ndim} dimensions of {element}, scales by column are [rows, S] or [blocks, rows, S] of 4 bytes each"
+        ));
+    }
+    let (block, elements) = (dims[ndim - 2], dims[ndim - 1]);
+    let (blocks, block_stride) = if ndim == 3 { (dims[0], strides[0]) } else { (1, 0) };
+    let (row_stride, column_stride) = (strides[ndim - 2], strides[ndim - 1]);
+    let used = blocks > 0 && block > 0 && elements > 0;
+    if used && (block > 1 && row_stride != 1 || elements > 1 && column_stride < block) {
+        return invalid(format!(
+            "has the strides {:?} over {:?}, its token dimension must be contiguous (scale_layout column)",
+            &strides[..ndim],
+            &dims[..ndim]
+        ));
+    }
+    let span = (blocks - 1)
+        .max(0)
+        .checked_mul(block_stride)
+        .zip((elements - 1).max(0).checked_mul(column_stride))
+        .and_then(|(a, b)| a.checked_add(b)?.checked_add(block)?.checked_mul(4));
+    if used && (block_stride < 0 || span.is_none_or(|span| span > isize::MAX as i64) || !has_data) {
+        return invalid(format!(
+            "has no data, or the strides {:?}, over {:?}",
+            &strides[..ndim],
+            &dims[..ndim]
+        ));
+    }
+    let shape = (blocks as usize, block as usize, elements as usize);
+    let (block_stride, column_stride) = (block_stride as usize * 4, column_stride.max(0) as usize * 4);
+    // SAFETY: the caller vouches for the memory the tensor describes, during the call.
+    let columns = unsafe { Columns::new(address as *mut u8, shape, block_stride, column_stride) };
+    Ok(ColumnTensor { columns, ndim, dims, element })
+}
+
+/// An output that takes scales by column.
+///
+/// # Safety
+/// As `output`.
+unsafe fn column_output(rank: u32, name: &str, tensor: *mut a2a_tensor_t) -> Result<Output> {
+    // SAFETY: forwarded.
+    unsafe {
+        if tensor.is_null() || (*tensor).data.is_null() {
+            return output(rank, name, tensor, false);
+        }
+        read_columns(rank, name, tensor).map(Output::Columns)
+    }
+}
+
 fn phases(rank: u32, phase: a2a_phase_t) -> Result<(bool, bool)> {
     match phase {
         A2A_PHASE_BOTH => Ok((true, true)),
@@ -222,7 +302,7 @@ pub unsafe fn dispatch(
         // SAFETY: forwarded.
         let outputs = unsafe { read_struct(out)? };
         // SAFETY: forwarded.
-        recv = Some(unsafe { dispatch_recv(rank, &outputs)? });
+        recv = Some(unsafe { dispatch_recv(comm, &outputs)? });
         raw = Some(outputs);
     }
     let views = comm.dispatch(&handle.routing, send.as_ref(), recv.as_ref(), input.flags)?;
@@ -232,6 +312,7 @@ pub unsafe fn dispatch(
             (PLANES, &views.expert_counts, raw.expert_counts),
             (PLANES + 1, &views.rank_counts, raw.rank_counts),
             (PLANES + 2, &views.status, raw.status),
+            (PLANES + 5, &views.expert_offsets, raw.expert_offsets),
         ];
         let rows =
             views.planes.iter().zip(tensors).enumerate().map(|(i, (view, tensor))| (i, view, tensor.1));
@@ -320,12 +401,17 @@ fn planes(raw: &a2a_dispatch_out_t) -> [(bool, *mut a2a_tensor_t); PLANES] {
 
 /// # Safety
 /// As `dispatch`.
-unsafe fn dispatch_recv(rank: u32, raw: &a2a_dispatch_out_t) -> Result<DispatchRecv> {
+unsafe fn dispatch_recv(comm: &Comm, raw: &a2a_dispatch_out_t) -> Result<DispatchRecv> {
+    let rank = comm.config().rank;
+    let by_column = comm.config().scale_layout == ScaleLayout::Column;
     let mut recv = DispatchRecv::default();
     // SAFETY: forwarded, here and below.
     unsafe {
         for (plane, (aligned, tensor)) in planes(raw).into_iter().enumerate() {
-            recv.planes[plane] = output(rank, OUTPUTS[plane], tensor, aligned)?;
+            recv.planes[plane] = match plane == Plane::Scales as usize && by_column {
+                true => column_output(rank, OUTPUTS[plane], tensor)?,
+                false => output(rank, OUTPUTS[plane], tensor, aligned)?,
+            };
         }
         recv.expert_counts = output(rank, "the output expert_counts", raw.expert_counts, false)?;
         recv.rank_counts = output(rank, "the output rank_counts", raw.rank_counts, false)?;
@@ -352,17 +438,19 @@ pub unsafe fn combine(
             input.max_sms
         )));
     }
-    if !input.row_weights.is_null() {
-        return Err(Error::unsupported(format!(
-            "rank {rank}: row_weights is set, which is not in this build"
-        )));
-    }
     let send = match sends {
         true => {
             // SAFETY: forwarded.
             let tokens = unsafe { optional(rank, "tokens", input.tokens, true)? };
             let tokens = *required(rank, "tokens", &tokens)?;
-            Some(CombineSend { tokens, has_weights: !input.topk_weights.is_null() })
+            // SAFETY: forwarded.
+            let (topk_weights, row_weights) = unsafe {
+                (
+                    optional(rank, "topk_weights", input.topk_weights, false)?,
+                    optional(rank, "row_weights", input.row_weights, false)?,
+                )
+            };
+            Some(CombineSend { tokens, topk_weights, row_weights })
         }
         false => None,
     };
@@ -370,14 +458,11 @@ pub unsafe fn combine(
     if recvs {
         // SAFETY: forwarded, here and below.
         let outputs: a2a_combine_out_t = unsafe { read_struct(out)? };
-        if !outputs.topk_weights.is_null() {
-            return Err(Error::unsupported(format!(
-                "rank {rank}: the output topk_weights is set, which is not in this build"
-            )));
-        }
         recv = Some(CombineRecv {
             // SAFETY: forwarded.
             tokens: unsafe { optional(rank, "the output tokens", outputs.tokens, true)? },
+            // SAFETY: forwarded.
+            topk_weights: unsafe { optional(rank, "the output topk_weights", outputs.topk_weights, false)? },
             // SAFETY: forwarded.
             status: unsafe { output(rank, "the output status", outputs.status, false)? },
         });

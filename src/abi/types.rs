@@ -18,7 +18,8 @@ pub const A2A_UNSUPPORTED: a2a_status_t = 2;
 pub const A2A_BUSY: a2a_status_t = 3;
 /// Call: memory, file descriptors or the configured memory limit do not suffice; nothing happened.
 pub const A2A_OUT_OF_MEMORY: a2a_status_t = 4;
-/// Call: a result does not fit into what was provided for it; nothing happened.
+/// Call: a result does not fit into what was provided for it; nothing happened. From a dispatch whose rows exceed
+/// max_recv_rows under A2A_OVERFLOW_ERROR: on every rank alike, nothing was received, the slot takes another dispatch.
 pub const A2A_OVERFLOW: a2a_status_t = 5;
 /// Call: the operating system refused something that set-up needs; nothing was created.
 pub const A2A_SYSTEM_ERROR: a2a_status_t = 6;
@@ -160,7 +161,9 @@ pub const A2A_DISPATCH_HOST_COUNTS: u64 = 1;
 pub const A2A_DISPATCH_ZERO_PADDING: u64 = 2;
 /// Dispatch flag: every rank dispatches the same number of tokens in this step.
 pub const A2A_DISPATCH_UNIFORM: u64 = 4;
-/// Dispatch flag: replay the routing of its last dispatch; ids and counts do not travel again.
+/// Dispatch flag, of every rank or none: replay the routing's last received dispatch. No routing and no exchange of
+/// counts: rows go where they went then. T and the bound are the same; topk_ids is NULL; absent topk_weights are
+/// those the routing has, given ones replace them. Hidden size, type, scales and extras may differ.
 pub const A2A_DISPATCH_REUSE: u64 = 8;
 
 /// Combine flag: add to what `out.tokens` holds (added last, in float32, before the one rounding).
@@ -174,6 +177,9 @@ pub const A2A_STEP_BAD_ID: i32 = 1;
 pub const A2A_STEP_DROPPED: i32 = 2;
 /// Bit of `status[0]`: the step is void; ranks given up on are marked from `status[4]` on.
 pub const A2A_STEP_VOID: i32 = 4;
+/// Bit of `status[0]`: the step is void because max_recv_rows was exceeded under A2A_OVERFLOW_ERROR; the ranks that
+/// would have received too many rows are marked from `status[4]` on.
+pub const A2A_STEP_OVERFLOW: i32 = 8;
 
 /// Log level: something failed.
 pub const A2A_LOG_ERROR: i32 = 1;
@@ -311,11 +317,11 @@ pub struct a2a_config_t {
     pub combine_dtype: a2a_dtype_t,
     /// (same) Hidden size of the experts' output where it differs from the tokens' (packed fp4); 0 = the same.
     pub combine_hidden: i32,
-    /// (same) Quantisation inside dispatch. Not in this build: anything but A2A_QUANT_NONE is refused.
+    /// (same) Quantisation inside dispatch; tokens are then bf16, f16 or f32, or e4m3 with their scales.
     pub quant: a2a_quant_t,
-    /// (same) Layout of scales computed by dispatch. Not in this build: anything but A2A_SCALES_ROW is refused.
+    /// (same) Layout of the scales that quantisation makes; A2A_SCALES_COLUMN needs `quant`.
     pub scale_layout: a2a_scale_layout_t,
-    /// (same) Largest row of `scales`, in bytes; 0 = no scales.
+    /// (same) Largest row of the caller's `scales`, in bytes; 0 = no scales. Must be 0 with `quant`.
     pub max_scale_bytes: i32,
     /// (same) Largest row of each extra, in bytes; 0 = that extra is not used.
     pub extra_row_bytes: [i32; A2A_MAX_EXTRAS],
@@ -323,11 +329,13 @@ pub struct a2a_config_t {
     pub num_slots: i32,
     /// (same) Alignment of expert blocks, EXPERT_CONTIGUOUS only; 0 = 1.
     pub expert_alignment: i32,
-    /// (same) What to do past max_recv_rows. Not in this build: anything but A2A_OVERFLOW_ERROR is refused.
+    /// (same) What to do past max_recv_rows.
     pub overflow: a2a_overflow_t,
     /// SMs that kernels may use; 0 = the library's choice. Means nothing on the CPU.
     pub max_sms: i32,
-    /// (same) Rows a rank receives at most; 0 = the layout's capacity. Not in this build: refused unless 0.
+    /// (same) Rows a rank receives at most, which sizes its window; 0 = the layout's capacity. FLAT and
+    /// EXPERT_CONTIGUOUS: rows of the outputs, alignment included; EXPERT_PADDED: rows of each expert. GATHERED and
+    /// RANK_MAJOR, whose rows have fixed places, refuse it.
     pub max_recv_rows: i64,
     /// Milliseconds until a2a_create gives up on a rank; 0 = 300 000.
     pub setup_timeout_ms: i64,
@@ -345,8 +353,9 @@ pub struct a2a_config_t {
     pub expert_owner: *const i32,
     /// How the ranks find each other.
     pub bootstrap: a2a_bootstrap_t,
-    /// Must be 0.
-    pub reserved: i32,
+    /// (same) Rows that each FIFO of NVLINK_TWO_SIDED holds, 2 to 65536; 0 = the library's choice. Other backends have
+    /// none.
+    pub fifo_rows: i32,
     /// The group's name; unused (all zero) when num_ranks is 1.
     pub unique_id: a2a_unique_id_t,
     /// Not in this build: must be NULL, as must allgather_user.
@@ -406,7 +415,8 @@ pub struct a2a_info_t {
     pub num_slots: i32,
     /// SMs in effect; 0 on the CPU.
     pub max_sms: i32,
-    /// Rows of a full step's outputs (R*M for GATHERED, RANK_MAJOR and FLAT).
+    /// Rows of this rank's outputs in a full step: R*M for GATHERED, RANK_MAJOR and FLAT, L*R*M for EXPERT_PADDED,
+    /// R*M*min(K,L) + L*(alignment-1) rounded up to the alignment for EXPERT_CONTIGUOUS; less under max_recv_rows.
     pub row_capacity: i64,
     /// Bytes of this rank's window.
     pub window_bytes: u64,
@@ -477,18 +487,24 @@ pub struct a2a_error_info_t {
 }
 
 /// What a rank dispatches. T tokens, K ids each; every tensor may be absent (NULL) where it says so.
+///
+/// NVLINK_TWO_SIDED moves rows in RECV: what SEND was given must stay as it is until the RECV has returned and, if
+/// another slot of the comm is then between SEND and RECV, until that one's RECV has. Ranks may receive on slots in
+/// different orders once all have sent on them. Everywhere else SEND is done with its tensors when it returns.
 #[repr(C)]
 pub struct a2a_dispatch_in_t {
     /// sizeof(a2a_dispatch_in_t) of the caller.
     pub struct_size: usize,
-    /// [T, H], any element type. Needed in SEND and BOTH, also when T is 0.
+    /// [T, H], any element type (with `quant`: bf16, f16, f32, or e4m3 with scales). Needed in SEND and BOTH, also
+    /// when T is 0.
     pub tokens: *const a2a_tensor_t,
     /// [T, K] int32 or int64 global expert ids; -1 = none. May be absent with GATHERED: then every token counts
-    /// for every rank.
+    /// for every rank. NULL with A2A_DISPATCH_REUSE.
     pub topk_ids: *const a2a_tensor_t,
     /// [T, K] float32; absent = 1 each.
     pub topk_weights: *const a2a_tensor_t,
-    /// [T, S] or [T], any element type: travels row by row beside the tokens. May be absent.
+    /// [T, S] or [T], any element type: travels row by row beside the tokens. May be absent. NULL where dispatch
+    /// quantises.
     pub scales: *const a2a_tensor_t,
     /// [T, *] or [T] each, any element type. Entry i needs extra_row_bytes[i]. May be absent.
     pub extras: [*const a2a_tensor_t; A2A_MAX_EXTRAS],
@@ -508,41 +524,51 @@ pub struct a2a_dispatch_in_t {
 }
 
 /// What a rank receives. A NULL pointer: not wanted. A tensor without data: the library makes it a view.
-/// Outputs are read and written in RECV and BOTH. `rows` is [R, M] for RANK_MAJOR (a caller's tensor may also
-/// be [R*M]); for GATHERED [sum of tokens] where rank_tokens or UNIFORM make it known, else [R*M] (a view is cut to
-/// the sum under HOST_COUNTS). A caller's tensor may have more rows; too few are A2A_OVERFLOW.
+/// Outputs are read and written in RECV and BOTH. A caller's tensor may have more rows than the step needs; too few
+/// are A2A_OVERFLOW. `rows` is
+///   GATHERED           [sum of tokens] where rank_tokens or UNIFORM make it known, else [R*M]
+///   RANK_MAJOR         [R, M] (a caller's tensor may also be [R*M])
+///   FLAT               [min(R*M, max_recv_rows)]
+///   EXPERT_PADDED      [L, min(R*M, max_recv_rows)] (a caller's tensor may also have one dimension for both)
+///   EXPERT_CONTIGUOUS  [min(R*M*min(K,L) + L*(alignment-1) rounded up to the alignment, max_recv_rows)]
+/// Under HOST_COUNTS views of GATHERED, FLAT and EXPERT_CONTIGUOUS are cut to num_rows. NVLINK_TWO_SIDED keeps no
+/// rows: those outputs must be the caller's.
 #[repr(C)]
 pub struct a2a_dispatch_out_t {
     /// sizeof(a2a_dispatch_out_t) of the caller.
     pub struct_size: usize,
-    /// [rows, H], element type and H as dispatched.
+    /// [rows, H], element type and H as dispatched; e4m3 with `quant`.
     pub tokens: *mut a2a_tensor_t,
-    /// [rows, S], as dispatched.
+    /// [rows, S], as dispatched. With `quant`, G = ceil(H / 128) groups: float32 [rows, G], or int32 [rows, ceil(G / 4)]
+    /// with group 4j+b in byte b of word j. A2A_SCALES_COLUMN: strides [1, P], P the rows rounded up to 4;
+    /// EXPERT_PADDED and RANK_MAJOR, whose rows have two dimensions: [S*P, 1, P], P from the second. A caller's
+    /// tensor may have larger strides.
     pub scales: *mut a2a_tensor_t,
     /// [rows, K] global ids, int32 (a caller's tensor may be int64); -1 past the counts and for bad ids.
+    /// EXPERT_CONTIGUOUS: [rows], the row's expert. EXPERT_PADDED has none: an expert's rows stand together.
     pub topk_ids: *mut a2a_tensor_t,
-    /// [rows, K] float32; 0 past the counts.
+    /// [rows, K] float32; 0 past the counts. EXPERT_*: [rows], the sum of the token's weights for the expert.
     pub topk_weights: *mut a2a_tensor_t,
     /// [rows, *] each, as dispatched.
     pub extras: [*mut a2a_tensor_t; A2A_MAX_EXTRAS],
-    /// [L] int32: distinct tokens that chose each local expert.
+    /// [L] int32: distinct tokens that chose each local expert; rows that were dropped do not count.
     pub expert_counts: *mut a2a_tensor_t,
     /// [R] int32: rows from each rank.
     pub rank_counts: *mut a2a_tensor_t,
-    /// [L+1] int32, EXPERT_* layouts only: where each expert's rows start.
+    /// [L+1] int32, EXPERT_* layouts only: where each expert's rows start, and where the last one's block ends.
     pub expert_offsets: *mut a2a_tensor_t,
     /// [rows, 2] int32: source rank and its token; -1 past the counts.
     pub row_source: *mut a2a_tensor_t,
     /// [L] int64, the caller's only: expert_counts is added to it.
     pub expert_stats: *mut a2a_tensor_t,
-    /// [4 + R] int32: A2A_STEP_* bits; bad ids of this rank; dropped rows; rows demanded; then 1 for each rank
-    /// given up on.
+    /// [4 + R] int32: A2A_STEP_* bits; bad ids of this rank; rows dropped here; rows demanded, which is the
+    /// max_recv_rows that this rank needed for the step; then 1 for each rank given up on.
     pub status: *mut a2a_tensor_t,
-    /// N, the rows received, under A2A_DISPATCH_HOST_COUNTS; else -1.
+    /// Under A2A_DISPATCH_HOST_COUNTS N, the rows received (EXPERT_CONTIGUOUS: expert_offsets[L]); else -1.
     pub num_rows: i64,
 }
 
-/// What the experts of a rank computed.
+/// What the experts of a rank computed. NVLINK_TWO_SIDED reads it in RECV, as it does a dispatch's tensors.
 #[repr(C)]
 pub struct a2a_combine_in_t {
     /// sizeof(a2a_combine_in_t) of the caller.
@@ -551,9 +577,10 @@ pub struct a2a_combine_in_t {
     /// a2a_combine_buffer returned (nothing is copied) or any other tensor (staged). Needed in SEND and BOTH. Rows past
     /// the counts, and gathered rows whose token has no expert here, are not read.
     pub tokens: *const a2a_tensor_t,
-    /// [T, K] float32, EXPERT_* layouts only: weights instead of those given to dispatch.
+    /// [T, K] float32, EXPERT_* layouts only: weights for this rank's own tokens instead of those given to dispatch.
     pub topk_weights: *const a2a_tensor_t,
-    /// [rows, K] float32: gradients of the weights on their way back. Not in this build: must be NULL.
+    /// [rows, K] float32 (EXPERT_*: [rows]), of every rank or none: one value for each expert of each row, on its way
+    /// back to the token's rank. The gradients of the weights, in training. Not with GATHERED without ids.
     pub row_weights: *const a2a_tensor_t,
     /// A2A_COMBINE_* bits.
     pub flags: u64,
@@ -571,9 +598,11 @@ pub struct a2a_combine_out_t {
     /// [T, H] bf16, f16 or f32, the caller's: row t is the sum for token t of this rank's dispatch. Needed in
     /// RECV and BOTH.
     pub tokens: *mut a2a_tensor_t,
-    /// [T, K] float32 gradients of the weights. Not in this build: must be NULL.
+    /// [T, K] float32, the caller's, where row_weights were sent: entry (t, k) is what the rank that owns expert
+    /// topk_ids[t, k] sent for it; 0 for no expert, a bad id, a dropped row. May be NULL.
     pub topk_weights: *mut a2a_tensor_t,
-    /// [4 + R] int32, as in a2a_dispatch_out_t; may be NULL.
+    /// [4 + R] int32, as in a2a_dispatch_out_t, with the contributions that this rank's sums lack because their rows
+    /// were dropped in place of dropped rows; may be NULL.
     pub status: *mut a2a_tensor_t,
 }
 

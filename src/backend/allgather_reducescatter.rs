@@ -5,18 +5,19 @@
 //! reduce-scatter: each source reads its tokens' rows from the ranks that own one of their experts, or from all of
 //! them when dispatch had no ids.
 
-use super::Backend;
-use crate::device::{Combine, Device, Dispatch};
+use super::{Backend, route};
+use crate::device::map::Uses;
+use crate::device::{Device, Dispatch};
 use crate::error::Result;
 
 pub struct AllgatherReducescatter;
 
 impl Backend for AllgatherReducescatter {
-    fn gathers(&self) -> bool {
-        true
+    fn uses(&self) -> Uses {
+        Uses { published: true, rows: true, ..Uses::default() }
     }
     fn dispatch_send(&self, device: &dyn Device, d: &Dispatch) -> Result<()> {
-        device.route(d)?;
+        route(device, d)?;
         device.publish_rows(d)?;
         device.signal_dispatch(d)
     }
@@ -24,13 +25,5 @@ impl Backend for AllgatherReducescatter {
         device.wait_dispatch(d)?;
         device.gather_rows(d)?;
         device.settle_rows(d)
-    }
-    fn combine_send(&self, device: &dyn Device, c: &Combine) -> Result<()> {
-        device.stage_rows(c)?;
-        device.signal_combine(c)
-    }
-    fn combine_recv(&self, device: &dyn Device, c: &Combine) -> Result<()> {
-        device.wait_combine(c)?;
-        device.reduce_rows(c)
     }
 }

@@ -2,11 +2,12 @@
 //! described.
 
 use super::routing::{Routing, Sent};
-use super::tensor::{Element, Output, Tensor, View};
+use super::tensor::{ColumnTensor, Element, Output, Tensor, View};
 use super::{Comm, lock};
-use crate::config::{LayoutKind, MAX_EXTRAS, ROW_ALIGN};
-use crate::device::map::{PLANES, Plane};
-use crate::device::{Device, Dispatch, Half, Region, Rows, Shape, Target};
+use crate::config::{LayoutKind, MAX_EXTRAS, QuantKind, ROW_ALIGN, ScaleLayout};
+use crate::device::grid::Grid;
+use crate::device::map::{IDS, PLANES, Plane, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
+use crate::device::{Device, Dispatch, Float, Half, Outbound, Region, Rows, Target, column_shape};
 use crate::error::{Error, Result, Status};
 
 /// Dispatch flags, as the ABI numbers them.
@@ -43,6 +44,7 @@ pub struct DispatchRecv {
 pub struct DispatchViews {
     pub planes: [Option<View>; PLANES],
     pub expert_counts: Option<View>,
+    pub expert_offsets: Option<View>,
     pub rank_counts: Option<View>,
     pub status: Option<View>,
     /// -1 without HOST_COUNTS.
@@ -55,9 +57,17 @@ struct Wanted {
     planes: [Target; PLANES],
     ids_are_64: bool,
     expert_counts: Target,
+    expert_offsets: Target,
     rank_counts: Target,
     status: Target,
     expert_stats: Option<Rows>,
+}
+
+/// A checked SEND: what the routing remembers, and what is sent.
+struct Fresh {
+    sent: Sent,
+    send: Outbound,
+    ids_are_64: bool,
 }
 
 fn plane_name(plane: usize) -> &'static str {
@@ -111,13 +121,7 @@ impl Comm {
     ) -> Result<DispatchViews> {
         let (_call, device) = self.enter()?;
         self.check_routing(routing)?;
-        if flags & REUSE != 0 {
-            return Err(Error::unsupported(format!(
-                "rank {}: flags has A2A_DISPATCH_REUSE, which is not in this build",
-                self.config.rank
-            )));
-        }
-        if flags & !(HOST_COUNTS | ZERO_PADDING | UNIFORM) != 0 {
+        if flags & !(HOST_COUNTS | ZERO_PADDING | UNIFORM | REUSE) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0xf")));
         }
         let call = self.call(routing);
@@ -127,49 +131,57 @@ impl Comm {
 
         // Everything is checked before anything happens.
         let fresh = match send {
-            Some(send) => Some(self.check_send(&*device, send, flags)?),
+            Some(send) => Some(self.check_send(&*device, send, flags, &sent)?),
             None => None,
         };
-        let (shape, tokens, capacity, flags) = match &fresh {
-            Some(f) => (f.shape, f.tokens, f.capacity, flags),
-            None => (sent.shape, sent.tokens, sent.capacity, sent.flags | flags),
-        };
-        let types = fresh.as_ref().map_or(sent.types, |f| f.types);
-        let is_2d = fresh.as_ref().map_or(sent.is_2d, |f| f.is_2d);
+        let next = fresh.as_ref().map_or(&*sent, |fresh| &fresh.sent);
+        if fresh.is_none() && flags & !sent.flags & REUSE != 0 {
+            return Err(
+                self.invalid("flags has A2A_DISPATCH_REUSE, the SEND that this RECV completes had not")
+            );
+        }
+        let flags = if fresh.is_some() { flags } else { sent.flags | flags };
         let wanted = match recv {
-            Some(recv) => self.check_recv(&*device, routing.slot, recv, &shape, capacity)?,
+            Some(recv) => self.check_recv(&*device, routing.slot, recv, next)?,
             None => Wanted::default(),
         };
 
         let mut d = Dispatch {
             call,
             memory: &routing.memory,
-            shape,
-            tokens,
-            ids_are_64: false,
-            send: [None; PLANES],
+            grid: next.grid,
+            overflow: self.config.overflow,
+            split: send.is_none() || recv.is_none(),
+            reuse: flags & REUSE != 0,
+            send: match &fresh {
+                Some(fresh) => fresh.send,
+                None => {
+                    Outbound { shape: sent.shape, tokens: sent.tokens, planes: [None; PLANES], quant: None }
+                }
+            },
+            ids_are_64: fresh.as_ref().is_some_and(|fresh| fresh.ids_are_64),
             rank_tokens: None,
             uniform: flags & UNIFORM != 0,
             recv: wanted.planes,
             ids_out_are_64: wanted.ids_are_64,
+            columns: self.config.scale_layout == ScaleLayout::Column,
             expert_counts: wanted.expert_counts,
+            expert_offsets: wanted.expert_offsets,
             rank_counts: wanted.rank_counts,
             status: wanted.status,
             expert_stats: wanted.expert_stats,
-            capacity,
+            capacity: next.capacity,
             zero_padding: flags & ZERO_PADDING != 0,
         };
         if let (Some(send), Some(fresh)) = (send, fresh) {
-            d.send = send.planes();
-            d.ids_are_64 = send.topk_ids.is_some_and(|ids| ids.element == Element::I64);
+            let mut renewed = fresh.sent;
+            renewed.flags = flags;
             self.step(&*device, &call, Half::DispatchSend, d.status, |device| {
                 // The list keeps its allocation from dispatch to dispatch.
-                let mut rank_tokens = std::mem::take(&mut sent.rank_tokens);
-                rank_tokens.clear();
-                rank_tokens.extend_from_slice(send.rank_tokens.unwrap_or_default());
-                *sent = fresh;
-                sent.rank_tokens = rank_tokens;
-                sent.flags = flags;
+                renewed.rank_tokens = std::mem::take(&mut sent.rank_tokens);
+                renewed.rank_tokens.clear();
+                renewed.rank_tokens.extend_from_slice(send.rank_tokens.unwrap_or_default());
+                *sent = renewed;
                 self.backend.dispatch_send(device, &d)
             })?;
         }
@@ -181,21 +193,34 @@ impl Comm {
             })?;
             if flags & HOST_COUNTS != 0 {
                 views.num_rows = device.received_rows(&d) as i64;
-                if self.plan.layout == LayoutKind::Gathered {
-                    // Now the host knows what it could only bound before.
-                    sent.capacity = views.num_rows as u32;
-                }
             }
-            let rows = sent.capacity as i64;
-            self.fill_views(&*device, routing.slot, recv, &mut views, &shape, rows, &types, &is_2d);
+            let (capacity, blocks) = (d.capacity, d.grid.block().is_some());
+            sent.received = true;
+            if views.num_rows >= 0 && !blocks {
+                // Now the host knows what it could only bound before.
+                sent.capacity = views.num_rows as u32;
+            }
+            self.fill_views(&*device, routing.slot, recv, &mut views, &sent, capacity);
         }
         Ok(views)
     }
 
-    fn check_send(&self, device: &dyn Device, send: &DispatchSend, flags: u64) -> Result<Sent> {
+    /// `last`: what the routing remembers of its last dispatch.
+    fn check_send(&self, device: &dyn Device, send: &DispatchSend, flags: u64, last: &Sent) -> Result<Fresh> {
         let config = &self.config;
         let invalid = |text: String| Err(self.invalid(text));
+        let reuse = flags & REUSE != 0;
+        if reuse && !last.received {
+            return invalid("flags has A2A_DISPATCH_REUSE, the routing has no received dispatch".into());
+        }
         let bound = match send.max_tokens {
+            0 if reuse => last.grid.bound,
+            bound if reuse && bound as i64 != last.grid.bound as i64 => {
+                return invalid(format!(
+                    "max_tokens (the step's bound) is {bound}, the routing that is to be replayed has {}",
+                    last.grid.bound
+                ));
+            }
             0 => config.max_tokens,
             bound if bound > 0 && bound as u32 <= config.max_tokens => bound as u32,
             bound => {
@@ -212,17 +237,26 @@ impl Comm {
         if tokens > bound as usize {
             return invalid(format!("tokens has {tokens} rows, the step's bound max_tokens is {bound}"));
         }
-        let mut sent = Sent { tokens: tokens as u32, ..Sent::default() };
+        if reuse && tokens != last.tokens as usize {
+            return invalid(format!(
+                "tokens has {tokens} rows, the routing that is to be replayed has {}",
+                last.tokens
+            ));
+        }
+        let mut sent = Sent { tokens: tokens as u32, ..Sent::new(last.grid, 0) };
+        let quant = self.check_quant(send)?;
         sent.shape.bound = bound;
-        sent.shape.token_type = send.tokens.element.word();
         for (plane, name, tensor) in send.named() {
-            let bytes = tensor.rows.row_bytes();
+            let given = tensor.rows.row_bytes();
+            // Quantised tokens have a byte a column.
+            let bytes = if plane == TOKENS && quant.is_some() { tensor.columns() } else { given };
             let most = self.plan.map.sizes.plane_bytes[plane] as usize;
-            if plane != Plane::Ids as usize && (bytes == 0 || bytes > most) {
+            if plane != IDS && (bytes == 0 || bytes > most) {
                 let field = match plane {
-                    0 => "max_hidden * token_dtype".to_string(),
-                    2 => "max_topk * 4".to_string(),
-                    4 => "max_scale_bytes".to_string(),
+                    TOKENS if quant.is_some() => "max_hidden, a byte a column once quantised".to_string(),
+                    TOKENS => "max_hidden * token_dtype".to_string(),
+                    WEIGHTS => "max_topk * 4".to_string(),
+                    SCALES => "max_scale_bytes".to_string(),
                     plane => format!("extra_row_bytes[{}]", plane - Plane::Extra0 as usize),
                 };
                 return invalid(format!("{name} has rows of {bytes} bytes, they need 1 to {most} ({field})"));
@@ -237,14 +271,26 @@ impl Comm {
             sent.types[plane] = tensor.element;
             sent.is_2d[plane] = tensor.ndim == 2;
         }
-        if !sent.shape.plane_bytes[0].is_multiple_of(ROW_ALIGN as u32) {
+        if !sent.shape.plane_bytes[TOKENS].is_multiple_of(ROW_ALIGN as u32) {
             return invalid(format!(
                 "tokens has rows of {} bytes, they must be a multiple of {}",
-                sent.shape.plane_bytes[0], ROW_ALIGN
+                sent.shape.plane_bytes[TOKENS], ROW_ALIGN
             ));
         }
+        if config.quant != QuantKind::None {
+            sent.shape.plane_bytes[SCALES] = config.quant.scale_bytes(sent.shape.plane_bytes[TOKENS]);
+            sent.types[TOKENS] = Element::F8;
+            sent.types[SCALES] = Element::of_scales(config.quant);
+            sent.is_2d[SCALES] = true;
+        }
+        sent.shape.token_type = sent.types[TOKENS].word();
 
+        let wide = send.topk_ids.is_some_and(|ids| ids.element == Element::I64);
         let topk = match &send.topk_ids {
+            Some(_) if reuse => {
+                return invalid("topk_ids is set, A2A_DISPATCH_REUSE replays the routing's own".into());
+            }
+            None if reuse => last.grid.topk,
             Some(ids) => {
                 if ids.element != Element::I32 && ids.element != Element::I64 {
                     return invalid(format!("topk_ids is {}, it must be int32 or int64", ids.element));
@@ -283,21 +329,19 @@ impl Comm {
         }
         sent.shape.topk = topk;
         // Ids travel as int32 and weights always travel with them: absent ones are ones.
-        let narrow = topk * 4;
-        sent.shape.plane_bytes[Plane::Ids as usize] = narrow;
-        sent.shape.plane_bytes[Plane::Weights as usize] = narrow;
-        sent.types[Plane::Ids as usize] = Element::I32;
-        sent.types[Plane::Weights as usize] = Element::F32;
-        sent.types[Plane::Source as usize] = Element::I32;
-        for plane in [Plane::Ids, Plane::Weights, Plane::Source] {
-            sent.is_2d[plane as usize] = true;
+        for (plane, element) in [(IDS, Element::I32), (WEIGHTS, Element::F32), (SOURCE, Element::I32)] {
+            sent.shape.plane_bytes[plane] = topk * 4;
+            sent.types[plane] = element;
+            // A (token, expert) pair has one id and one weight.
+            sent.is_2d[plane] = plane == SOURCE || !self.plan.layout.by_expert();
         }
         // A gathering receiver knows where a row came from by itself.
-        let gathers = self.backend.gathers();
-        sent.shape.plane_bytes[Plane::Source as usize] = if gathers { 0 } else { 8 };
+        let gathers = self.backend.uses().published;
+        sent.shape.plane_bytes[SOURCE] = if gathers { 0 } else { 8 };
         sent.everyone = topk == 0;
+        sent.grid = Grid { bound, topk, ..self.plan.map.sizes.grid };
 
-        let mut rows = config.num_ranks as u64 * bound as u64;
+        let mut rows = sent.grid.capacity(self.local());
         if let Some(told) = send.rank_tokens {
             if told[config.rank as usize] as i64 != tokens as i64 {
                 return invalid(format!(
@@ -317,7 +361,40 @@ impl Comm {
             rows = config.num_ranks as u64 * tokens as u64;
         }
         sent.capacity = rows as u32;
-        Ok(sent)
+        let send = Outbound { shape: sent.shape, tokens: sent.tokens, planes: send.planes(), quant };
+        let ids_are_64 = wide;
+        Ok(Fresh { sent, send, ids_are_64 })
+    }
+
+    /// How tokens are quantised on their way; `None` if they travel as they are.
+    fn check_quant(&self, send: &DispatchSend) -> Result<Option<(Float, QuantKind)>> {
+        let quant = self.config.quant;
+        if quant == QuantKind::None {
+            return Ok(None);
+        }
+        let element = send.tokens.element;
+        if let Some(float) = element.float() {
+            if send.scales.is_some() {
+                return Err(self.invalid(format!("scales is set, dispatch makes them ({})", quant.name())));
+            }
+            return Ok(Some((float, quant)));
+        }
+        if element != Element::F8 {
+            return Err(self.invalid(format!(
+                "tokens is {element}, with {} it must be bfloat16, float16, float32, or float8 e4m3 with scales",
+                quant.name()
+            )));
+        }
+        let need = quant.scale_bytes(send.tokens.columns() as u32) as usize;
+        match &send.scales {
+            Some(scales) if scales.rows.row_bytes() == need => Ok(None),
+            scales => Err(self.invalid(format!(
+                "scales has rows of {} bytes, e4m3 tokens of {} columns need {need} ({})",
+                scales.map_or(0, |scales| scales.rows.row_bytes()),
+                send.tokens.columns(),
+                quant.name()
+            ))),
+        }
     }
 
     /// An output that takes rows: wanted, a view, or the caller's tensor, checked.
@@ -327,89 +404,120 @@ impl Comm {
         slot: u32,
         plane: usize,
         output: &Output,
-        shape: &Shape,
-        capacity: u32,
+        sent: &Sent,
     ) -> Result<Target> {
         let name = plane_name(plane);
-        let mut bytes = shape.plane_bytes[plane] as usize;
-        if plane == Plane::Source as usize {
-            bytes = 8;
-        }
         if matches!(output, Output::Nothing) {
             return Ok(Target::Nothing);
         }
-        if bytes == 0 {
+        let layout = self.plan.layout;
+        let bytes = received_bytes(layout, plane, sent.shape.plane_bytes[plane]) as usize;
+        let needs_topk = matches!(plane, IDS | WEIGHTS) && sent.grid.topk == 0;
+        if bytes == 0 && plane == IDS && !needs_topk {
+            return Err(self.invalid(format!(
+                "topk_ids is wanted, layout {} has none: an expert's rows stand together",
+                layout.name()
+            )));
+        }
+        if bytes == 0 || needs_topk {
             return Err(self.invalid(format!("{name} is wanted, but dispatch was given none")));
         }
-        let Output::Into(tensor) = output else { return Ok(Target::View) };
-        if tensor.rows.address() == device.view(slot, Region::Plane(plane)) {
-            return Ok(Target::View);
-        }
-        let wide = plane == Plane::Ids as usize && tensor.element == Element::I64;
-        let typed = match plane {
-            1 => wide || tensor.element == Element::I32,
-            2 => tensor.element == Element::F32,
-            3 => tensor.element == Element::I32,
-            _ => true,
+        let keeps_rows = self.backend.uses().rows;
+        let view = device.view(slot, Region::Plane(plane));
+        let tensor = match output {
+            Output::Columns(tensor) => return self.check_columns(device, slot, tensor, sent),
+            Output::Into(tensor) if !(keeps_rows && tensor.rows.address() == view) => tensor,
+            _ if keeps_rows => return Ok(Target::View),
+            _ => {
+                return Err(self.invalid(format!(
+                    "the output {name} has no data: backend {} keeps no rows, it needs a tensor of the caller's",
+                    self.plan.backend.name()
+                )));
+            }
+        };
+        let wide = plane == IDS && tensor.element == Element::I64;
+        let made = self.config.quant != QuantKind::None;
+        let (typed, wanted) = match plane {
+            IDS => (wide || tensor.element == Element::I32, "int32 or int64"),
+            WEIGHTS => (tensor.element == Element::F32, "float32"),
+            SOURCE => (tensor.element == Element::I32, "int32"),
+            TOKENS if made => (tensor.element.bytes() == 1, "float8 e4m3"),
+            SCALES if made && sent.types[SCALES] == Element::I32 => (tensor.element == Element::I32, "int32"),
+            SCALES if made => (tensor.element == Element::F32, "float32"),
+            _ => (true, ""),
         };
         if !typed {
-            return Err(self
-                .invalid(format!("the output {name} is {}, see the header for its types", tensor.element)));
+            return Err(self.invalid(format!("the output {name} is {}, it must be {wanted}", tensor.element)));
         }
         let expected = if wide { bytes * 2 } else { bytes };
-        let (ranks, bound) = (self.config.num_ranks as i64, shape.bound as i64);
-        let per_rank = self.plan.layout == LayoutKind::RankMajor;
-        let mut rows = tensor.rows;
-        // One element a row, [T] as dispatched: the output [R, M] has no dimension for it.
-        if per_rank && tensor.ndim == 2 && tensor.dims[..2] == [ranks, bound] && rows.row_bytes() != expected
-        {
-            rows = rows.split(bound as usize).unwrap_or(rows);
-        }
-        if rows.row_bytes() != expected {
+        let Some(rows) = self.fit_rows(tensor, &sent.grid, expected) else {
             return Err(self.invalid(format!(
-                "the output {name} has rows of {} bytes, the dispatched ones have {expected}",
-                rows.row_bytes()
+                "the output {name} is {:?} with rows of {} bytes, this step's rows have {expected} and are \
+                 [{}]{}",
+                &tensor.dims[..tensor.ndim],
+                tensor.rows.row_bytes(),
+                sent.capacity,
+                self.row_blocks(&sent.grid).map_or(String::new(), |(n, block)| format!(" or [{n}, {block}]"))
             )));
-        }
-        if tensor.ndim == 3 && (!per_rank || tensor.dims[..2] != [ranks, bound]) {
-            return Err(self.invalid(format!(
-                "the output {name} is {:?}, its first dimensions must be [{capacity}]{}",
-                tensor.dims,
-                if per_rank { format!(" or [{ranks}, {bound}]") } else { String::new() }
-            )));
-        }
-        if rows.rows() < capacity as usize {
-            return Err(Error::new(
-                Status::Overflow,
-                format!(
-                    "rank {}: the output {name} has {} rows, this step needs {capacity}",
-                    self.config.rank,
-                    rows.rows()
-                ),
-            ));
-        }
-        self.check_outside(device, name, tensor)?;
+        };
+        self.check_room(name, rows.rows(), sent)?;
+        self.check_outside(device, name, (tensor.rows.address(), tensor.rows.span()))?;
         Ok(Target::Into(rows))
     }
 
-    fn check_recv(
+    fn check_room(&self, name: &str, rows: usize, sent: &Sent) -> Result<()> {
+        if rows >= sent.capacity as usize {
+            return Ok(());
+        }
+        let rank = self.config.rank;
+        let text =
+            format!("rank {rank}: the output {name} has {rows} rows, this step needs {}", sent.capacity);
+        Err(Error::new(Status::Overflow, text))
+    }
+
+    /// The caller's tensor for scales that lie by column.
+    fn check_columns(
         &self,
         device: &dyn Device,
         slot: u32,
-        recv: &DispatchRecv,
-        shape: &Shape,
-        capacity: u32,
-    ) -> Result<Wanted> {
-        let local = self.config.experts.count(self.config.rank) as usize;
+        tensor: &ColumnTensor,
+        sent: &Sent,
+    ) -> Result<Target> {
+        let columns = &tensor.columns;
+        if self.backend.uses().rows && columns.address() == device.view(slot, Region::Plane(SCALES)) {
+            return Ok(Target::View);
+        }
+        let elements = sent.shape.plane_bytes[SCALES] as usize / 4;
+        let shaped = match self.row_blocks(&sent.grid) {
+            Some((blocks, block)) => tensor.ndim == 3 && tensor.dims[..2] == [blocks, block],
+            None => tensor.ndim == 2,
+        };
+        if !shaped || columns.elements() != elements || tensor.element != sent.types[SCALES] {
+            return Err(self.invalid(format!(
+                "the output scales is {:?} of {}, it must be {} and hold rows of {elements} {} by column",
+                &tensor.dims[..tensor.ndim],
+                tensor.element,
+                self.row_blocks(&sent.grid)
+                    .map_or("[rows, S]".into(), |(n, block)| format!("[{n}, {block}, S]")),
+                sent.types[SCALES]
+            )));
+        }
+        self.check_room("scales", columns.rows(), sent)?;
+        self.check_outside(device, "scales", (columns.address(), columns.span()))?;
+        Ok(Target::Columns(*columns))
+    }
+
+    fn check_recv(&self, device: &dyn Device, slot: u32, recv: &DispatchRecv, sent: &Sent) -> Result<Wanted> {
+        let local = self.local() as usize;
         let ranks = self.config.num_ranks as usize;
         let mut wanted = Wanted::default();
         for (plane, output) in recv.planes.iter().enumerate() {
-            wanted.planes[plane] = self.check_rows(device, slot, plane, output, shape, capacity)?;
+            wanted.planes[plane] = self.check_rows(device, slot, plane, output, sent)?;
         }
-        if let (Output::Into(ids), Target::Into(_)) = (recv.planes[Plane::Ids as usize], wanted.planes[1]) {
+        if let (Output::Into(ids), Target::Into(_)) = (recv.planes[IDS], wanted.planes[IDS]) {
             wanted.ids_are_64 = ids.element == Element::I64;
         }
-        if !matches!(recv.expert_offsets, Output::Nothing) {
+        if !matches!(recv.expert_offsets, Output::Nothing) && !self.plan.layout.by_expert() {
             return Err(self.invalid(format!(
                 "expert_offsets is wanted, layout {} has no expert blocks",
                 self.plan.layout.name()
@@ -417,7 +525,7 @@ impl Comm {
         }
         let counted = [("expert_counts", &recv.expert_counts), ("expert_stats", &recv.expert_stats)];
         for (name, output) in counted {
-            if !matches!(output, Output::Nothing) && shape.topk == 0 {
+            if !matches!(output, Output::Nothing) && sent.grid.topk == 0 {
                 return Err(self.invalid(format!("{name} is wanted, but dispatch was given no topk_ids")));
             }
         }
@@ -425,6 +533,8 @@ impl Comm {
         let small = |name, at, output, count| self.check_small(device, name, at, output, Element::I32, count);
         wanted.expert_counts =
             small("expert_counts", region(Region::ExpertCounts), &recv.expert_counts, local)?;
+        wanted.expert_offsets =
+            small("expert_offsets", region(Region::ExpertOffsets), &recv.expert_offsets, local + 1)?;
         wanted.rank_counts = small("rank_counts", region(Region::RankCounts), &recv.rank_counts, ranks)?;
         wanted.status = small("status", region(Region::Status), &recv.status, 4 + ranks)?;
         wanted.expert_stats =
@@ -435,55 +545,54 @@ impl Comm {
                         self.invalid("expert_stats has no data: it is added to, so it must be the caller's")
                     );
                 }
-                Target::Nothing => None,
+                Target::Nothing | Target::Columns(_) => None,
             };
         Ok(wanted)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the second half of dispatch, and no other's")]
+    /// `capacity`: rows of the outputs, before what HOST_COUNTS learnt cut the views.
     fn fill_views(
         &self,
         device: &dyn Device,
         slot: u32,
         recv: &DispatchRecv,
         views: &mut DispatchViews,
-        shape: &Shape,
-        rows: i64,
-        types: &[Element; PLANES],
-        is_2d: &[bool; PLANES],
+        sent: &Sent,
+        capacity: u32,
     ) {
         let is_view = |output: &Output, address: usize| match output {
             Output::View => true,
             Output::Into(tensor) => tensor.rows.address() == address,
+            Output::Columns(tensor) => tensor.columns.address() == address,
             Output::Nothing => false,
         };
-        for (plane, output) in recv.planes.iter().enumerate() {
+        let by_column = self.config.scale_layout == ScaleLayout::Column;
+        for (plane, output) in recv.planes.iter().enumerate().filter(|_| self.backend.uses().rows) {
             let address = device.view(slot, Region::Plane(plane));
             if !is_view(output, address) {
                 continue;
             }
-            let bytes = if plane == Plane::Source as usize { 8 } else { shape.plane_bytes[plane] };
-            let columns = bytes as i64 / types[plane].bytes().max(1) as i64;
-            views.planes[plane] = Some(self.rows_view(
-                address,
-                types[plane],
-                shape.bound,
-                rows,
-                is_2d[plane].then_some(columns),
-            ));
+            let bytes = received_bytes(self.plan.layout, plane, sent.shape.plane_bytes[plane]) as i64;
+            let columns = bytes / sent.types[plane].bytes().max(1) as i64;
+            let columns = sent.is_2d[plane].then_some(columns);
+            let rows = sent.capacity as i64;
+            let mut view = self.rows_view(address, sent.types[plane], &sent.grid, rows, columns);
+            if plane == SCALES && by_column {
+                let (_, _, pitch) = column_shape(&sent.grid, self.local(), capacity as u64);
+                let pitch = pitch as i64;
+                let strides = [columns.unwrap_or(1) * pitch, 1, pitch];
+                view.strides = if view.ndim == 3 { strides } else { [1, pitch, 0] };
+            }
+            views.planes[plane] = Some(view);
         }
         let small = |output: &Output, region: Region, count: usize| {
             let address = device.view(slot, region);
-            is_view(output, address).then_some(View {
-                address,
-                element: Element::I32,
-                ndim: 1,
-                dims: [count as i64, 0, 0],
-            })
+            is_view(output, address).then(|| View::new(address, Element::I32, &[count as i64]))
         };
         let ranks = self.config.num_ranks as usize;
-        let local = self.config.experts.count(self.config.rank) as usize;
+        let local = self.local() as usize;
         views.expert_counts = small(&recv.expert_counts, Region::ExpertCounts, local);
+        views.expert_offsets = small(&recv.expert_offsets, Region::ExpertOffsets, local + 1);
         views.rank_counts = small(&recv.rank_counts, Region::RankCounts, ranks);
         views.status = small(&recv.status, Region::Status, 4 + ranks);
     }

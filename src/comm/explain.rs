@@ -5,14 +5,24 @@
 use serde_json::{Value, json};
 
 use crate::backend;
-use crate::config::{BackendKind, BootstrapKind, Config, DeviceKind, LayoutKind, TransportKind};
-use crate::config::{OverflowKind, QuantKind, ScaleLayout};
+use crate::config::{BackendKind, BootstrapKind, Config, DeviceKind, LayoutKind, MAX_ROWS, TransportKind};
+use crate::config::{QuantKind, ScaleLayout};
+use crate::device::grid::Grid;
 use crate::device::map::{Map, PLANES, Plane, RoutingMap, Sizes};
 use crate::error::{Error, Result, Status};
 
-/// AUTO, in order of preference for each layout. On CPU windows the layout decides: the two strategies built so far
-/// share none. (Measured choices come with backends that compete for a layout.)
-const AUTO: [BackendKind; 2] = [BackendKind::NvlinkOneSided, BackendKind::AllgatherReducescatter];
+/// AUTO, in order of preference among those that offer the layout and fit into memory_limit. Without a layout the
+/// first is chosen, whose rows need no counts. Two strategies compete for a layout on CPU windows, HIGH_THROUGHPUT and
+/// NVLINK_TWO_SIDED for FLAT. Medians of three runs of the demo (8 processes on 2 CPUs, hidden 256, six loads), dispatch
+/// and combine together: NVLINK_TWO_SIDED took 1.4 to 4 times as long. It is for when the other's memory, which grows with
+/// tokens, does not fit.
+const AUTO: [BackendKind; 5] = [
+    BackendKind::NvlinkOneSided,
+    BackendKind::HighThroughput,
+    BackendKind::LowLatency,
+    BackendKind::AllgatherReducescatter,
+    BackendKind::NvlinkTwoSided,
+];
 
 /// What a config leads to.
 #[derive(Clone, Debug)]
@@ -38,16 +48,25 @@ pub struct Memory {
 
 impl Plan {
     pub fn memory(&self) -> Memory {
-        let slots = self.map.sizes.slots as u64;
-        let (window, routing) = (self.map.window_bytes(), self.routing.bytes());
-        Memory {
-            window,
-            control: self.map.control_bytes(),
-            slot: self.map.row_bytes(),
-            private: 0,
-            routing,
-            total: window.saturating_add(slots.saturating_mul(routing)),
-        }
+        memory(&self.map, &self.routing)
+    }
+    /// Rows of this rank's outputs in a full step.
+    pub fn row_capacity(&self, config: &Config) -> u64 {
+        self.map.sizes.grid.capacity(config.experts.count(config.rank))
+    }
+}
+
+fn memory(map: &Map, routing: &RoutingMap) -> Memory {
+    let (window, private, routing) = (map.window_bytes(), map.private_bytes(), routing.bytes());
+    Memory {
+        window,
+        control: map.control_bytes(),
+        slot: map.row_bytes(),
+        private,
+        routing,
+        total: window
+            .saturating_add(private)
+            .saturating_add((map.sizes.slots as u64).saturating_mul(routing)),
     }
 }
 
@@ -65,18 +84,6 @@ fn check_fields(config: &Config) -> Result<()> {
             config.rank
         )));
     }
-    if config.quant != QuantKind::None {
-        return refuse("quant", config.quant.name().into(), "none (0)");
-    }
-    if config.scale_layout != ScaleLayout::Row {
-        return refuse("scale_layout", config.scale_layout.name().into(), "row (0)");
-    }
-    if config.overflow != OverflowKind::Error {
-        return refuse("overflow", config.overflow.name().into(), "error (0)");
-    }
-    if config.max_recv_rows != 0 {
-        return refuse("max_recv_rows", config.max_recv_rows.to_string(), "0 (the layout's capacity)");
-    }
     if config.max_ranks != config.num_ranks {
         return refuse("max_ranks", config.max_ranks.to_string(), "num_ranks (no backend here is elastic)");
     }
@@ -92,52 +99,102 @@ fn check_fields(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Why a strategy cannot serve the config; `None` if it can.
-fn objection(kind: BackendKind, config: &Config) -> Option<String> {
+/// Why a strategy cannot serve the config; else what it would be.
+fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutKind, Map), String> {
     if backend::of(kind).is_none() {
-        return Some("not in this build".into());
+        return Err("not in this build".into());
     }
-    if config.layout != LayoutKind::Auto && !kind.layouts().contains(&config.layout) {
-        let offered: Vec<&str> = kind.layouts().iter().map(|l| l.name()).collect();
-        return Some(format!("layout {} asked for, it offers {}", config.layout.name(), offered.join(", ")));
+    let offered = kind.layouts();
+    if config.layout != LayoutKind::Auto && !offered.contains(&config.layout) {
+        let offered: Vec<&str> = offered.iter().map(|l| l.name()).collect();
+        return Err(format!("layout {} asked for, it offers {}", config.layout.name(), offered.join(", ")));
     }
-    None
+    let layout = if config.layout == LayoutKind::Auto { offered[0] } else { config.layout };
+    let fixed = matches!(layout, LayoutKind::Gathered | LayoutKind::RankMajor);
+    if config.max_recv_rows != 0 && fixed {
+        return Err(format!(
+            "max_recv_rows is {}, rows of layout {} have fixed places (it needs 0)",
+            config.max_recv_rows,
+            layout.name()
+        ));
+    }
+    let sizes = sizes(config, kind, layout);
+    if sizes.rows() > MAX_ROWS {
+        return Err(format!(
+            "layout {} needs {} rows, the limit is {MAX_ROWS} (lower max_tokens, or set max_recv_rows)",
+            layout.name(),
+            sizes.rows()
+        ));
+    }
+    Map::new(sizes).map(|map| (layout, map)).map_err(|error| error.message)
+}
+
+/// Why a strategy that could serve the config is passed over by AUTO.
+fn too_large(map: &Map, config: &Config) -> Option<String> {
+    let need = memory(map, &RoutingMap::new(&map.sizes)).total;
+    (config.memory_limit != 0 && need > config.memory_limit)
+        .then(|| format!("it needs {need} bytes, memory_limit is {}", config.memory_limit))
 }
 
 pub fn plan(config: &Config) -> Result<Plan> {
     check_fields(config)?;
     let rank = config.rank;
-    let (backend, reason) = if config.backend == BackendKind::Auto {
-        let chosen = AUTO.into_iter().find(|kind| objection(*kind, config).is_none());
-        let Some(chosen) = chosen else {
+    let (backend, layout, map, reason) = if config.backend == BackendKind::Auto {
+        let usable: Vec<_> = AUTO
+            .into_iter()
+            .filter_map(|kind| candidate(kind, config).ok().map(|(layout, map)| (kind, layout, map)))
+            .collect();
+        let fits = usable.iter().position(|(_, _, map)| too_large(map, config).is_none());
+        // If none fits, the first is refused with its need and the limit, where the other ranks hear of it.
+        let chosen = usable.into_iter().nth(fits.unwrap_or(0));
+        let Some((kind, layout, map)) = chosen else {
+            let whys: Vec<String> = AUTO
+                .into_iter()
+                .filter_map(|kind| candidate(kind, config).err().map(|why| format!("{}: {why}", kind.name())))
+                .collect();
             return Err(Error::unsupported(format!(
-                "rank {rank}: no backend of this build offers layout {}",
-                config.layout.name()
+                "rank {rank}: no backend of this build can serve the config ({})",
+                whys.join("; ")
             )));
         };
-        let reason = match config.layout {
-            LayoutKind::Auto => "the first of the AUTO table".to_string(),
-            layout => format!("the first of the AUTO table that offers layout {}", layout.name()),
+        let that = match config.layout {
+            LayoutKind::Auto => String::new(),
+            layout => format!(" that offers layout {}", layout.name()),
         };
-        (chosen, reason)
+        let within = match fits {
+            Some(1..) => " within memory_limit",
+            _ => "",
+        };
+        (kind, layout, map, format!("the first of the AUTO table{that}{within}"))
     } else {
-        if let Some(why) = objection(config.backend, config) {
-            return Err(Error::unsupported(format!("rank {rank}: backend {}: {why}", config.backend.name())));
+        match candidate(config.backend, config) {
+            Ok((layout, map)) => (config.backend, layout, map, "asked for".to_string()),
+            Err(why) => {
+                let name = config.backend.name();
+                return Err(Error::unsupported(format!("rank {rank}: backend {name}: {why}")));
+            }
         }
-        (config.backend, "asked for".to_string())
-    };
-    let layout = match config.layout {
-        LayoutKind::Auto => backend.layouts()[0],
-        layout => layout,
     };
     if config.expert_alignment > 1 && layout != LayoutKind::ExpertContiguous {
         return Err(Error::invalid(format!(
-            "rank {rank}: expert_alignment is {}, layout {} has no expert blocks (it needs 0 or 1)",
+            "rank {rank}: expert_alignment is {}, layout {} has no expert blocks of its own size (it needs 0 or 1)",
             config.expert_alignment,
             layout.name()
         )));
     }
-    let map = Map::new(sizes(config, backend)).map_err(|e| e.context(format!("rank {rank}")))?;
+    if config.quant != QuantKind::None && config.max_scale_bytes != 0 {
+        return Err(Error::invalid(format!(
+            "rank {rank}: max_scale_bytes is {}, with quant {} the scales are dispatch's own (it needs 0)",
+            config.max_scale_bytes,
+            config.quant.name()
+        )));
+    }
+    if config.quant == QuantKind::None && config.scale_layout != ScaleLayout::Row {
+        return Err(Error::invalid(format!(
+            "rank {rank}: scale_layout is {}, without quant scales lie as they are given (it needs row, 0)",
+            config.scale_layout.name()
+        )));
+    }
     let routing = RoutingMap::new(&map.sizes);
     Ok(Plan { backend, layout, transport: TransportKind::Window, reason, map, routing })
 }
@@ -159,24 +216,41 @@ pub fn affordable(config: &Config) -> Result<Plan> {
     Ok(plan)
 }
 
-fn sizes(config: &Config, backend: BackendKind) -> Sizes {
+/// Bytes that all FIFOs of a slot may take, unless the config says how many rows each has.
+const FIFO_BYTES: u64 = 32 << 20;
+
+fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
     let mut plane_bytes = [0; PLANES];
-    plane_bytes[Plane::Tokens as usize] = config.max_token_bytes() as u32;
+    plane_bytes[Plane::Tokens as usize] = config.max_wire_bytes() as u32;
     plane_bytes[Plane::Ids as usize] = config.max_topk * 4;
     plane_bytes[Plane::Weights as usize] = config.max_topk * 4;
     plane_bytes[Plane::Source as usize] = 8;
-    plane_bytes[Plane::Scales as usize] = config.max_scale_bytes;
+    plane_bytes[Plane::Scales as usize] = config.max_scale_row();
     plane_bytes[Plane::Extra0 as usize..].copy_from_slice(&config.extra_row_bytes);
-    Sizes {
-        ranks: config.num_ranks,
+    let mut sizes = Sizes {
+        grid: Grid {
+            layout,
+            ranks: config.num_ranks,
+            bound: config.max_tokens,
+            topk: config.max_topk,
+            alignment: if layout == LayoutKind::ExpertContiguous { config.expert_alignment } else { 1 },
+            limit: config.max_recv_rows,
+        },
         slots: config.num_slots,
-        max_tokens: config.max_tokens,
-        max_topk: config.max_topk,
-        plane_bytes,
-        combine_bytes: config.max_combine_bytes(),
+        num_experts: config.experts.num(),
         experts: config.experts.most(),
-        gathers: backend::of(backend).is_some_and(|b| b.gathers()),
+        plane_bytes,
+        quantises: config.quant != QuantKind::None,
+        columns: config.scale_layout == ScaleLayout::Column,
+        combine_bytes: config.max_combine_bytes(),
+        uses: backend::of(kind).map(|b| b.uses()).unwrap_or_default(),
+        fifo_rows: config.fifo_rows,
+    };
+    if sizes.uses.fifos && sizes.fifo_rows == 0 {
+        let rows = FIFO_BYTES / config.num_ranks as u64 / sizes.entry_bytes();
+        sizes.fifo_rows = rows.clamp(2, 1024) as u32;
     }
+    sizes
 }
 
 /// The JSON of a2a_explain.
@@ -187,14 +261,31 @@ pub fn explain(config: &Config) -> String {
         .filter(|kind| **kind != BackendKind::Auto)
         .map(|kind| {
             let chosen = plan.as_ref().is_ok_and(|p| p.backend == *kind);
-            let why = match (&plan, objection(*kind, config)) {
+            let found = candidate(*kind, config);
+            let bytes = found.as_ref().ok().map(|(_, map)| memory(map, &RoutingMap::new(&map.sizes)));
+            let why = match (&plan, &found) {
                 (Ok(plan), _) if chosen => plan.reason.clone(),
-                (_, Some(why)) => why,
-                (Ok(_), None) => "usable, not chosen".into(),
-                (Err(_), None) => "usable but for the refusal above".into(),
+                (_, Err(why)) => why.clone(),
+                (Ok(plan), Ok((_, map))) => too_large(map, config).unwrap_or_else(|| {
+                    let first = match config.backend {
+                        BackendKind::Auto => "stands before it in the AUTO table",
+                        _ => "was asked for",
+                    };
+                    format!("usable, but {} {first}", plan.backend.name())
+                }),
+                (Err(_), Ok((_, map))) => {
+                    too_large(map, config).unwrap_or_else(|| "usable but for the refusal above".into())
+                }
             };
             let layouts: Vec<&str> = kind.layouts().iter().map(|l| l.name()).collect();
-            json!({ "name": kind.name(), "chosen": chosen, "layouts": layouts, "why": why })
+            json!({
+                "name": kind.name(),
+                "chosen": chosen,
+                "layouts": layouts,
+                "why": why,
+                "window_bytes": bytes.map(|b| b.window),
+                "total_bytes": bytes.map(|b| b.total),
+            })
         })
         .collect();
     let mut report = json!({
@@ -225,10 +316,17 @@ pub fn explain(config: &Config) -> String {
                 "max_topk": config.max_topk,
                 "max_token_bytes": config.max_token_bytes(),
                 "max_combine_bytes": config.max_combine_bytes(),
-                "max_scale_bytes": config.max_scale_bytes,
+                "max_scale_bytes": config.max_scale_row(),
                 "extra_row_bytes": config.extra_row_bytes,
                 "num_slots": config.num_slots,
-                "row_capacity": config.num_ranks as u64 * config.max_tokens as u64,
+                "row_capacity": plan.row_capacity(config),
+                "max_recv_rows": config.max_recv_rows,
+                "overflow": config.overflow.name(),
+                "expert_alignment": plan.map.sizes.grid.alignment,
+                "fifo_rows": if plan.map.sizes.uses.fifos { plan.map.sizes.fifo_rows } else { 0 },
+                "quant": config.quant.name(),
+                "scale_layout": config.scale_layout.name(),
+                "max_wire_bytes": config.max_wire_bytes(),
                 "max_sms": 0,
             });
         }

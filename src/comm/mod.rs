@@ -18,9 +18,10 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{self, Backend};
-use crate::config::{Config, LayoutKind, MAX_TIMEOUT_MS};
+use crate::config::{Config, MAX_TIMEOUT_MS};
+use crate::device::grid::Grid;
 use crate::device::host::Host;
-use crate::device::{Call, Device, Half, Health, Region, Stats, Target};
+use crate::device::{Call, Device, Half, Health, Region, Rows, Stats, Target};
 use crate::error::{Error, Loss, Result, Status};
 use crate::log::{Level, log};
 use crate::memory::{WindowFd, Windows};
@@ -32,7 +33,7 @@ pub use dispatch::{DispatchRecv, DispatchSend};
 pub use explain::{Memory, Plan, explain};
 pub use routing::Routing;
 use routing::Sent;
-pub use tensor::{Element, Output, Tensor, View};
+pub use tensor::{ColumnTensor, Element, Output, Tensor, View};
 use watchdog::{Lifeline, Watchdog};
 
 pub fn query_memory(config: &Config) -> Result<Memory> {
@@ -68,8 +69,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Comm {
-    pub fn create(config: Config) -> Result<Arc<Comm>> {
+    pub fn create(mut config: Config) -> Result<Arc<Comm>> {
         let plan = explain::plan(&config)?;
+        config.chosen = Some((plan.backend, plan.layout));
         let Some(backend) = backend::of(plan.backend) else {
             return Err(Error::internal("a backend was chosen that is not built"));
         };
@@ -239,12 +241,8 @@ impl Comm {
             comm: self.id,
             rank: self.config.rank,
             slot: slot as u32,
-            memory: device.alloc(self.plan.routing.bytes())?,
-            sent: Mutex::new(Sent {
-                // Filled by every dispatch that is told: no step allocates.
-                rank_tokens: Vec::with_capacity(self.config.num_ranks as usize),
-                ..Sent::default()
-            }),
+            memory: Arc::new(device.alloc(self.plan.routing.bytes())?),
+            sent: Mutex::new(Sent::new(self.plan.map.sizes.grid, self.config.num_ranks)),
         })
     }
 
@@ -309,8 +307,8 @@ impl Comm {
         })
     }
 
-    fn check_outside(&self, device: &dyn Device, name: &str, tensor: &Tensor) -> Result<()> {
-        if device.is_inside(tensor.rows.address(), tensor.rows.span()) {
+    fn check_outside(&self, device: &dyn Device, name: &str, (address, bytes): (usize, usize)) -> Result<()> {
+        if device.is_inside(address, bytes) {
             return Err(self.invalid(format!(
                 "the output {name} lies in the comm's own window and is not the view of this slot"
             )));
@@ -332,6 +330,7 @@ impl Comm {
             Output::Nothing => return Ok(Target::Nothing),
             Output::View => return Ok(Target::View),
             Output::Into(tensor) => tensor,
+            Output::Columns(_) => return Err(self.invalid(format!("the output {name} cannot lie by column"))),
         };
         if region.is_some_and(|(slot, region)| tensor.rows.address() == device.view(slot, region)) {
             return Ok(Target::View);
@@ -348,8 +347,18 @@ impl Comm {
             let text = format!("rank {rank}: the output {name} has {has} elements, it needs {count}");
             return Err(Error::new(Status::Overflow, text));
         }
-        self.check_outside(device, name, tensor)?;
+        self.check_outside(device, name, (tensor.rows.address(), tensor.rows.span()))?;
         Ok(Target::Into(tensor.rows))
+    }
+
+    /// The experts this rank owns.
+    fn local(&self) -> u32 {
+        self.config.experts.count(self.config.rank)
+    }
+
+    /// The sizes of the two dimensions that rows have where they have two: (blocks, rows of each).
+    fn row_blocks(&self, grid: &Grid) -> Option<(i64, i64)> {
+        grid.block().map(|block| (grid.blocks(self.local()) as i64, block as i64))
     }
 
     /// A view of rows in the layout's shape: `columns` is `None` for rows of one element without a dimension.
@@ -357,26 +366,34 @@ impl Comm {
         &self,
         address: usize,
         element: Element,
-        bound: u32,
+        grid: &Grid,
         rows: i64,
         columns: Option<i64>,
     ) -> View {
-        let mut dims = [0; 3];
+        let mut sizes = [0; 3];
         let mut ndim = 0;
-        let mut push = |size: i64| {
-            dims[ndim] = size;
-            ndim += 1;
+        let (first, second) = match self.row_blocks(grid) {
+            Some((blocks, block)) => (blocks, Some(block)),
+            None => (rows, None),
         };
-        if self.plan.layout == LayoutKind::RankMajor {
-            push(self.config.num_ranks as i64);
-            push(bound as i64);
-        } else {
-            push(rows);
+        for size in [Some(first), second, columns].into_iter().flatten() {
+            sizes[ndim] = size;
+            ndim += 1;
         }
-        if let Some(columns) = columns {
-            push(columns);
+        View::new(address, element, &sizes[..ndim])
+    }
+
+    /// The caller's rows as the layout counts them: one dimension for all, or two where the layout has blocks.
+    /// `None` if they do not fit.
+    fn fit_rows(&self, tensor: &Tensor, grid: &Grid, row_bytes: usize) -> Option<Rows> {
+        let blocks = self.row_blocks(grid);
+        let shaped = |dims: &[i64]| blocks.is_some_and(|(blocks, block)| dims[..2] == [blocks, block]);
+        let mut rows = tensor.rows;
+        // One element a row: [blocks, block] has no dimension for it.
+        if tensor.ndim == 2 && rows.row_bytes() != row_bytes && shaped(&tensor.dims) {
+            rows = rows.split(tensor.dims[1] as usize)?;
         }
-        View { address, element, ndim, dims }
+        (rows.row_bytes() == row_bytes && (tensor.ndim < 3 || shaped(&tensor.dims))).then_some(rows)
     }
 }
 

@@ -1,17 +1,21 @@
 //! A routing: private memory for where the rows of one dispatch went, and what its later halves need to know.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::Element;
+use crate::device::grid::Grid;
 use crate::device::map::PLANES;
-use crate::device::{Block, Float, Shape};
+use crate::device::{Block, Float, Shape, Weighting};
 
 /// What SEND of a dispatch fixed.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(super) struct Sent {
+    pub grid: Grid,
     pub shape: Shape,
     pub tokens: u32,
     pub everyone: bool,
+    /// The dispatch was received: it can be combined, and replayed.
+    pub received: bool,
     pub flags: u64,
     /// Empty: not told.
     pub rank_tokens: Vec<i32>,
@@ -24,6 +28,30 @@ pub(super) struct Sent {
     /// What SEND of the combine fixed.
     pub send_type: Option<Float>,
     pub hidden: u32,
+    pub weighting: Weighting,
+    pub has_row_weights: bool,
+}
+
+impl Sent {
+    pub(super) fn new(grid: Grid, ranks: u32) -> Sent {
+        Sent {
+            grid,
+            shape: Shape::default(),
+            tokens: 0,
+            everyone: false,
+            received: false,
+            flags: 0,
+            // Filled by every dispatch that is told: no step allocates.
+            rank_tokens: Vec::with_capacity(ranks as usize),
+            capacity: 0,
+            types: Default::default(),
+            is_2d: [false; PLANES],
+            send_type: None,
+            hidden: 0,
+            weighting: Weighting::None,
+            has_row_weights: false,
+        }
+    }
 }
 
 pub struct Routing {
@@ -32,6 +60,7 @@ pub struct Routing {
     pub(super) comm: u64,
     pub(super) rank: u32,
     pub(super) slot: u32,
-    pub(super) memory: Block,
+    /// Shared with what is still on its way when the routing is destroyed.
+    pub(super) memory: Arc<Block>,
     pub(super) sent: Mutex<Sent>,
 }

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use crate::device::{Float, Rows};
+use crate::config::QuantKind;
+use crate::device::{Columns, Float, Rows};
 
 /// DLPack's element type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +19,7 @@ impl Element {
     pub const F32: Element = Element { code: 2, bits: 32, lanes: 1 };
     pub const F16: Element = Element { code: 2, bits: 16, lanes: 1 };
     pub const BF16: Element = Element { code: 4, bits: 16, lanes: 1 };
+    pub const F8: Element = Element { code: 10, bits: 8, lanes: 1 };
 
     pub(super) fn word(self) -> u32 {
         self.code as u32 | (self.bits as u32) << 8 | (self.lanes as u32) << 16
@@ -32,6 +34,10 @@ impl Element {
             .into_iter()
             .find(|(element, _)| *element == self)
             .map(|(_, float)| float)
+    }
+    /// What the scales of a quantisation are made of.
+    pub(super) fn of_scales(quant: QuantKind) -> Element {
+        if quant == QuantKind::Fp8Ue8m0 { Element::I32 } else { Element::F32 }
     }
     pub(super) fn of(float: Float) -> Element {
         match float {
@@ -49,6 +55,7 @@ impl fmt::Display for Element {
             1 => "uint",
             2 => "float",
             4 => "bfloat",
+            10 if self.bits == 8 => return f.write_str("float8 e4m3"),
             code => return write!(f, "DLPack type {code} of {} bits", self.bits),
         };
         write!(f, "{name}{}", self.bits)?;
@@ -73,6 +80,15 @@ impl Tensor {
     }
 }
 
+/// A caller's tensor of 4-byte elements whose columns are contiguous: [rows, S], or [blocks, rows, S].
+#[derive(Clone, Copy, Debug)]
+pub struct ColumnTensor {
+    pub columns: Columns,
+    pub ndim: usize,
+    pub dims: [i64; 3],
+    pub element: Element,
+}
+
 /// Where an output is wanted.
 #[derive(Clone, Copy, Debug, Default)]
 pub enum Output {
@@ -80,6 +96,7 @@ pub enum Output {
     Nothing,
     View,
     Into(Tensor),
+    Columns(ColumnTensor),
 }
 
 /// A view to hand to the caller.
@@ -89,4 +106,19 @@ pub struct View {
     pub element: Element,
     pub ndim: usize,
     pub dims: [i64; 3],
+    /// In elements.
+    pub strides: [i64; 3],
+}
+
+impl View {
+    /// A compact view.
+    pub(super) fn new(address: usize, element: Element, sizes: &[i64]) -> View {
+        let mut view = View { address, element, ndim: sizes.len(), dims: [0; 3], strides: [0; 3] };
+        let mut stride = 1;
+        for (i, size) in sizes.iter().enumerate().rev() {
+            (view.dims[i], view.strides[i]) = (*size, stride);
+            stride *= size.max(&1);
+        }
+        view
+    }
 }

@@ -3,11 +3,14 @@
 //!
 //! ```text
 //! window   gone words | slot 0 | slot 1 | ...
-//! slot     mailboxes | loss masks | small outputs | published rows | received rows | combine rows
+//! slot     mailboxes | loss masks | counts | small outputs
+//!          | published rows | banks | received rows | combine rows, combine weights | FIFOs
 //! ```
-//! A mailbox is what one source rank writes into another's window. Published rows exist for gathering backends
-//! only. Row regions hold `ranks * max_tokens` rows of the largest size; a step packs its own rows from the start.
+//! A mailbox is what one source rank writes into another's window. Which regions of rows exist is the strategy's to
+//! say (`Uses`). A step packs its own rows from a region's start.
 
+use super::grid::Grid;
+use crate::config::LayoutKind;
 use crate::error::{Error, Result};
 
 /// Regions start at multiples of this: a cache line pair, and what wide device loads want.
@@ -25,6 +28,11 @@ pub enum Plane {
     Extra0 = 5,
 }
 pub const PLANES: usize = 13;
+pub const TOKENS: usize = Plane::Tokens as usize;
+pub const IDS: usize = Plane::Ids as usize;
+pub const WEIGHTS: usize = Plane::Weights as usize;
+pub const SOURCE: usize = Plane::Source as usize;
+pub const SCALES: usize = Plane::Scales as usize;
 
 /// The first epoch of every slot. So close to the end that every comm's epochs wrap within a few steps: the
 /// wrap-safe comparison is exercised by all that runs, not by one test.
@@ -32,7 +40,7 @@ pub const FIRST_EPOCH: u32 = u32::MAX - 2;
 
 /// Offsets inside a mailbox. Flags and words are u64 and written by the source alone.
 pub mod mail {
-    /// {epoch << 32 | rows}: the source's rows of the dispatch are in place.
+    /// {epoch << 32 | banked << 31 | rows}: the source's rows of the dispatch are in place, or in its bank.
     pub const DISPATCH_FLAG: u64 = 0;
     /// {epoch << 32}: the source's results are in its combine rows; it has finished reading the dispatch.
     pub const COMBINE_FLAG: u64 = 8;
@@ -42,6 +50,8 @@ pub mod mail {
     pub const PROGRESS: u64 = 24;
     /// {generation << 48 | status << 32 | epoch}: the source gave up on the ranks of its loss mask.
     pub const LOSS: u64 = 32;
+    /// {epoch << 32}: the source's counts of the dispatch are here.
+    pub const COUNTS_FLAG: u64 = 40;
     /// u32: the rank that gave up first, as far as the source knows.
     pub const LOSS_ORIGIN: u64 = 48;
     /// u32[16]: the shape the source dispatches.
@@ -50,23 +60,105 @@ pub mod mail {
     pub const COMBINE_SHAPE: u64 = 128;
     /// u32: the tokens the source dispatches in all.
     pub const TOKENS: u64 = 192;
+    /// u32: 1 if the source replays a routing.
+    pub const REPLAYS: u64 = 196;
+    /// Rows the source has written into its FIFO here since the comm began.
+    pub const FIFO_HEAD: u64 = 200;
+    /// Rows the source has taken out of our FIFO there since the comm began.
+    pub const FIFO_TAIL: u64 = 208;
     pub const BYTES: u64 = 256;
+}
+
+/// The regions of a slot that a strategy needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// Rows that every rank reads.
+    pub published: bool,
+    /// Every rank's counts.
+    pub counts: bool,
+    /// A bank for each source, where rows wait until their places are known.
+    pub banks: bool,
+    /// Received rows, and combine rows.
+    pub rows: bool,
+    /// A FIFO for each source.
+    pub fifos: bool,
 }
 
 /// The maxima a map is made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    pub ranks: u32,
+    /// Of the largest step.
+    pub grid: Grid,
     pub slots: u32,
-    pub max_tokens: u32,
-    pub max_topk: u32,
-    /// Row bytes of each plane; 0 = absent.
-    pub plane_bytes: [u32; PLANES],
-    pub combine_bytes: u64,
+    pub num_experts: u32,
     /// The most experts a rank owns.
     pub experts: u32,
-    /// True if dispatch gathers from published rows instead of pushing into received ones.
-    pub gathers: bool,
+    /// Row bytes of each plane as a token's row travels; 0 = absent.
+    pub plane_bytes: [u32; PLANES],
+    /// Tokens are quantised on their way.
+    pub quantises: bool,
+    /// Scales lie by column.
+    pub columns: bool,
+    pub combine_bytes: u64,
+    pub uses: Uses,
+    /// Rows of each FIFO.
+    pub fifo_rows: u32,
+}
+
+/// Rows of a column of scales are padded to a multiple of this.
+pub const COLUMN_PAD: u64 = 4;
+
+/// The room of a part of a FIFO's entry.
+pub fn entry_part(bytes: u64) -> u64 {
+    bytes.next_multiple_of(16)
+}
+
+/// Row bytes of a received plane, if a token's row travels with `bytes`: where a row is a (token, expert) pair it has
+/// one weight, and one id if rows of several experts stand in one list.
+pub fn received_bytes(layout: LayoutKind, plane: usize, bytes: u32) -> u32 {
+    match (plane, layout) {
+        (IDS, LayoutKind::ExpertPadded) => 0,
+        (IDS, LayoutKind::ExpertContiguous) => 4,
+        (WEIGHTS, layout) if layout.by_expert() => 4,
+        // A gathering receiver knows where a row comes from without being sent it.
+        (SOURCE, _) => 8,
+        _ => bytes,
+    }
+}
+
+impl Sizes {
+    pub fn ranks(&self) -> u32 {
+        self.grid.ranks
+    }
+    /// Received rows at most, on the rank with the most experts.
+    pub fn rows(&self) -> u64 {
+        self.grid.capacity(self.experts)
+    }
+    fn received_region(&self, plane: usize) -> Option<u64> {
+        let bytes = received_bytes(self.grid.layout, plane, self.plane_bytes[plane]) as u64;
+        if plane == SCALES && self.columns {
+            let (blocks, rows) = match self.grid.block() {
+                Some(block) => (self.grid.blocks(self.experts) as u64, block),
+                None => (1, self.rows()),
+            };
+            return blocks.checked_mul(rows.next_multiple_of(COLUMN_PAD))?.checked_mul(bytes);
+        }
+        self.rows().checked_mul(bytes)
+    }
+    /// Row bytes of the values that combine carries back beside a result.
+    fn combine_weight_bytes(&self) -> u64 {
+        if self.grid.layout.by_expert() { 4 } else { self.grid.topk as u64 * 4 }
+    }
+    /// Bytes of a quantised token with its scales.
+    pub fn scratch_bytes(&self) -> u64 {
+        if self.quantises { (self.plane_bytes[TOKENS] + self.plane_bytes[SCALES]) as u64 } else { 0 }
+    }
+    /// Bytes of a FIFO's entry: a row of every plane, or a result with its weights.
+    pub fn entry_bytes(&self) -> u64 {
+        let dispatch: u64 = self.plane_bytes.iter().map(|bytes| entry_part(*bytes as u64)).sum();
+        let combine = entry_part(self.combine_bytes) + entry_part(self.combine_weight_bytes());
+        dispatch.max(combine).next_multiple_of(ALIGN)
+    }
 }
 
 /// Offsets relative to a slot, and the slot's place in the window.
@@ -76,13 +168,20 @@ pub struct Map {
     slots: u64,
     slot_bytes: u64,
     loss_masks: u64,
+    counts: u64,
+    keys: u64,
     expert_counts: u64,
+    expert_offsets: u64,
     rank_counts: u64,
     status: u64,
     control_bytes: u64,
     published: [u64; PLANES],
+    banks: [u64; PLANES],
     received: [u64; PLANES],
     combine: u64,
+    combine_weights: u64,
+    fifos: u64,
+    entry_bytes: u64,
 }
 
 /// Hands out aligned regions one after another.
@@ -103,19 +202,31 @@ impl Cursor {
 
 impl Map {
     pub fn new(sizes: Sizes) -> Result<Map> {
-        let ranks = sizes.ranks as u64;
-        let rows = ranks * sizes.max_tokens as u64;
+        let (ranks, uses) = (sizes.ranks() as u64, sizes.uses);
+        let keys = sizes.grid.keys(sizes.num_experts) as u64;
         let mut at = Cursor(Some(0));
         at.take(Some(ranks * mail::BYTES));
-        let loss_masks = at.take(Some(ranks * mask_words(sizes.ranks) as u64 * 8));
+        let loss_masks = at.take(Some(ranks * mask_words(sizes.ranks()) as u64 * 8));
+        let counts = at.take(Some(if uses.counts { ranks * keys * 4 } else { 0 }));
         let expert_counts = at.take(Some(sizes.experts as u64 * 4));
+        let expert_offsets = at.take(Some((sizes.experts as u64 + 1) * 4));
         let rank_counts = at.take(Some(ranks * 4));
         let status = at.take(Some((4 + ranks) * 4));
         let control_bytes = at.end()?;
+
+        let bound = sizes.grid.bound as u64;
         let mut planes = |rows: u64| sizes.plane_bytes.map(|bytes| at.take(rows.checked_mul(bytes as u64)));
-        let published = planes(if sizes.gathers { sizes.max_tokens as u64 } else { 0 });
-        let received = planes(rows);
+        let published = planes(if uses.published { bound } else { 0 });
+        let banks = planes(if uses.banks { ranks * bound } else { 0 });
+        let rows = if uses.rows { sizes.rows() } else { 0 };
+        let received = std::array::from_fn(|plane| {
+            at.take(if uses.rows { sizes.received_region(plane) } else { Some(0) })
+        });
         let combine = at.take(rows.checked_mul(sizes.combine_bytes));
+        let combine_weights = at.take(rows.checked_mul(sizes.combine_weight_bytes()));
+        let entry_bytes = sizes.entry_bytes();
+        let entries = if uses.fifos { ranks * sizes.fifo_rows as u64 } else { 0 };
+        let fifos = at.take(entries.checked_mul(entry_bytes));
         let slot_bytes = at.end()?;
 
         let mut window = Cursor(Some(0));
@@ -130,24 +241,38 @@ impl Map {
             slots,
             slot_bytes,
             loss_masks,
+            counts,
+            keys,
             expert_counts,
+            expert_offsets,
             rank_counts,
             status,
             control_bytes,
             published,
+            banks,
             received,
             combine,
+            combine_weights,
+            fifos,
+            entry_bytes,
         })
     }
 
     pub fn window_bytes(&self) -> u64 {
         self.slots + self.slot_bytes * self.sizes.slots as u64
     }
+    /// What a slot keeps outside the window that grows with the config: a row being quantised, counts by expert.
+    pub fn private_bytes(&self) -> u64 {
+        let sizes = &self.sizes;
+        let by_expert = sizes.num_experts as u64 * 4 + sizes.experts as u64 * 8;
+        let counts = if sizes.grid.layout.by_expert() { by_expert } else { 0 };
+        (sizes.scratch_bytes() + counts) * sizes.slots as u64
+    }
     /// One slot's rows.
     pub fn row_bytes(&self) -> u64 {
         self.slot_bytes - self.control_bytes
     }
-    /// Flags, words and small outputs of the whole window.
+    /// Flags, words, counts and small outputs of the whole window.
     pub fn control_bytes(&self) -> u64 {
         self.slots + self.control_bytes * self.sizes.slots as u64
     }
@@ -164,11 +289,19 @@ impl Map {
     }
     /// u64[mask_words]: the ranks that `source` gave up on.
     pub fn loss_mask(&self, slot: u32, source: u32) -> u64 {
-        self.slot(slot) + self.loss_masks + source as u64 * mask_words(self.sizes.ranks) as u64 * 8
+        self.slot(slot) + self.loss_masks + source as u64 * mask_words(self.sizes.ranks()) as u64 * 8
+    }
+    /// int32[keys]: rows of `source` by key.
+    pub fn counts(&self, slot: u32, source: u32) -> u64 {
+        self.slot(slot) + self.counts + source as u64 * self.keys * 4
     }
     /// int32[local experts].
     pub fn expert_counts(&self, slot: u32) -> u64 {
         self.slot(slot) + self.expert_counts
+    }
+    /// int32[local experts + 1].
+    pub fn expert_offsets(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.expert_offsets
     }
     /// int32[ranks].
     pub fn rank_counts(&self, slot: u32) -> u64 {
@@ -182,13 +315,26 @@ impl Map {
     pub fn published(&self, slot: u32, plane: usize) -> u64 {
         self.slot(slot) + self.published[plane]
     }
-    /// ranks * max_tokens rows.
+    /// ranks * max_tokens rows as they travel, a step's own bound apart by source.
+    pub fn bank(&self, slot: u32, plane: usize) -> u64 {
+        self.slot(slot) + self.banks[plane]
+    }
+    /// `Sizes::rows` rows.
     pub fn received(&self, slot: u32, plane: usize) -> u64 {
         self.slot(slot) + self.received[plane]
     }
-    /// ranks * max_tokens rows.
+    /// `Sizes::rows` rows.
     pub fn combine(&self, slot: u32) -> u64 {
         self.slot(slot) + self.combine
+    }
+    /// float32[`Sizes::rows`, top-k or 1].
+    pub fn combine_weights(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.combine_weights
+    }
+    /// An entry of the FIFO that `source` writes, by the number of rows before it.
+    pub fn fifo_entry(&self, slot: u32, source: u32, number: u64) -> u64 {
+        let rows = self.sizes.fifo_rows as u64;
+        self.slot(slot) + self.fifos + (source as u64 * rows + number % rows) * self.entry_bytes
     }
 }
 
@@ -197,41 +343,81 @@ pub fn mask_words(ranks: u32) -> usize {
     (ranks as usize).div_ceil(64)
 }
 
-/// The private memory of a routing: where this rank's tokens went and how many rows came from whom. All int32.
-#[derive(Clone, Debug)]
+/// A list of int32 in a routing's private memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct List {
+    pub offset: u64,
+    pub len: usize,
+}
+
+/// The private memory of a routing: where this rank's tokens went, and where the rows it received lie.
+#[derive(Clone, Debug, Default)]
 pub struct RoutingMap {
     /// The most ranks that one token can go to.
     pub fanout: u32,
-    target_rows: u64,
-    rank_counts: u64,
+    /// [max_tokens, K] ids; anything that is no expert is -1.
+    pub ids: List,
+    /// [max_tokens, K] float32.
+    pub weights: List,
+    /// [max_tokens, K] float32: those given to combine.
+    pub given: List,
+    /// [max_tokens, fanout]: the ranks a token went to, ascending, then -1.
+    pub target_ranks: List,
+    /// [max_tokens, fanout]: the token's position among this rank's rows there. Empty where it is the token's number.
+    pub target_rows: List,
+    /// [ranks]: how many of this rank's tokens went to each.
+    pub rows_for: List,
+    /// [max_tokens, K]: the expert by its number in the order (owner, place), or -1; the token's position among this
+    /// rank's rows for it. Where rows are (token, expert) pairs.
+    pub expert_keys: List,
+    pub expert_rows: List,
+    /// [keys]: where this rank's rows for a key start at their destination, and where they must end.
+    pub bases: List,
+    pub ends: List,
+    /// [blocks]: where the blocks of received rows start, and how many rows they hold.
+    pub starts: List,
+    pub counts: List,
+    /// [ranks]: rows received from each rank.
+    pub rank_counts: List,
+    /// Rows demanded, rows dropped, where the last block ends.
+    pub summary: List,
     bytes: u64,
 }
 
 impl RoutingMap {
     pub fn new(sizes: &Sizes) -> RoutingMap {
-        let fanout = sizes.max_topk.min(sizes.ranks);
-        let entries = sizes.max_tokens as u64 * fanout as u64;
+        let (grid, uses) = (&sizes.grid, &sizes.uses);
+        let fanout = grid.topk.min(grid.ranks);
+        let (tokens, ranks) = (grid.bound as usize, grid.ranks as usize);
+        let choices = tokens * grid.topk as usize;
+        let by_expert = |len: usize| if grid.layout.by_expert() { len } else { 0 };
+        let keys = if uses.counts { grid.keys(sizes.num_experts) as usize } else { 0 };
+        let blocks = grid.blocks(sizes.experts) as usize;
         let mut at = Cursor(Some(0));
-        at.take(Some(entries * 4));
-        // A gathered token lies at the same row on every rank: only the ranks are kept.
-        let target_rows = at.take(Some(if sizes.gathers { 0 } else { entries * 4 }));
-        let rank_counts = at.take(Some(sizes.ranks as u64 * 4));
-        RoutingMap { fanout, target_rows, rank_counts, bytes: at.0.unwrap_or(0) }
+        let mut list = |len: usize| List { offset: at.take(Some(len as u64 * 4)), len };
+        let mut map = RoutingMap {
+            fanout,
+            ids: list(choices),
+            weights: list(choices),
+            given: list(by_expert(choices)),
+            target_ranks: list(tokens * fanout as usize),
+            target_rows: list(if uses.published { 0 } else { tokens * fanout as usize }),
+            rows_for: list(ranks),
+            expert_keys: list(by_expert(choices)),
+            expert_rows: list(by_expert(choices)),
+            bases: list(keys),
+            ends: list(keys),
+            starts: list(blocks),
+            counts: list(blocks),
+            rank_counts: list(ranks),
+            summary: list(3),
+            bytes: 0,
+        };
+        map.bytes = at.0.unwrap_or(0);
+        map
     }
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-    /// [max_tokens, fanout]: the ranks a token went to, ascending, then -1.
-    pub fn target_ranks(&self) -> u64 {
-        0
-    }
-    /// [max_tokens, fanout]: the token's position among this rank's rows there.
-    pub fn target_rows(&self) -> u64 {
-        self.target_rows
-    }
-    /// [ranks]: rows received from each rank.
-    pub fn rank_counts(&self) -> u64 {
-        self.rank_counts
     }
 }
 
@@ -239,55 +425,93 @@ impl RoutingMap {
 mod tests {
     use super::*;
 
-    fn sizes() -> Sizes {
+    fn sizes(layout: LayoutKind, uses: Uses) -> Sizes {
         let mut plane_bytes = [0; PLANES];
         plane_bytes[..5].copy_from_slice(&[14336, 32, 32, 8, 92]);
+        let grid = Grid { layout, ranks: 5, bound: 129, topk: 8, alignment: 1, limit: 0 };
         Sizes {
-            ranks: 5,
+            grid,
             slots: 3,
-            max_tokens: 129,
-            max_topk: 8,
-            plane_bytes,
-            combine_bytes: 14336,
+            num_experts: 256,
             experts: 52,
-            gathers: true,
+            plane_bytes,
+            quantises: true,
+            columns: true,
+            combine_bytes: 14336,
+            uses,
+            fifo_rows: 7,
         }
     }
 
     #[test]
     fn regions_neither_overlap_nor_leave_the_window() {
-        let map = Map::new(sizes()).unwrap();
-        let (ranks, rows) = (5u64, 5 * 129u64);
-        let mut regions = vec![(0, ranks * 4)];
-        for slot in 0..3 {
-            for source in 0..5 {
-                regions.push((map.mailbox(slot, source), mail::BYTES));
-                regions.push((map.loss_mask(slot, source), 8));
+        let pushed = Uses { counts: true, banks: true, rows: true, ..Uses::default() };
+        for (layout, uses) in [
+            (LayoutKind::Gathered, Uses { published: true, rows: true, ..Uses::default() }),
+            (LayoutKind::RankMajor, Uses { rows: true, ..Uses::default() }),
+            (LayoutKind::Flat, pushed),
+            (LayoutKind::ExpertPadded, pushed),
+            (LayoutKind::ExpertContiguous, pushed),
+            (LayoutKind::Flat, Uses { counts: true, fifos: true, ..Uses::default() }),
+        ] {
+            let map = Map::new(sizes(layout, uses)).unwrap();
+            let (ranks, sent) = (5u64, 5 * 129u64);
+            let rows = map.sizes.rows();
+            let mut regions = vec![(0, ranks * 4)];
+            for slot in 0..3 {
+                for source in 0..5 {
+                    regions.push((map.mailbox(slot, source), mail::BYTES));
+                    regions.push((map.loss_mask(slot, source), 8));
+                    if uses.counts {
+                        regions.push((map.counts(slot, source), map.keys * 4));
+                    }
+                    if uses.fifos {
+                        let entries =
+                            (0..7).map(|n| (map.fifo_entry(slot, source, 700 + n), map.entry_bytes));
+                        regions.extend(entries);
+                    }
+                }
+                regions.push((map.expert_counts(slot), 52 * 4));
+                regions.push((map.expert_offsets(slot), 53 * 4));
+                regions.push((map.rank_counts(slot), ranks * 4));
+                regions.push((map.status(slot), (4 + ranks) * 4));
+                for plane in 0..PLANES {
+                    let bytes = map.sizes.plane_bytes[plane] as u64;
+                    let of = |used: bool, bytes: u64| if used { bytes } else { 0 };
+                    regions.push((map.published(slot, plane), of(uses.published, 129 * bytes)));
+                    regions.push((map.bank(slot, plane), of(uses.banks, sent * bytes)));
+                    let received = received_bytes(layout, plane, bytes as u32) as u64;
+                    regions.push((map.received(slot, plane), of(uses.rows, rows * received)));
+                    assert_eq!(map.received(slot, plane) % ALIGN, 0);
+                }
+                if uses.rows {
+                    regions.push((map.combine(slot), rows * 14336));
+                    regions.push((map.combine_weights(slot), rows * 4));
+                }
             }
-            regions.push((map.expert_counts(slot), 52 * 4));
-            regions.push((map.rank_counts(slot), ranks * 4));
-            regions.push((map.status(slot), (4 + ranks) * 4));
-            for plane in 0..PLANES {
-                let bytes = map.sizes.plane_bytes[plane] as u64;
-                regions.push((map.published(slot, plane), 129 * bytes));
-                regions.push((map.received(slot, plane), rows * bytes));
-                assert_eq!(map.received(slot, plane) % ALIGN, 0);
+            regions.retain(|(_, bytes)| *bytes > 0);
+            regions.sort();
+            for pair in regions.windows(2) {
+                assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{layout:?} {pair:?}");
             }
-            regions.push((map.combine(slot), rows * 14336));
+            let (start, bytes) = *regions.last().unwrap();
+            assert!(start + bytes <= map.window_bytes());
         }
-        regions.retain(|(_, bytes)| *bytes > 0);
-        regions.sort();
-        for pair in regions.windows(2) {
-            assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:?}");
-        }
-        let (start, bytes) = *regions.last().unwrap();
-        assert!(start + bytes <= map.window_bytes());
+    }
+
+    #[test]
+    fn fifos_do_not_grow_with_tokens() {
+        let uses = Uses { counts: true, fifos: true, ..Uses::default() };
+        let few = sizes(LayoutKind::Flat, uses);
+        let mut many = few.clone();
+        many.grid.bound = 1 << 20;
+        assert_eq!(Map::new(few).unwrap().window_bytes(), Map::new(many).unwrap().window_bytes());
     }
 
     #[test]
     fn sizes_past_the_address_space_are_refused() {
-        let mut huge = sizes();
-        huge.max_tokens = u32::MAX;
+        let mut huge = sizes(LayoutKind::RankMajor, Uses { rows: true, ..Uses::default() });
+        huge.grid.bound = u32::MAX;
         huge.slots = u32::MAX;
         huge.plane_bytes[0] = u32::MAX;
         assert!(Map::new(huge).is_err());

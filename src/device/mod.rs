@@ -4,6 +4,7 @@
 //! one call run in the order given and see each other's results; a device that launches work may fuse them until
 //! `close`. What a device decides from (sequence, state, deadlines) it keeps itself.
 
+pub mod grid;
 pub mod host;
 pub mod map;
 
@@ -12,8 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::time::{Duration, Instant};
 
+use crate::config::{OverflowKind, QuantKind};
 use crate::error::{Error, Result};
-use map::PLANES;
+use grid::Grid;
+use map::{COLUMN_PAD, List, PLANES, received_bytes};
 
 /// Rows in memory that the device can address, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +71,59 @@ impl Rows {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // Wrapping, because the offset was checked against what `new` was promised.
         self.ptr.wrapping_add(row * self.stride)
+    }
+}
+
+/// Rows of 4-byte elements in memory that the device can address, the elements of a column side by side, in blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns {
+    ptr: *mut u8,
+    rows: usize,
+    elements: usize,
+    /// Rows of a block.
+    block: usize,
+    /// Bytes from one block, and from one column, to the next.
+    block_stride: usize,
+    column_stride: usize,
+}
+
+// SAFETY: a plain description, as `Rows`.
+unsafe impl Send for Columns {}
+// SAFETY: as above.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// # Safety
+    /// As `Rows::new`, of `blocks * block` rows of `elements` 4-byte elements.
+    pub unsafe fn new(
+        ptr: *mut u8,
+        (blocks, block, elements): (usize, usize, usize),
+        block_stride: usize,
+        column_stride: usize,
+    ) -> Columns {
+        Columns { ptr, rows: blocks * block, elements, block: block.max(1), block_stride, column_stride }
+    }
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+    pub fn address(&self) -> usize {
+        self.ptr as usize
+    }
+    /// Bytes from the first element's start to the last one's end.
+    pub fn span(&self) -> usize {
+        match (self.rows / self.block, self.elements) {
+            (0, _) | (_, 0) => 0,
+            (blocks, n) => (blocks - 1) * self.block_stride + (n - 1) * self.column_stride + self.block * 4,
+        }
+    }
+    #[inline]
+    fn cell(&self, row: usize, element: usize) -> *mut u8 {
+        assert!(row < self.rows && element < self.elements, "row {row} of {}", self.rows);
+        let (block, row) = (row / self.block, row % self.block);
+        self.ptr.wrapping_add(block * self.block_stride + element * self.column_stride + row * 4)
     }
 }
 
@@ -237,23 +293,48 @@ pub enum Target {
     View,
     /// Into the caller's tensor.
     Into(Rows),
+    /// Into the caller's tensor of scales that lie by column.
+    Columns(Columns),
+}
+
+impl Target {
+    pub fn is_callers(&self) -> bool {
+        matches!(self, Target::Into(_) | Target::Columns(_))
+    }
+}
+
+/// What a rank sends in a dispatch.
+#[derive(Clone, Copy)]
+pub struct Outbound {
+    pub shape: Shape,
+    pub tokens: u32,
+    /// This rank's rows; absent weights are ones. Ids and weights are read by `route` alone.
+    pub planes: [Option<Rows>; PLANES],
+    /// Tokens of this type are quantised on their way.
+    pub quant: Option<(Float, QuantKind)>,
 }
 
 /// A dispatch, both halves.
 pub struct Dispatch<'a> {
     pub call: Call,
-    pub memory: &'a Block,
-    pub shape: Shape,
-    pub tokens: u32,
+    pub memory: &'a Arc<Block>,
+    pub grid: Grid,
+    pub overflow: OverflowKind,
+    /// SEND must not wait: the halves are calls of their own.
+    pub split: bool,
+    /// The routing is as its last dispatch left it.
+    pub reuse: bool,
+    pub send: Outbound,
     pub ids_are_64: bool,
-    /// This rank's rows; absent weights are ones.
-    pub send: [Option<Rows>; PLANES],
     /// Every rank's tokens, as this rank was told.
     pub rank_tokens: Option<&'a [i32]>,
     pub uniform: bool,
     pub recv: [Target; PLANES],
     pub ids_out_are_64: bool,
+    /// Scales lie by column.
+    pub columns: bool,
     pub expert_counts: Target,
+    pub expert_offsets: Target,
     pub rank_counts: Target,
     pub status: Target,
     /// int64, added to.
@@ -263,12 +344,40 @@ pub struct Dispatch<'a> {
     pub zero_padding: bool,
 }
 
+impl Dispatch<'_> {
+    /// Bytes of a row of the outputs.
+    pub fn row_bytes(&self, plane: usize) -> usize {
+        received_bytes(self.grid.layout, plane, self.send.shape.plane_bytes[plane]) as usize
+    }
+}
+
+/// How scales lie by column in the outputs of a rank: (blocks, rows of each, rows from column to column).
+pub fn column_shape(grid: &Grid, local: u32, capacity: u64) -> (u64, u64, u64) {
+    let (blocks, block) = match grid.block() {
+        Some(block) => (grid.blocks(local) as u64, block),
+        None => (1, capacity),
+    };
+    (blocks, block, block.next_multiple_of(COLUMN_PAD))
+}
+
+/// Whose weights a combine multiplies with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Weighting {
+    /// Nobody's.
+    #[default]
+    None,
+    /// Those of the dispatch.
+    Dispatched,
+    /// Those given to the combine.
+    Given,
+}
+
 /// A combine, both halves.
 pub struct Combine<'a> {
     pub call: Call,
-    pub memory: &'a Block,
+    pub memory: &'a Arc<Block>,
     /// Of the dispatch.
-    pub bound: u32,
+    pub grid: Grid,
     pub tokens: u32,
     /// Gathered without ids: every rank has a result for every token.
     pub everyone: bool,
@@ -276,10 +385,26 @@ pub struct Combine<'a> {
     pub send: Option<Rows>,
     pub send_type: Float,
     pub hidden: u32,
+    pub weighting: Weighting,
+    /// [T, K] float32.
+    pub weights: Option<Rows>,
+    /// One float32 for each expert of each row, on its way back.
+    pub row_weights: Option<Rows>,
+    /// Every rank sends such values.
+    pub has_row_weights: bool,
     pub out: Option<Rows>,
     pub out_type: Float,
+    /// [T, K] float32: where the values that came back go.
+    pub out_weights: Option<Rows>,
     pub accumulate: bool,
     pub status: Target,
+}
+
+impl Combine<'_> {
+    /// Bytes of a row of `row_weights`.
+    pub fn weight_bytes(&self) -> usize {
+        if self.grid.layout.by_expert() { 4 } else { self.grid.topk as usize * 4 }
+    }
 }
 
 /// Private device memory.
@@ -296,11 +421,11 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// The address of `count` int32 at an offset.
+    /// The address of a list.
     #[inline]
-    fn ints(&self, offset: u64, count: usize) -> *mut i32 {
-        assert!(offset as usize + count * 4 <= self.bytes);
-        self.ptr.wrapping_add(offset as usize) as *mut i32
+    fn list(&self, list: List) -> *mut i32 {
+        assert!(list.offset as usize + list.len * 4 <= self.bytes);
+        self.ptr.wrapping_add(list.offset as usize) as *mut i32
     }
 }
 
@@ -329,29 +454,53 @@ pub trait Device: Send + Sync {
     /// Ends a half that `open` began.
     fn close(&self, call: &Call, half: Half);
 
-    /// Decides for each token which ranks get it and at which position among this rank's rows there.
+    /// Decides for each token which ranks (and experts) get it and at which position among this rank's rows there.
     fn route(&self, d: &Dispatch) -> Result<()>;
-    /// Stores each token's rows into the windows of its target ranks, at source * bound + position.
+    /// For a routing that is replayed: keeps new weights, if they came.
+    fn renew(&self, d: &Dispatch) -> Result<()>;
+    /// Tells every rank how many rows this rank has for each key.
+    fn tell_counts(&self, d: &Dispatch) -> Result<()>;
+    /// Waits until every rank has told its counts.
+    fn wait_counts(&self, d: &Dispatch) -> Result<()>;
+    /// Makes places of everybody's counts: where this rank's rows go, where the received ones lie. Refuses the step on
+    /// every rank alike if any would receive too many and none may be dropped.
+    fn place_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Stores each row into the window of its rank, in its place.
     fn push_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Stores each token once into the window of each of its ranks, in the place of the first of its rows there; what
+    /// the others are made of goes into this rank's bank.
+    fn push_first_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Stores each token once into this rank's bank in the window of each of its ranks.
+    fn push_banks(&self, d: &Dispatch) -> Result<()>;
     /// Copies this rank's rows to where every rank can read them.
     fn publish_rows(&self, d: &Dispatch) -> Result<()>;
-    /// Tells every rank that this rank's rows (and how many for it) are in place.
+    /// Keeps in mind which rows to send through the FIFOs.
+    fn offer_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Tells every rank that this rank's rows (and how many for it) are in place, or in its bank, or on offer.
     fn signal_dispatch(&self, d: &Dispatch) -> Result<()>;
-    /// Waits until every rank has signalled its dispatch, checks that shapes agree, keeps the counts.
+    /// Waits until every rank has signalled its dispatch, checks that shapes agree.
     fn wait_dispatch(&self, d: &Dispatch) -> Result<()>;
+    /// Brings pushed rows to their places and into the caller's tensors, as far as they are not there.
+    fn land_rows(&self, d: &Dispatch) -> Result<()>;
     /// Reads every rank's published rows, in rank order.
     fn gather_rows(&self, d: &Dispatch) -> Result<()>;
-    /// Counts rows and experts, writes the padding, fills the caller's tensors.
+    /// Sends this rank's rows through the FIFOs while it takes the others' out of them.
+    fn stream_rows(&self, d: &Dispatch) -> Result<()>;
+    /// Writes the padding and the small outputs.
     fn settle_rows(&self, d: &Dispatch) -> Result<()>;
 
-    /// Copies the experts' rows to where every rank can read them.
+    /// Copies the experts' rows to where every rank can read them, and keeps the weights that were given.
     fn stage_rows(&self, c: &Combine) -> Result<()>;
-    /// Tells every rank that results are in place, and that the dispatched rows have been read.
+    /// Keeps in mind which results to send through the FIFOs.
+    fn offer_results(&self, c: &Combine) -> Result<()>;
+    /// Tells every rank that results are in place or on offer, and that the dispatched rows have been read.
     fn signal_combine(&self, c: &Combine) -> Result<()>;
     /// Waits until every rank has signalled its combine, checks that shapes agree.
     fn wait_combine(&self, c: &Combine) -> Result<()>;
-    /// Sums each token's results over the ranks that computed one, rank ascending.
+    /// Sums each token's results, rank or k ascending.
     fn reduce_rows(&self, c: &Combine) -> Result<()>;
+    /// Sends this rank's results through the FIFOs while it takes the others' out of them and sums them.
+    fn stream_results(&self, c: &Combine) -> Result<()>;
 
     /// The rows a received dispatch brought: the one op that the host waits for.
     fn received_rows(&self, d: &Dispatch) -> u64;
@@ -370,6 +519,7 @@ pub trait Device: Send + Sync {
 pub enum Region {
     Plane(usize),
     ExpertCounts,
+    ExpertOffsets,
     RankCounts,
     Status,
     Combine,

@@ -106,7 +106,10 @@ struct rank {
     int32_t ids[TOKENS][TOPK];
     float weights[TOKENS][TOPK];
     struct matrix tokens_matrix, ids_matrix, weights_matrix, sums_matrix;
+    a2a_info_t info;
     a2a_tensor_t rows; /* the view that dispatch gives */
+    float *own_rows;   /* what NVLINK_TWO_SIDED has instead: [row_capacity][HIDDEN], ours */
+    struct matrix own_matrix;
     a2a_tensor_t buffer;
     a2a_dispatch_in_t dispatch_in;
     a2a_dispatch_out_t dispatch_out;
@@ -152,6 +155,16 @@ static a2a_status_t open_rank(struct rank *rank)
 {
     a2a_status_t status = a2a_create(&rank->config, &rank->comm);
     if (status == A2A_SUCCESS) status = a2a_routing_create(rank->comm, 0, &rank->routing);
+    if (status != A2A_SUCCESS) return status;
+    rank->info.struct_size = sizeof rank->info;
+    status = a2a_get_info(rank->comm, &rank->info);
+    if (rank->info.backend == A2A_BACKEND_NVLINK_TWO_SIDED) {
+        size_t rows = (size_t)rank->info.row_capacity;
+        rank->own_rows = (float *)aligned_alloc(64, rows * HIDDEN * sizeof(float));
+        matrix_of(&rank->own_matrix, rank->own_rows, 2, 32, (int64_t)rows, HIDDEN);
+        rank->dispatch_out.tokens = &rank->own_matrix.tensor;
+        rank->combine_in.tokens = &rank->own_matrix.tensor;
+    }
     return status;
 }
 
@@ -161,15 +174,49 @@ static void close_rank(struct rank *rank)
     OK(a2a_routing_destroy(rank->routing));
     free(rank->tokens);
     free(rank->sums);
+    free(rank->own_rows);
     free(rank);
+}
+
+static struct rank *open_with(const a2a_config_t *config)
+{
+    struct rank *rank = rank_of(config);
+    OK(open_rank(rank));
+    return rank;
 }
 
 static struct rank *open_alone(void)
 {
     a2a_config_t config = config_of(0, 1);
-    struct rank *rank = rank_of(&config);
-    OK(open_rank(rank));
-    return rank;
+    return open_with(&config);
+}
+
+/* Every backend with every layout that it offers. */
+static const struct pair {
+    a2a_backend_t backend;
+    a2a_layout_t layout;
+    int64_t capacity; /* rows that one rank alone may receive */
+} PAIRS[] = {
+    {A2A_BACKEND_ALLGATHER_REDUCESCATTER, A2A_LAYOUT_GATHERED, MAX_TOKENS},
+    {A2A_BACKEND_NVLINK_ONE_SIDED, A2A_LAYOUT_RANK_MAJOR, MAX_TOKENS},
+    {A2A_BACKEND_NVLINK_TWO_SIDED, A2A_LAYOUT_FLAT, MAX_TOKENS},
+    {A2A_BACKEND_HIGH_THROUGHPUT, A2A_LAYOUT_FLAT, MAX_TOKENS},
+    {A2A_BACKEND_HIGH_THROUGHPUT, A2A_LAYOUT_EXPERT_CONTIGUOUS, TOPK * MAX_TOKENS},
+    {A2A_BACKEND_LOW_LATENCY, A2A_LAYOUT_EXPERT_PADDED, EXPERTS * MAX_TOKENS},
+};
+enum { NUM_PAIRS = sizeof PAIRS / sizeof PAIRS[0] };
+
+static a2a_config_t config_of_pair(const struct pair *pair)
+{
+    a2a_config_t config = config_of(0, 1);
+    config.backend = pair->backend;
+    config.layout = pair->layout;
+    return config;
+}
+
+static int is_by_expert(a2a_layout_t layout)
+{
+    return layout == A2A_LAYOUT_EXPERT_PADDED || layout == A2A_LAYOUT_EXPERT_CONTIGUOUS;
 }
 
 static a2a_status_t dispatch(struct rank *rank)
@@ -197,6 +244,9 @@ static a2a_status_t combine(struct rank *rank)
 {
     a2a_status_t status;
     int64_t rows;
+    if (rank->own_rows != NULL) {
+        return a2a_combine(rank->comm, rank->routing, &rank->combine_in, &rank->combine_out, NULL);
+    }
     memset(&rank->buffer, 0, sizeof rank->buffer);
     status = a2a_combine_buffer(rank->comm, rank->routing, &rank->buffer);
     if (status != A2A_SUCCESS) return status;
@@ -239,6 +289,24 @@ static void *step_thread(void *argument)
     return NULL;
 }
 
+/* A step in its four halves. */
+static void *halves_thread(void *argument)
+{
+    struct rank *rank = (struct rank *)argument;
+    rank->dispatch_in.phase = rank->combine_in.phase = A2A_PHASE_SEND;
+    rank->status = a2a_dispatch(rank->comm, rank->routing, &rank->dispatch_in, NULL, NULL);
+    rank->dispatch_in.phase = A2A_PHASE_RECV;
+    if (rank->status == A2A_SUCCESS) rank->status = dispatch(rank);
+    if (rank->status == A2A_SUCCESS) rank->status = combine(rank);
+    rank->combine_in.phase = A2A_PHASE_RECV;
+    if (rank->status == A2A_SUCCESS) {
+        rank->status = a2a_combine(rank->comm, rank->routing, &rank->combine_in, &rank->combine_out, NULL);
+    }
+    rank->dispatch_in.phase = rank->combine_in.phase = A2A_PHASE_BOTH;
+    snprintf(rank->error, sizeof rank->error, "%s", rank->status ? a2a_last_error() : "");
+    return NULL;
+}
+
 static pthread_t start(void *(*body)(void *), struct rank *rank)
 {
     pthread_t thread;
@@ -254,13 +322,14 @@ static void join_ok(pthread_t thread, struct rank *rank)
     CHECK(rank->status == A2A_SUCCESS);
 }
 
-static void open_two(struct rank *ranks[2], const a2a_unique_id_t *id, a2a_backend_t backend)
+static void open_two(struct rank *ranks[2], const a2a_unique_id_t *id, a2a_backend_t backend, a2a_layout_t layout)
 {
     pthread_t threads[2];
     for (int r = 0; r < 2; r++) {
         a2a_config_t config = config_of(r, 2);
         config.unique_id = *id;
         config.backend = backend;
+        config.layout = layout;
         ranks[r] = rank_of(&config);
         threads[r] = start(create_thread, ranks[r]);
     }
@@ -271,21 +340,30 @@ static void open_pair(struct rank *ranks[2])
 {
     a2a_unique_id_t id;
     OK(a2a_get_unique_id(&id));
-    open_two(ranks, &id, A2A_BACKEND_NVLINK_ONE_SIDED);
+    open_two(ranks, &id, A2A_BACKEND_NVLINK_ONE_SIDED, A2A_LAYOUT_RANK_MAJOR);
 }
 
-/* A step of two ranks whose experts do nothing gives each token once per rank that owns one of its experts. */
-static void step_of_two(struct rank *ranks[2])
+/* A step of two ranks whose experts do nothing gives each token once per rank that owns one of its experts; EXPERT_*
+ * layouts weight and sum: half and half is the token. Each rank runs a body of its own. */
+static void run_two(struct rank *ranks[2], void *(*first)(void *), void *(*second)(void *))
 {
     pthread_t threads[2];
-    for (int r = 0; r < 2; r++) threads[r] = start(step_thread, ranks[r]);
+    for (int r = 0; r < 2; r++) memset(ranks[r]->sums, 0, TOKENS * HIDDEN * sizeof(float));
+    threads[0] = start(first, ranks[0]);
+    threads[1] = start(second, ranks[1]);
     for (int r = 0; r < 2; r++) join_ok(threads[r], ranks[r]);
     for (int r = 0; r < 2; r++) {
         for (int t = 0; t < TOKENS; t++) {
             float owners = ranks[r]->ids[t][0] / 2 == ranks[r]->ids[t][1] / 2 ? 1 : 2;
+            if (is_by_expert(ranks[r]->info.layout)) owners = 1;
             CHECK(ranks[r]->sums[t * HIDDEN + 5] == owners * ranks[r]->tokens[t * HIDDEN + 5]);
         }
     }
+}
+
+static void step_of_two(struct rank *ranks[2])
+{
+    run_two(ranks, step_thread, step_thread);
 }
 
 static void wait_until_busy(struct rank *rank)
@@ -688,35 +766,20 @@ static int32_t no_allgather(const void *send, void *recv, size_t bytes, void *us
 static void test_features_not_in_this_build(void)
 {
     int something;
-    WITH(quant, A2A_QUANT_FP8_F32_SCALES, A2A_UNSUPPORTED, "quant");
-    WITH(quant, A2A_QUANT_FP8_UE8M0_SCALES, A2A_UNSUPPORTED, "quant");
-    WITH(scale_layout, A2A_SCALES_COLUMN, A2A_UNSUPPORTED, "scale_layout");
-    WITH(overflow, A2A_OVERFLOW_DROP, A2A_UNSUPPORTED, "overflow");
-    WITH(max_recv_rows, 16, A2A_UNSUPPORTED, "max_recv_rows");
     WITH(bootstrap, A2A_BOOTSTRAP_ALLGATHER, A2A_UNSUPPORTED, "bootstrap");
     WITH(allgather, no_allgather, A2A_UNSUPPORTED, "allgather");
     WITH(allgather_user, &something, A2A_UNSUPPORTED, "allgather");
     WITH(nccl_comm, &something, A2A_UNSUPPORTED, "nccl_comm");
-    WITH(backend, A2A_BACKEND_HIGH_THROUGHPUT, A2A_UNSUPPORTED, "high_throughput");
-    WITH(backend, A2A_BACKEND_LOW_LATENCY, A2A_UNSUPPORTED, "low_latency");
-    WITH(backend, A2A_BACKEND_NVLINK_TWO_SIDED, A2A_UNSUPPORTED, "nvlink_two_sided");
     WITH(backend, A2A_BACKEND_NIXL_ELASTIC, A2A_UNSUPPORTED, "nixl_elastic");
     WITH(transport, A2A_TRANSPORT_NCCL, A2A_UNSUPPORTED, "nccl");
     WITH(transport, A2A_TRANSPORT_NIXL, A2A_UNSUPPORTED, "nixl");
     WITH(device, A2A_DEVICE_CUDA, A2A_UNSUPPORTED, "cuda");
     WITH(max_ranks, 2, A2A_UNSUPPORTED, "max_ranks");
-    WITH(layout, A2A_LAYOUT_EXPERT_PADDED, A2A_UNSUPPORTED, "layout");
 
     WITH(flags, 1, A2A_INVALID_ARGUMENT, "flags");
-    WITH(reserved, 1, A2A_INVALID_ARGUMENT, "reserved");
 
-    float zeros[TOKENS * TOPK] = {0};
-    struct matrix matrix;
     struct rank *rank = open_alone();
-    matrix_of(&matrix, zeros, 2, 32, TOKENS, TOPK);
     OK(dispatch(rank));
-    rank->dispatch_in.flags = A2A_DISPATCH_REUSE;
-    REFUSED(dispatch(rank), A2A_UNSUPPORTED, "REUSE");
     rank->dispatch_in.flags = 1u << 31;
     REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "flags");
     rank->dispatch_in.flags = 0;
@@ -725,12 +788,6 @@ static void test_features_not_in_this_build(void)
     rank->dispatch_in.reserved = 0;
     OK(dispatch(rank));
 
-    rank->combine_in.row_weights = &matrix.tensor;
-    REFUSED(combine(rank), A2A_UNSUPPORTED, "row_weights");
-    rank->combine_in.row_weights = NULL;
-    rank->combine_out.topk_weights = &matrix.tensor;
-    REFUSED(combine(rank), A2A_UNSUPPORTED, "topk_weights");
-    rank->combine_out.topk_weights = NULL;
     rank->combine_in.flags = 1u << 31;
     REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "flags");
     rank->combine_in.flags = 0;
@@ -782,6 +839,110 @@ static void test_config_ranges(void)
     REFUSED(create_with_config(&config), A2A_INVALID_ARGUMENT, "unique_id");
 }
 
+/* Values that are in range but do not go together: what needs a plan is refused. */
+static void refused_plan(const a2a_config_t *config, const char *word)
+{
+    a2a_config_t copy = *config;
+    REFUSED(memory_with_config(&copy), A2A_INVALID_ARGUMENT, word);
+    REFUSED(create_with_config(&copy), A2A_INVALID_ARGUMENT, word);
+}
+
+/* All three calls take the config. */
+static void accepted(const a2a_config_t *config)
+{
+    a2a_config_t copy = *config;
+    OK(memory_with_config(&copy));
+    OK(create_with_config(&copy));
+    OK(explain_with_config(&copy));
+}
+
+static void test_layouts(void)
+{
+    for (a2a_backend_t backend = A2A_BACKEND_AUTO; backend <= A2A_BACKEND_NVLINK_TWO_SIDED; backend++) {
+        for (a2a_layout_t layout = A2A_LAYOUT_AUTO; layout <= A2A_LAYOUT_EXPERT_CONTIGUOUS; layout++) {
+            a2a_config_t config = config_of(0, 1);
+            int offered = backend == A2A_BACKEND_AUTO || layout == A2A_LAYOUT_AUTO;
+            config.backend = backend;
+            config.layout = layout;
+            for (int i = 0; i < NUM_PAIRS; i++) offered |= PAIRS[i].backend == backend && PAIRS[i].layout == layout;
+            if (offered) accepted(&config);
+            else refused_config(&config, A2A_UNSUPPORTED, "layout");
+        }
+    }
+}
+
+/* Options that only some backends or layouts know. */
+static void test_options_of_layouts(void)
+{
+    static const int32_t no_fifo[] = {-1, 1, 65537, INT32_MIN, INT32_MAX};
+    for (int i = 0; i < NUM_PAIRS; i++) {
+        a2a_config_t config = config_of_pair(&PAIRS[i]);
+        a2a_memory_t all, half;
+        all.struct_size = half.struct_size = sizeof all;
+
+        for (size_t n = 0; n < sizeof no_fifo / sizeof no_fifo[0]; n++) {
+            config.fifo_rows = no_fifo[n];
+            refused_config(&config, A2A_INVALID_ARGUMENT, "fifo_rows");
+        }
+        config.fifo_rows = 2;
+        accepted(&config);
+        config.fifo_rows = 65536; /* the largest there is; its memory need not be taken */
+        OK(memory_with_config(&config));
+        config.fifo_rows = 0;
+
+        /* Only expert blocks can be aligned. */
+        config.expert_alignment = 1;
+        accepted(&config);
+        config.expert_alignment = 16;
+        if (PAIRS[i].layout == A2A_LAYOUT_EXPERT_CONTIGUOUS) accepted(&config);
+        else refused_plan(&config, "expert_alignment");
+        config.expert_alignment = 65537;
+        refused_config(&config, A2A_INVALID_ARGUMENT, "expert_alignment");
+        config.expert_alignment = 0;
+
+        /* Rows with fixed places cannot be fewer. */
+        for (a2a_overflow_t overflow = A2A_OVERFLOW_ERROR; overflow <= A2A_OVERFLOW_DROP; overflow++) {
+            config.overflow = overflow;
+            config.max_recv_rows = 4;
+            if (PAIRS[i].layout == A2A_LAYOUT_GATHERED || PAIRS[i].layout == A2A_LAYOUT_RANK_MAJOR) {
+                refused_config(&config, A2A_UNSUPPORTED, "max_recv_rows");
+                continue;
+            }
+            accepted(&config);
+            struct rank *rank = open_with(&config);
+            CHECK(rank->info.row_capacity == (PAIRS[i].layout == A2A_LAYOUT_EXPERT_PADDED ? 4 * EXPERTS : 4));
+            close_rank(rank);
+            config.max_recv_rows = 1000000; /* more than may come: the layout's capacity */
+            rank = open_with(&config);
+            CHECK(rank->info.row_capacity == PAIRS[i].capacity);
+            close_rank(rank);
+            if (PAIRS[i].backend == A2A_BACKEND_NVLINK_TWO_SIDED) continue; /* has no rows to save */
+            config.max_tokens = 1000;
+            OK(a2a_query_memory(&config, &all));
+            config.max_recv_rows = 500;
+            OK(a2a_query_memory(&config, &half));
+            CHECK(half.slot_bytes < all.slot_bytes);
+            config.max_tokens = MAX_TOKENS;
+        }
+        config.overflow = A2A_OVERFLOW_ERROR;
+        config.max_recv_rows = 0;
+
+        /* Scales that dispatch makes, and those that the caller brings. */
+        config.scale_layout = A2A_SCALES_COLUMN;
+        refused_plan(&config, "scale_layout");
+        for (a2a_quant_t quant = A2A_QUANT_FP8_F32_SCALES; quant <= A2A_QUANT_FP8_UE8M0_SCALES; quant++) {
+            config.quant = quant;
+            config.scale_layout = A2A_SCALES_COLUMN;
+            accepted(&config);
+            config.scale_layout = A2A_SCALES_ROW;
+            accepted(&config);
+            config.max_scale_bytes = 4;
+            refused_plan(&config, "max_scale_bytes");
+            config.max_scale_bytes = 0;
+        }
+    }
+}
+
 static void test_explain(void)
 {
     a2a_config_t config = config_of(0, 1);
@@ -809,7 +970,7 @@ static void test_explain(void)
     free(text);
 
     /* What is refused is explained. */
-    config.backend = A2A_BACKEND_LOW_LATENCY;
+    config.backend = A2A_BACKEND_NIXL_ELASTIC;
     OK(a2a_explain(&config, NULL, 0, &needed));
     text = (char *)malloc(needed);
     OK(a2a_explain(&config, text, needed, NULL));
@@ -977,15 +1138,12 @@ static void test_handles(void)
 
 static void test_one_rank(void)
 {
-    static const char *const names[] = {"auto", "allgather_reducescatter", "flashinfer_nvlink_one_sided"};
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
-        a2a_config_t config = config_of(0, 1);
+    for (int i = -1; i < NUM_PAIRS; i++) { /* first AUTO */
+        a2a_config_t config = i < 0 ? config_of(0, 1) : config_of_pair(&PAIRS[i]);
         a2a_info_t info;
         a2a_stats_t stats;
         a2a_error_info_t error;
-        config.backend = a2a_backend_from_name(names[i]);
-        struct rank *rank = rank_of(&config);
-        OK(open_rank(rank));
+        struct rank *rank = open_with(&config);
         for (int step = 0; step < 3; step++) {
             memset(rank->sums, 0, TOKENS * HIDDEN * sizeof(float));
             OK(dispatch(rank));
@@ -997,10 +1155,11 @@ static void test_one_rank(void)
         error.struct_size = sizeof error;
         OK(a2a_get_info(rank->comm, &info));
         CHECK(info.backend != A2A_BACKEND_AUTO && info.layout != A2A_LAYOUT_AUTO);
-        CHECK(config.backend == A2A_BACKEND_AUTO || info.backend == config.backend);
+        CHECK(i < 0 || (info.backend == PAIRS[i].backend && info.layout == PAIRS[i].layout));
         CHECK(info.transport == A2A_TRANSPORT_WINDOW && info.device == A2A_DEVICE_CPU);
         CHECK(info.num_local_experts == EXPERTS && info.first_expert == 0 && info.max_sms == 0);
-        CHECK(info.row_capacity == MAX_TOKENS && info.max_hidden == HIDDEN && info.max_topk == TOPK);
+        CHECK(info.row_capacity == (i < 0 ? (int64_t)MAX_TOKENS : PAIRS[i].capacity));
+        CHECK(info.max_hidden == HIDDEN && info.max_topk == TOPK);
         OK(a2a_get_stats(rank->comm, &stats));
         CHECK(stats.dispatches == 3 && stats.combines == 3 && stats.bytes_remote == 0 && stats.steps_lost == 0);
         OK(a2a_get_async_error(rank->comm, &error));
@@ -1157,15 +1316,337 @@ static void test_no_tokens(void)
     close_rank(rank);
 }
 
+/* NVLINK_TWO_SIDED has no rows of its own. */
+static void test_rows_that_are_not_kept(void)
+{
+    int32_t ids[MAX_TOKENS][TOPK], source[MAX_TOKENS][2];
+    float weights[MAX_TOKENS][TOPK];
+    struct matrix matrices[3];
+    a2a_config_t config = config_of(0, 1);
+    config.backend = A2A_BACKEND_NVLINK_TWO_SIDED;
+    struct rank *rank = open_with(&config);
+    a2a_tensor_t view, small[3];
+    a2a_tensor_t **const outputs[] = {&rank->dispatch_out.tokens, &rank->dispatch_out.topk_ids,
+                                      &rank->dispatch_out.topk_weights, &rank->dispatch_out.row_source};
+    for (int i = 0; i < 4; i++) {
+        a2a_tensor_t *kept = *outputs[i];
+        memset(&view, 0, sizeof view);
+        *outputs[i] = &view;
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "keeps no rows");
+        CHECK(view.shape == NULL);
+        *outputs[i] = kept;
+    }
+    if (test_failed) return; /* what follows looks into outputs */
+    matrix_of(&matrices[0], ids, 0, 32, MAX_TOKENS, TOPK);
+    matrix_of(&matrices[1], weights, 2, 32, MAX_TOKENS, TOPK);
+    matrix_of(&matrices[2], source, 0, 32, MAX_TOKENS, 2);
+    for (int i = 0; i < 3; i++) *outputs[i + 1] = &matrices[i].tensor;
+    memset(small, 0, sizeof small); /* these may be views */
+    rank->dispatch_out.expert_counts = &small[0];
+    rank->dispatch_out.rank_counts = &small[1];
+    rank->dispatch_out.status = &small[2];
+    rank->own_matrix.shape[0] = MAX_TOKENS - 1;
+    REFUSED(dispatch(rank), A2A_OVERFLOW, "tokens");
+    rank->own_matrix.shape[0] = MAX_TOKENS;
+    OK(dispatch(rank));
+    CHECK(memcmp(rank->own_rows, rank->tokens, TOKENS * HIDDEN * sizeof(float)) == 0);
+    CHECK(memcmp(ids, rank->ids, sizeof rank->ids) == 0 && memcmp(weights, rank->weights, sizeof rank->weights) == 0);
+    CHECK(source[TOKENS - 1][1] == TOKENS - 1 && source[TOKENS][1] == -1 && ids[TOKENS][0] == -1);
+    CHECK(((int32_t *)small[1].data)[0] == TOKENS && ((int32_t *)small[2].data)[0] == 0);
+    REFUSED(a2a_combine_buffer(rank->comm, rank->routing, &rank->buffer), A2A_UNSUPPORTED, "nvlink_two_sided");
+    OK(combine(rank));
+    CHECK(memcmp(rank->sums, rank->tokens, TOKENS * HIDDEN * sizeof(float)) == 0);
+    close_rank(rank);
+}
+
+/* What dispatch tells of expert blocks. */
+static void test_expert_outputs(void)
+{
+    for (int i = 0; i < NUM_PAIRS; i++) {
+        a2a_config_t config = config_of_pair(&PAIRS[i]);
+        int contiguous = PAIRS[i].layout == A2A_LAYOUT_EXPERT_CONTIGUOUS;
+        if (contiguous) config.expert_alignment = 4;
+        struct rank *rank = open_with(&config);
+        a2a_tensor_t offsets, counts, weights, ids;
+        memset(&offsets, 0, sizeof offsets);
+        memset(&counts, 0, sizeof counts);
+        memset(&weights, 0, sizeof weights);
+        memset(&ids, 0, sizeof ids);
+        rank->dispatch_out.expert_offsets = &offsets;
+        rank->dispatch_out.expert_counts = &counts;
+        if (!is_by_expert(PAIRS[i].layout)) {
+            REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "expert_offsets");
+            close_rank(rank);
+            continue;
+        }
+        rank->dispatch_out.topk_weights = &weights;
+        rank->dispatch_out.topk_ids = &ids;
+        if (contiguous) {
+            OK(dispatch(rank));
+            CHECK(ids.ndim == 1 && weights.ndim == 1 && rank->rows.ndim == 2);
+        } else {
+            REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "topk_ids"); /* an expert's rows stand together */
+            rank->dispatch_out.topk_ids = NULL;
+            OK(dispatch(rank));
+            CHECK(weights.ndim == 2 && weights.shape[1] == MAX_TOKENS);
+            CHECK(rank->rows.ndim == 3 && rank->rows.shape[0] == EXPERTS && rank->rows.shape[1] == MAX_TOKENS);
+        }
+        if (test_failed) return;
+        CHECK(offsets.ndim == 1 && offsets.shape[0] == EXPERTS + 1 && counts.shape[0] == EXPERTS);
+        int32_t end = 0;
+        for (int e = 0; e < EXPERTS; e++) {
+            int32_t count = 0, start = ((int32_t *)offsets.data)[e];
+            CHECK(start == (contiguous ? end : e * MAX_TOKENS));
+            for (int t = 0; t < TOKENS; t++) {
+                if (rank->ids[t][0] != e && rank->ids[t][1] != e) continue;
+                CHECK(row_of(&rank->rows, start + count)[7] == rank->tokens[t * HIDDEN + 7]);
+                CHECK(row_of(&weights, 0)[start + count] == 0.5f);
+                if (contiguous) CHECK(((int32_t *)ids.data)[start + count] == e);
+                count++;
+            }
+            CHECK(((int32_t *)counts.data)[e] == count);
+            end = start + (count + 3) / 4 * 4;
+        }
+        CHECK(((int32_t *)offsets.data)[EXPERTS] == (contiguous ? end : EXPERTS * MAX_TOKENS));
+        OK(combine(rank));
+        CHECK(memcmp(rank->sums, rank->tokens, TOKENS * HIDDEN * sizeof(float)) == 0);
+        close_rank(rank);
+    }
+}
+
+/* Weights that combine is given, those it leaves out, and values that rows bring back. */
+static void test_weights_of_combine(void)
+{
+    for (int i = 0; i < NUM_PAIRS; i++) {
+        a2a_config_t config = config_of_pair(&PAIRS[i]);
+        struct rank *rank = open_with(&config);
+        int by_expert = is_by_expert(PAIRS[i].layout);
+        int64_t rows = rank->info.row_capacity, columns = by_expert ? 1 : TOPK;
+        float given[TOKENS][TOPK], back[TOKENS][TOPK];
+        float *values = (float *)calloc((size_t)(rows * columns), sizeof *values);
+        int32_t *source = (int32_t *)calloc((size_t)rows * 2, sizeof *source);
+        struct matrix given_matrix, back_matrix, values_matrix, source_matrix;
+        for (int t = 0; t < TOKENS; t++) given[t][0] = 2, given[t][1] = 1;
+        matrix_of(&given_matrix, given, 2, 32, TOKENS, TOPK);
+        matrix_of(&back_matrix, back, 2, 32, TOKENS, TOPK);
+        matrix_of(&values_matrix, values, 2, 32, rows, columns);
+        matrix_of(&source_matrix, source, 0, 32, rows, 2);
+        if (by_expert) values_matrix.tensor.ndim = 1; /* [rows] */
+        rank->dispatch_out.row_source = &source_matrix.tensor;
+
+        OK(dispatch(rank));
+        rank->combine_in.topk_weights = &given_matrix.tensor;
+        if (by_expert) {
+            rank->combine_in.flags = A2A_COMBINE_NO_WEIGHTS;
+            REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights");
+            rank->combine_in.flags = 0;
+            given_matrix.shape[1] = TOPK - 1;
+            REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights");
+            given_matrix.shape[1] = TOPK;
+            given_matrix.tensor.dtype.code = 0;
+            REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights");
+            given_matrix.tensor.dtype.code = 2;
+            OK(combine(rank));
+            CHECK(rank->sums[HIDDEN + 3] == 3 * rank->tokens[HIDDEN + 3]);
+            rank->combine_in.topk_weights = NULL;
+            OK(dispatch(rank));
+            rank->combine_in.flags = A2A_COMBINE_NO_WEIGHTS;
+            OK(combine(rank));
+            CHECK(rank->sums[HIDDEN + 3] == 2 * rank->tokens[HIDDEN + 3]);
+        } else {
+            REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights");
+            rank->combine_in.topk_weights = NULL;
+            rank->combine_in.flags = A2A_COMBINE_NO_WEIGHTS;
+            REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "NO_WEIGHTS");
+            rank->combine_in.flags = 0;
+            OK(combine(rank));
+        }
+        rank->combine_in.topk_weights = NULL;
+        rank->combine_in.flags = 0;
+
+        OK(dispatch(rank));
+        rank->combine_out.topk_weights = &back_matrix.tensor;
+        REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights"); /* nothing brings it */
+        rank->combine_in.row_weights = &values_matrix.tensor;
+        back_matrix.tensor.data = NULL; /* never a view */
+        REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights");
+        back_matrix.tensor.data = back;
+        back_matrix.shape[1] = TOPK + 1;
+        REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "topk_weights");
+        back_matrix.shape[1] = TOPK;
+        values_matrix.shape[0] = rows - 1;
+        REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "row_weights");
+        values_matrix.shape[0] = rows;
+        values_matrix.tensor.dtype.bits = 16;
+        REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "row_weights");
+        values_matrix.tensor.dtype.bits = 32;
+        for (int64_t row = 0; row < rows; row++) {
+            for (int64_t k = 0; k < columns; k++) values[row * columns + k] = (float)source[2 * row + 1] + 0.5f;
+        }
+        memset(back, 0, sizeof back);
+        OK(combine(rank));
+        for (int t = 0; t < TOKENS; t++) CHECK(back[t][0] == (float)t + 0.5f && back[t][1] == (float)t + 0.5f);
+
+        OK(dispatch(rank)); /* and nobody has to take them */
+        rank->combine_out.topk_weights = NULL;
+        OK(combine(rank));
+        CHECK(memcmp(rank->sums, rank->tokens, TOKENS * HIDDEN * sizeof(float)) == 0);
+        close_rank(rank);
+        free(values);
+        free(source);
+    }
+
+    /* Without ids no row has values to bring. */
+    a2a_config_t config = config_of_pair(&PAIRS[0]);
+    struct rank *rank = open_with(&config);
+    float values[MAX_TOKENS][TOPK] = {{0}};
+    struct matrix values_matrix;
+    matrix_of(&values_matrix, values, 2, 32, MAX_TOKENS, TOPK);
+    rank->dispatch_in.topk_ids = rank->dispatch_in.topk_weights = NULL;
+    OK(dispatch(rank));
+    rank->combine_in.row_weights = &values_matrix.tensor;
+    REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "row_weights");
+    rank->combine_in.row_weights = NULL;
+    OK(combine(rank));
+    close_rank(rank);
+}
+
+static void test_reuse(void)
+{
+    for (int i = 0; i < NUM_PAIRS; i++) {
+        a2a_config_t config = config_of_pair(&PAIRS[i]);
+        struct rank *rank = open_with(&config);
+        const a2a_tensor_t *ids = rank->dispatch_in.topk_ids, *weights = rank->dispatch_in.topk_weights;
+        rank->dispatch_in.topk_ids = rank->dispatch_in.topk_weights = NULL;
+        rank->dispatch_in.flags = A2A_DISPATCH_REUSE;
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "routing"); /* nothing to replay */
+        rank->dispatch_in.flags = 0;
+        rank->dispatch_in.topk_ids = ids;
+        rank->dispatch_in.topk_weights = weights;
+        OK(dispatch(rank));
+        OK(combine(rank));
+
+        rank->dispatch_in.flags = A2A_DISPATCH_REUSE;
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "topk_ids");
+        rank->dispatch_in.topk_ids = NULL;
+        rank->dispatch_in.max_tokens = MAX_TOKENS - 1; /* it was dispatched with the default, MAX_TOKENS */
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "max_tokens");
+        rank->dispatch_in.max_tokens = MAX_TOKENS;
+        OK(dispatch(rank));
+        OK(combine(rank));
+        rank->dispatch_in.max_tokens = 0;
+        rank->dispatch_in.topk_weights = NULL;
+        rank->tokens_matrix.shape[0] = TOKENS - 1;
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "tokens");
+        rank->tokens_matrix.shape[0] = TOKENS;
+        for (int n = 0; n < TOKENS * HIDDEN; n++) rank->tokens[n] += 7;
+        OK(dispatch(rank));
+        OK(combine(rank));
+        CHECK(memcmp(rank->sums, rank->tokens, TOKENS * HIDDEN * sizeof(float)) == 0);
+        close_rank(rank);
+    }
+}
+
+/* More rows than a rank takes. */
+static void test_overflow(void)
+{
+    for (int i = 0; i < NUM_PAIRS; i++) {
+        a2a_layout_t layout = PAIRS[i].layout;
+        if (layout == A2A_LAYOUT_GATHERED || layout == A2A_LAYOUT_RANK_MAJOR) continue;
+        /* 6 tokens; experts 0 to 3 have 3, 4, 3 and 2 of them. */
+        int32_t demand = layout == A2A_LAYOUT_FLAT ? 6 : layout == A2A_LAYOUT_EXPERT_PADDED ? 4 : 12;
+        int32_t status[5];
+        struct matrix status_matrix;
+        a2a_config_t config = config_of_pair(&PAIRS[i]);
+        matrix_of(&status_matrix, status, 0, 32, 5, 1);
+        status_matrix.tensor.ndim = 1;
+        config.max_recv_rows = demand - 1;
+
+        struct rank *rank = open_with(&config);
+        const a2a_tensor_t *ids = rank->dispatch_in.topk_ids, *weights = rank->dispatch_in.topk_weights;
+        rank->dispatch_out.status = rank->combine_out.status = &status_matrix.tensor;
+        for (int twice = 0; twice < 2; twice++) {
+            memset(status, 0x77, sizeof status);
+            REFUSED(dispatch(rank), A2A_OVERFLOW, "max_recv_rows");
+            CHECK(status[0] == (A2A_STEP_VOID | A2A_STEP_OVERFLOW) && status[3] == demand && status[4] == 1);
+            REFUSED(a2a_combine(rank->comm, rank->routing, &rank->combine_in, &rank->combine_out, NULL),
+                    A2A_INVALID_ARGUMENT, NULL);
+            rank->dispatch_in.flags = A2A_DISPATCH_REUSE;
+            rank->dispatch_in.topk_ids = rank->dispatch_in.topk_weights = NULL;
+            REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "routing");
+            rank->dispatch_in.flags = 0;
+            rank->dispatch_in.topk_ids = ids;
+            rank->dispatch_in.topk_weights = weights;
+            /* The slot takes the next one: a token less, which is the last of experts 1 and 2. */
+            rank->tokens_matrix.shape[0] = rank->ids_matrix.shape[0] = rank->weights_matrix.shape[0] = TOKENS - 1;
+            OK(dispatch(rank));
+            CHECK(status[0] == 0 && status[2] == 0 && status[3] <= demand - 1);
+            OK(combine(rank));
+            rank->tokens_matrix.shape[0] = rank->ids_matrix.shape[0] = rank->weights_matrix.shape[0] = TOKENS;
+        }
+        close_rank(rank);
+
+        config.overflow = A2A_OVERFLOW_DROP;
+        rank = open_with(&config);
+        rank->dispatch_out.status = rank->combine_out.status = &status_matrix.tensor;
+        OK(dispatch(rank));
+        CHECK(status[0] == A2A_STEP_DROPPED && status[2] == 1 && status[3] == demand && status[4] == 0);
+        OK(combine(rank));
+        CHECK(status[0] == A2A_STEP_DROPPED && status[2] == 1 && status[4] == 0);
+        /* One row is missing: in FLAT the last token's, else one of the two that make a token. */
+        int wrong = 0;
+        for (int t = 0; t < TOKENS; t++) wrong += rank->sums[t * HIDDEN + 1] != rank->tokens[t * HIDDEN + 1];
+        CHECK(wrong == 1);
+        if (layout == A2A_LAYOUT_FLAT) CHECK(rank->sums[(TOKENS - 1) * HIDDEN + 1] == 0);
+        close_rank(rank);
+    }
+}
+
+/* Dispatch makes e4m3 of float32, with a scale a row: 64 columns are half a group. */
+static void test_quantised(void)
+{
+    a2a_config_t config = config_of(0, 1);
+    config.backend = A2A_BACKEND_HIGH_THROUGHPUT;
+    config.quant = A2A_QUANT_FP8_F32_SCALES;
+    for (int column = 0; column < 2; column++) {
+        config.scale_layout = column ? A2A_SCALES_COLUMN : A2A_SCALES_ROW;
+        struct rank *rank = open_with(&config);
+        a2a_tensor_t scales;
+        memset(&scales, 0, sizeof scales);
+        rank->dispatch_out.scales = &scales;
+        rank->dispatch_in.scales = &rank->weights_matrix.tensor; /* float32 tokens bring none */
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "scales");
+        rank->dispatch_in.scales = NULL;
+        rank->tokens_matrix.shape[1] = HIDDEN - 8; /* 56 bytes of e4m3 are no multiple of 16 */
+        REFUSED(dispatch(rank), A2A_INVALID_ARGUMENT, "tokens");
+        rank->tokens_matrix.shape[1] = HIDDEN;
+        OK(dispatch(rank));
+        if (test_failed) return;
+        CHECK(rank->rows.dtype.code == 10 && rank->rows.dtype.bits == 8 && rank->rows.shape[1] == HIDDEN);
+        CHECK(scales.dtype.code == 2 && scales.dtype.bits == 32 && scales.ndim == 2);
+        CHECK(scales.shape[0] == MAX_TOKENS && scales.shape[1] == 1);
+        CHECK(scales.strides[0] == 1 && scales.strides[1] == (column ? MAX_TOKENS : 1));
+        for (int t = 0; t < TOKENS; t++) {
+            const uint8_t *row = (const uint8_t *)rank->rows.data + t * rank->rows.strides[0];
+            /* A token's last column is its largest, and the first token's first is 0. */
+            CHECK(row_of(&scales, t)[0] == rank->tokens[t * HIDDEN + HIDDEN - 1] / 448.0f);
+            CHECK(row[HIDDEN - 1] == 0x7e);
+            if (t == 0) CHECK(row[0] == 0);
+        }
+        close_rank(rank);
+    }
+}
+
 static void test_two_ranks(void)
 {
-    static const a2a_backend_t backends[] = {A2A_BACKEND_ALLGATHER_REDUCESCATTER, A2A_BACKEND_NVLINK_ONE_SIDED};
-    for (size_t i = 0; i < 2; i++) {
+    for (int i = 0; i < NUM_PAIRS; i++) {
         struct rank *ranks[2];
         a2a_unique_id_t id;
         OK(a2a_get_unique_id(&id));
-        open_two(ranks, &id, backends[i]);
+        open_two(ranks, &id, PAIRS[i].backend, PAIRS[i].layout);
         for (int step = 0; step < 3; step++) step_of_two(ranks);
+        run_two(ranks, halves_thread, halves_thread);
+        run_two(ranks, halves_thread, step_thread); /* each rank as it likes */
         for (int r = 0; r < 2; r++) close_rank(ranks[r]);
     }
 }
@@ -1194,7 +1675,7 @@ static void test_address(void)
     CHECK(memcmp(&id, &same, sizeof id) == 0);
     CHECK(memcmp(&id, &other, sizeof id) != 0);
     for (size_t i = 0; i + 6 <= sizeof id.bytes; i++) CHECK(memcmp(id.bytes + i, "secret", 6) != 0);
-    open_two(ranks, &id, A2A_BACKEND_AUTO);
+    open_two(ranks, &id, A2A_BACKEND_AUTO, A2A_LAYOUT_AUTO);
     step_of_two(ranks);
     for (int r = 0; r < 2; r++) close_rank(ranks[r]);
 
@@ -1440,6 +1921,8 @@ static const struct {
     TEST(unknown_constants),
     TEST(features_not_in_this_build),
     TEST(config_ranges),
+    TEST(layouts),
+    TEST(options_of_layouts),
     TEST(explain),
     TEST(memory),
     TEST(nulls),
@@ -1448,6 +1931,12 @@ static const struct {
     TEST(order_of_calls),
     TEST(tensors),
     TEST(no_tokens),
+    TEST(rows_that_are_not_kept),
+    TEST(expert_outputs),
+    TEST(weights_of_combine),
+    TEST(reuse),
+    TEST(overflow),
+    TEST(quantised),
     TEST(two_ranks),
     TEST(address),
     TEST(nothing_stays),

@@ -155,12 +155,26 @@ impl Tensor {
         tensor
     }
 
+    /// Rows whose elements stand `step` elements apart, next to those of the rows beside them; a third dimension is
+    /// `gap` elements more than compact. What the scales of A2A_SCALES_COLUMN look like.
+    pub fn columns(dtype: Dtype, shape: &[usize], step: usize, gap: usize) -> Tensor {
+        let (rows, columns) = (shape[shape.len() - 2], shape[shape.len() - 1]);
+        assert!(step >= rows, "columns overlap");
+        let mut strides = vec![1, step as i64];
+        if shape.len() == 3 {
+            strides.insert(0, (columns * step + gap) as i64);
+        }
+        Tensor::build(dtype, shape, Some(strides.into()), 0)
+    }
+
     fn build(dtype: Dtype, shape: &[usize], strides: Option<Box<[i64]>>, offset: usize) -> Tensor {
         let mut shape: Box<[i64]> = shape.iter().map(|&n| n as i64).collect();
         let mut strides = strides;
         let elements = match &strides {
-            // The outermost stride times its size covers everything below it.
-            Some(strides) if strides.len() > 1 => strides[0] * shape[0],
+            // The largest stride times its size covers everything below it.
+            Some(strides) if strides.len() > 1 => {
+                strides.iter().zip(&shape).map(|(stride, size)| stride * size).max().unwrap_or(0)
+            }
             _ => shape.iter().product(),
         };
         let memory = Memory::new(offset + elements as usize * size(dtype), GAP);
@@ -209,20 +223,35 @@ impl Tensor {
         self.shape().last().map_or(0, |&columns| columns * size(self.raw.dtype))
     }
 
-    /// The rows (of the last dimension) by address, in order.
-    fn rows(&self) -> Vec<*mut u8> {
+    /// In elements.
+    pub fn strides(&self) -> Vec<usize> {
         let shape = self.shape();
-        let Some((&columns, outer)) = shape.split_last() else { return Vec::new() };
-        let mut strides = vec![1; shape.len()];
-        if self.raw.strides.is_null() {
-            for dim in (0..outer.len()).rev() {
-                strides[dim] = strides[dim + 1] * shape[dim + 1].max(1);
-            }
-        } else {
+        if !self.raw.strides.is_null() && !shape.is_empty() {
             // SAFETY: ndim entries, as for the shape.
             let given = unsafe { std::slice::from_raw_parts(self.raw.strides, shape.len()) };
-            strides = given.iter().map(|&n| n as usize).collect();
+            return given.iter().map(|&n| n as usize).collect();
         }
+        let mut strides = vec![1; shape.len()];
+        for dim in (1..shape.len()).rev() {
+            strides[dim - 1] = strides[dim] * shape[dim].max(1);
+        }
+        strides
+    }
+
+    /// Stretches of contiguous bytes by address, in order of the elements, and the bytes of each: rows of the last
+    /// dimension, or single elements where that one is strided.
+    fn pieces(&self) -> (Vec<*mut u8>, usize) {
+        let (mut shape, mut strides) = (self.shape(), self.strides());
+        if strides.last().is_some_and(|&last| last != 1) {
+            shape.push(1);
+            strides.push(1);
+        }
+        let bytes = shape.last().map_or(0, |&columns| columns * size(self.raw.dtype));
+        (self.rows(&shape, &strides), bytes)
+    }
+
+    fn rows(&self, shape: &[usize], strides: &[usize]) -> Vec<*mut u8> {
+        let Some((&columns, outer)) = shape.split_last() else { return Vec::new() };
         if columns == 0 {
             return Vec::new();
         }
@@ -240,22 +269,34 @@ impl Tensor {
 
     /// The rows without what lies between them.
     pub fn read(&self) -> Vec<u8> {
-        let row_bytes = self.row_bytes();
-        let mut bytes = Vec::new();
-        for row in self.rows() {
+        let (pieces, length) = self.pieces();
+        let mut bytes = Vec::with_capacity(pieces.len() * length);
+        for piece in pieces {
             // SAFETY: our memory, or a view that the test knows to be valid.
-            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(row, row_bytes) });
+            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(piece, length) });
         }
         bytes
     }
 
     /// Fills the rows from `bytes`.
     pub fn write(&mut self, bytes: &[u8]) {
-        let (rows, row_bytes) = (self.rows(), self.row_bytes());
-        assert_eq!(bytes.len(), rows.len() * row_bytes, "bytes for a tensor of shape {:?}", self.shape());
-        for (row, bytes) in rows.into_iter().zip(bytes.chunks_exact(row_bytes.max(1))) {
+        let (pieces, length) = self.pieces();
+        assert_eq!(bytes.len(), pieces.len() * length, "bytes for a tensor of shape {:?}", self.shape());
+        for (piece, bytes) in pieces.into_iter().zip(bytes.chunks_exact(length.max(1))) {
             // SAFETY: as in `read`.
-            unsafe { row.copy_from_nonoverlapping(bytes.as_ptr(), row_bytes) };
+            unsafe { piece.copy_from_nonoverlapping(bytes.as_ptr(), length) };
+        }
+    }
+
+    /// Overwrites the rows of a tensor of our own.
+    pub fn scribble(&mut self) {
+        if self.memory.is_none() || self.raw.data.is_null() {
+            return;
+        }
+        let (pieces, length) = self.pieces();
+        for piece in pieces {
+            // SAFETY: as in `read`.
+            unsafe { piece.write_bytes(0xEE, length) };
         }
     }
 
@@ -271,16 +312,17 @@ impl Tensor {
     /// True if what stands between the rows of our own strided tensor is as we left it.
     pub fn gaps_are_intact(&self) -> bool {
         let (Some(memory), Some(strides)) = (&self.memory, &self.strides) else { return true };
-        if strides.len() < 2 {
+        if strides.len() < 2 || self.raw.data.is_null() {
             return true;
         }
-        let (row_bytes, step) =
-            (self.row_bytes(), strides[strides.len() - 2] as usize * size(self.raw.dtype));
         // SAFETY: all of our own memory.
         let all = unsafe { std::slice::from_raw_parts(memory.start, memory.layout.size()) };
-        let (before, rows) = all.split_at(self.raw.byte_offset as usize);
-        before.iter().all(|&byte| byte == GAP)
-            && rows.chunks_exact(step.max(1)).all(|row| row[row_bytes..].iter().all(|&byte| byte == GAP))
+        let mut gaps = vec![true; all.len()];
+        let (pieces, length) = self.pieces();
+        for piece in pieces {
+            gaps[piece as usize - memory.start as usize..][..length].fill(false);
+        }
+        all.iter().zip(gaps).all(|(&byte, gap)| !gap || byte == GAP)
     }
 }
 
@@ -437,6 +479,25 @@ impl Comm {
         check(unsafe { a2a_combine(self.0, routing.0, &raw, &mut out, null_mut()) })
     }
 
+    /// Combine with all that it can be given; `input` may name tensors that only one phase needs.
+    pub fn combine_with(
+        &self,
+        routing: &Routing,
+        phase: a2a_phase_t,
+        input: &CombineIn,
+        output: &mut CombineOut,
+    ) -> Result<(), Failure> {
+        let mut raw = combine_in(phase, input.flags, None);
+        if phase != A2A_PHASE_RECV {
+            raw.tokens = in_ptr(&input.tokens);
+            raw.topk_weights = in_ptr(&input.topk_weights);
+            raw.row_weights = in_ptr(&input.row_weights);
+        }
+        let mut out = output.raw();
+        // SAFETY: the structs' tensors are owned by `input` and `output`.
+        check(unsafe { a2a_combine(self.0, routing.0, &raw, &mut out, null_mut()) })
+    }
+
     /// The zero-copy target for results of this type.
     pub fn combine_buffer(&self, routing: &Routing, dtype: Dtype) -> Result<Tensor, Failure> {
         let mut tensor = Tensor::view();
@@ -524,6 +585,7 @@ pub struct DispatchOut {
     pub extras: [Option<Tensor>; A2A_MAX_EXTRAS],
     pub expert_counts: Option<Tensor>,
     pub rank_counts: Option<Tensor>,
+    pub expert_offsets: Option<Tensor>,
     pub row_source: Option<Tensor>,
     pub expert_stats: Option<Tensor>,
     pub status: Option<Tensor>,
@@ -542,7 +604,7 @@ impl DispatchOut {
             extras: std::array::from_fn(|_| extras.next().map_or(null_mut(), out_ptr)),
             expert_counts: out_ptr(&mut self.expert_counts),
             rank_counts: out_ptr(&mut self.rank_counts),
-            expert_offsets: null_mut(),
+            expert_offsets: out_ptr(&mut self.expert_offsets),
             row_source: out_ptr(&mut self.row_source),
             expert_stats: out_ptr(&mut self.expert_stats),
             status: out_ptr(&mut self.status),
@@ -550,6 +612,15 @@ impl DispatchOut {
             num_rows: i64::MIN,
         }
     }
+}
+
+/// What the experts of a rank computed; absent is NULL.
+#[derive(Default)]
+pub struct CombineIn {
+    pub tokens: Option<Tensor>,
+    pub topk_weights: Option<Tensor>,
+    pub row_weights: Option<Tensor>,
+    pub flags: u64,
 }
 
 /// What the experts computed, as C sees it.
@@ -569,6 +640,7 @@ pub fn combine_in(phase: a2a_phase_t, flags: u64, rows: Option<&Tensor>) -> a2a_
 #[derive(Default)]
 pub struct CombineOut {
     pub tokens: Option<Tensor>,
+    pub topk_weights: Option<Tensor>,
     pub status: Option<Tensor>,
 }
 
@@ -577,7 +649,7 @@ impl CombineOut {
         a2a_combine_out_t {
             struct_size: size_of::<a2a_combine_out_t>(),
             tokens: out_ptr(&mut self.tokens),
-            topk_weights: null_mut(),
+            topk_weights: out_ptr(&mut self.topk_weights),
             status: out_ptr(&mut self.status),
         }
     }

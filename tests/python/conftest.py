@@ -1,6 +1,7 @@
 """Puts the ctypes declarations of the examples on the path and gives every test the library."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,10 @@ def lib():
     import a2a_ctypes
 
     return a2a_ctypes.load()
+
+
+@pytest.fixture(scope="session")
+def threads():
+    # One for each rank: no rank waits for another's.
+    with ThreadPoolExecutor(4) as pool:
+        yield pool

@@ -11,7 +11,7 @@ import ranks
 TOKENS, MAX_TOKENS = 9, 12
 
 
-@pytest.fixture(params=["allgather_reducescatter", "flashinfer_nvlink_one_sided"])
+@pytest.fixture(params=["allgather_reducescatter", "flashinfer_nvlink_one_sided", "deepep_high_throughput"])
 def alone(lib, request):
     """A comm of one rank, its routing, and the shape of a step's rows."""
     comm, routing = ctypes.c_void_p(), ctypes.c_void_p()
@@ -78,7 +78,7 @@ def test_caller_owned_outputs(lib, alone, ids_dtype):
     y = np.full((TOKENS, ranks.HIDDEN), np.nan, np.float32)
     results = ranks.experts(*flat[:3], lambda e: True).reshape(tokens.shape)
     lib.a2a_combine(comm, routing, a2a.CombineIn(tokens=dlpack(results)), a2a.CombineOut(tokens=dlpack(y)), None)
-    assert y.tobytes() == ranks.alone(0, 1, TOKENS, "float32").tobytes()
+    assert y.tobytes() == ranks.alone(x, ids, weights, 1, "flat").tobytes()
 
 
 def test_strided_rows(lib, alone):
@@ -96,12 +96,12 @@ def test_strided_rows(lib, alone):
                        topk_weights=dlpack(weights)),
         a2a.DispatchOut(tokens=rows, topk_ids=row_ids, topk_weights=row_weights), None,
     )
-    got = [ranks.flat_rows(*view) for view in ((rows, x.dtype), (row_ids, np.int32), (row_weights, np.float32))]
+    got = [ranks.flat_rows(view) for view in (rows, row_ids, row_weights)]
     assert (got[0][:TOKENS] == x).all() and (got[1][:TOKENS] == ids).all()
     results = ranks.experts(*got, lambda e: True).reshape(rows.sizes())
     lib.a2a_combine(comm, routing, a2a.CombineIn(tokens=dlpack(results)),
                     a2a.CombineOut(tokens=dlpack(wide_y[:, : ranks.HIDDEN])), None)
-    assert wide_y[:, : ranks.HIDDEN].tobytes() == ranks.alone(0, 1, TOKENS, "float32").tobytes()
+    assert wide_y[:, : ranks.HIDDEN].tobytes() == ranks.alone(x, ids, weights, 1, "flat").tobytes()
     assert (wide_y[:, ranks.HIDDEN :] == 5).all()
 
 

@@ -6,35 +6,127 @@ import json
 import a2a_ctypes as a2a
 import pytest
 
+import ranks
+
+SHAPE = dict(num_ranks=8, num_experts=64, max_topk=8, max_hidden=256, max_tokens=128)
+# The names of the constants, in lower case.
+OFFERS = {
+    "allgather_reducescatter": ["gathered"],
+    "high_throughput": ["flat", "expert_contiguous"],
+    "low_latency": ["expert_padded"],
+    "nvlink_one_sided": ["rank_major"],
+    "nvlink_two_sided": ["flat"],
+    "nixl_elastic": ["expert_padded"],
+}
+BUILT = [name for name in OFFERS if name != "nixl_elastic"]
+
 
 def explain(lib, **fields):
-    config = a2a.Config(**dict(num_ranks=8, num_experts=64, max_topk=8, max_hidden=256, max_tokens=128) | fields)
+    config = a2a.Config(**(SHAPE | fields))
     needed = ctypes.c_size_t()
     lib.a2a_explain(config, None, 0, needed)
     text = ctypes.create_string_buffer(needed.value)
     lib.a2a_explain(config, text, needed, None)
-    return json.loads(text.value), text.value.decode()
+    return json.loads(text.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["auto", "allgather_reducescatter", "flashinfer_nvlink_one_sided", "deepep_low_latency",
-             "deepep_high_throughput", "flashinfer_nvlink_two_sided", "nixl_ep"],
-)
-def test_every_backend_is_explained(lib, name):
-    explained, text = explain(lib, backend=lib.a2a_backend_from_name(name.encode()))
-    assert isinstance(explained, dict)
-    built = name in ("auto", "allgather_reducescatter", "flashinfer_nvlink_one_sided")
+def memory(lib, **fields):
     memory = a2a.Memory()
-    config = a2a.Config(num_ranks=8, num_experts=64, max_topk=8, max_hidden=256, max_tokens=128,
-                        backend=lib.a2a_backend_from_name(name.encode()))
-    if built:
-        lib.a2a_query_memory(config, memory)
-        assert str(memory.total_bytes) in text
-    else:
-        assert "not in this build" in text
-        with pytest.raises(a2a.Error, match="not in this build") as refusal:
-            lib.a2a_query_memory(config, memory)
-        assert refusal.value.status == a2a.UNSUPPORTED
+    lib.a2a_query_memory(a2a.Config(**(SHAPE | fields)), memory)
+    return memory
+
+
+def backend(lib, name):
+    return lib.a2a_backend_from_name(name.encode())
+
+
+def entry(explained, name):
+    return next(entry for entry in explained["backends"] if entry["name"] == name)
+
+
+def chosen(explained):
+    return [entry["name"] for entry in explained["backends"] if entry["chosen"]]
+
+
+@pytest.mark.parametrize("name", ["auto", *BUILT])
+def test_what_is_chosen(lib, name):
+    explained = explain(lib, backend=backend(lib, name))
+    assert explained["status"] == "ok" and explained["why"]
+    assert name in ("auto", explained["backend"])
+    assert explained["layout"] == OFFERS[explained["backend"]][0]
+    assert explained["transport"] == "window"
+    assert chosen(explained) == [explained["backend"]]
+    assert {entry["name"]: entry["layouts"] for entry in explained["backends"]} == OFFERS
+    assert all(entry["why"] for entry in explained["backends"])
+    need = memory(lib, backend=backend(lib, name))
+    fields = [field for field, *_ in a2a.Memory._fields_ if field != "struct_size"]
+    assert {field: explained["memory"][field] for field in fields} == {field: getattr(need, field) for field in fields}
+    assert explained["limits"]["max_tokens"] == 128 and explained["limits"]["max_topk"] == 8
+
+
+def test_what_is_not_in_this_build(lib):
+    explained = explain(lib, backend=a2a.BACKEND_NIXL_ELASTIC)
+    assert explained["status"] == "refused" and "not in this build" in explained["why"]
+    assert "not in this build" in entry(explained, "nixl_elastic")["why"]
+    assert chosen(explained) == []
+    with pytest.raises(a2a.Error, match="not in this build") as refusal:
+        memory(lib, backend=a2a.BACKEND_NIXL_ELASTIC)
+    assert refusal.value.status == a2a.UNSUPPORTED
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("gathered", "allgather_reducescatter"), ("rank_major", "nvlink_one_sided"), ("flat", "high_throughput"),
+    ("expert_padded", "low_latency"), ("expert_contiguous", "high_throughput"),
+])
+def test_auto_chooses_by_layout(lib, layout, name):
+    explained = explain(lib, layout=ranks.LAYOUTS[layout])
+    assert (explained["status"], explained["backend"], explained["layout"]) == ("ok", name, layout)
+    assert chosen(explained) == [name]
+    for other in BUILT:
+        fields = dict(layout=ranks.LAYOUTS[layout], backend=backend(lib, other))
+        if layout in OFFERS[other]:
+            assert entry(explained, other)["window_bytes"] == memory(lib, **fields).window_bytes
+        else:
+            assert layout in entry(explained, other)["why"]
+            # Asked for, it is refused with the layouts that it has.
+            refused = explain(lib, **fields)
+            assert refused["status"] == "refused" and chosen(refused) == []
+            for word in (other, layout, *OFFERS[other]):
+                assert word in refused["why"]
+            with pytest.raises(a2a.Error, match=layout) as refusal:
+                memory(lib, **fields)
+            assert refusal.value.status == a2a.UNSUPPORTED
+
+
+def test_auto_takes_what_the_memory_allows(lib):
+    fields = dict(layout=a2a.LAYOUT_FLAT, max_tokens=8192)
+    ample = memory(lib, backend=a2a.BACKEND_HIGH_THROUGHPUT, **fields)
+    small = memory(lib, backend=a2a.BACKEND_NVLINK_TWO_SIDED, **fields)
+    assert small.total_bytes < ample.total_bytes
+
+    explained = explain(lib, memory_limit=ample.total_bytes, **fields)
+    assert explained["backend"] == "high_throughput"
+    for limit in (ample.total_bytes - 1, small.total_bytes):
+        explained = explain(lib, memory_limit=limit, **fields)
+        assert (explained["status"], explained["backend"]) == ("ok", "nvlink_two_sided")
+        assert explained["memory"]["total_bytes"] == small.total_bytes
+        assert explained["memory"]["memory_limit"] == limit
+        assert chosen(explained) == ["nvlink_two_sided"]
+        # It says why the first choice was not taken.
+        assert "memory_limit" in entry(explained, "high_throughput")["why"]
+        assert entry(explained, "high_throughput")["window_bytes"] == ample.window_bytes
+
+    explained = explain(lib, memory_limit=small.total_bytes - 1, **fields)
+    assert explained["status"] == "refused" and "memory_limit" in explained["why"]
+    assert chosen(explained) == []
+
+
+def test_two_sided_windows_do_not_depend_on_tokens(lib):
+    fields = dict(backend=a2a.BACKEND_NVLINK_TWO_SIDED)
+    few, many = (memory(lib, max_tokens=tokens, **fields) for tokens in (8, 8192))
+    assert few.window_bytes == many.window_bytes
+    two, four = (memory(lib, fifo_rows=rows, **fields) for rows in (2, 4))
+    assert two.window_bytes < four.window_bytes
 
 
 def test_the_same_config_is_explained_alike(lib):

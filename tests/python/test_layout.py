@@ -65,6 +65,8 @@ def test_struct(header, name):
 def test_constants(header):
     assert len(CONSTANTS) > 30
     assert {name: getattr(a2a, name) for name in CONSTANTS} == {name: header[name] for name in CONSTANTS}
+    macros = set(re.findall(r"^#define A2A_(\w+) ", HEADER, re.M))
+    assert {name for name in macros if not name.startswith("VERSION")} == set(CONSTANTS)
 
 
 def test_every_function_is_declared(lib):

@@ -1,18 +1,17 @@
-"""Dispatch and combine over four ranks, threads and processes, bit for bit what numpy computes alone."""
+"""Dispatch and combine over four ranks, threads and processes, bit for bit what numpy computes alone: every backend
+with every layout."""
 
 import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
-import a2a_ctypes as a2a
 import numpy as np
 import pytest
 
 import ranks
 from conftest import ROOT
 
-BACKENDS = ["allgather_reducescatter", "flashinfer_nvlink_one_sided"]
 COUNTS = [17, 0, 33, 5]
 
 
@@ -23,23 +22,14 @@ def processes():
         yield pool
 
 
-@pytest.fixture(scope="module")
-def threads():
-    with ThreadPoolExecutor(len(COUNTS)) as pool:
-        yield pool
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, layout", ranks.PAIRS)
 @pytest.mark.parametrize("pool", ["threads", "processes"])
-def test_round_trip(lib, request, pool, backend, dtype):
+def test_round_trip(request, pool, backend, layout, dtype):
     pool = request.getfixturevalue(pool)
-    group = bytes(a2a.unique_id(lib))
-    running = [pool.submit(ranks.run_rank, rank, group, backend, COUNTS, dtype) for rank in range(len(COUNTS))]
-    failures = [str(error) for error in (future.exception(timeout=120) for future in running) if error]
-    assert not failures, "\n".join(failures)
-    for rank, outcome in enumerate(future.result() for future in running):
-        wanted = ranks.alone(rank, len(COUNTS), COUNTS[rank], dtype)
+    outcomes = ranks.together(pool, len(COUNTS), ranks.run_rank, backend, layout, COUNTS, dtype)
+    for rank, outcome in enumerate(outcomes):
+        wanted = ranks.alone(*ranks.tokens_of(rank, COUNTS[rank], dtype), len(COUNTS), layout)
         for got in outcome:
             assert got.tobytes() == wanted.tobytes(), np.abs(got - wanted).max()
 

@@ -1,9 +1,14 @@
 //! The ops on CPU memory, run by the calling thread.
 //!
-//! `sync` holds everything about flags, waits and losses, `route` the routing maths, `copy` moves rows, `reduce`
-//! sums them.
+//! `sync` holds everything about flags, waits and losses; `route` and `place` the maths of where rows go; `push` and
+//! `land` move them out and in, `fifo` both ways; `quant` and `reduce` compute.
 
-mod copy;
+mod fifo;
+mod land;
+mod modes;
+mod place;
+mod push;
+mod quant;
 mod reduce;
 mod route;
 mod sync;
@@ -14,7 +19,7 @@ use std::sync::{Arc, Mutex};
 
 use super::map::{Map, RoutingMap};
 use super::{Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Target};
-use crate::config::Experts;
+use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result};
 use sync::Slot;
 
@@ -37,9 +42,9 @@ impl Host {
     pub fn new(rank: u32, map: Map, experts: Experts, bases: Bases, health: Arc<Health>) -> Host {
         let host = Host {
             rank,
-            ranks: map.sizes.ranks,
+            ranks: map.sizes.ranks(),
             routing: RoutingMap::new(&map.sizes),
-            slots: (0..map.sizes.slots).map(|_| Mutex::new(Slot::new(map.sizes.ranks))).collect(),
+            slots: (0..map.sizes.slots).map(|_| Mutex::new(Slot::new(&map))).collect(),
             map,
             experts,
             bases,
@@ -84,6 +89,7 @@ impl Device for Host {
         let offset = match region {
             Region::Plane(plane) => self.map.received(slot, plane),
             Region::ExpertCounts => self.map.expert_counts(slot),
+            Region::ExpertOffsets => self.map.expert_offsets(slot),
             Region::RankCounts => self.map.rank_counts(slot),
             Region::Status => self.map.status(slot),
             Region::Combine => self.map.combine(slot),
@@ -107,11 +113,32 @@ impl Device for Host {
     fn route(&self, d: &Dispatch) -> Result<()> {
         self.route_tokens(d)
     }
+    fn renew(&self, d: &Dispatch) -> Result<()> {
+        self.renew_weights(d)
+    }
+    fn tell_counts(&self, d: &Dispatch) -> Result<()> {
+        self.raise_counts(d)
+    }
+    fn wait_counts(&self, d: &Dispatch) -> Result<()> {
+        self.await_counts(d)
+    }
+    fn place_rows(&self, d: &Dispatch) -> Result<()> {
+        self.place(d)
+    }
     fn push_rows(&self, d: &Dispatch) -> Result<()> {
         self.push(d)
     }
+    fn push_first_rows(&self, d: &Dispatch) -> Result<()> {
+        self.push_first(d)
+    }
+    fn push_banks(&self, d: &Dispatch) -> Result<()> {
+        self.push_bank(d)
+    }
     fn publish_rows(&self, d: &Dispatch) -> Result<()> {
         self.publish(d)
+    }
+    fn offer_rows(&self, d: &Dispatch) -> Result<()> {
+        self.offer_dispatch(d)
     }
     fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
         self.raise_dispatch(d)
@@ -119,14 +146,23 @@ impl Device for Host {
     fn wait_dispatch(&self, d: &Dispatch) -> Result<()> {
         self.await_dispatch(d)
     }
+    fn land_rows(&self, d: &Dispatch) -> Result<()> {
+        self.land(d)
+    }
     fn gather_rows(&self, d: &Dispatch) -> Result<()> {
         self.gather(d)
+    }
+    fn stream_rows(&self, d: &Dispatch) -> Result<()> {
+        self.stream(d)
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
         self.settle(d)
     }
     fn stage_rows(&self, c: &Combine) -> Result<()> {
         self.stage(c)
+    }
+    fn offer_results(&self, c: &Combine) -> Result<()> {
+        self.offer_combine(c)
     }
     fn signal_combine(&self, c: &Combine) -> Result<()> {
         self.raise_combine(c)
@@ -137,11 +173,18 @@ impl Device for Host {
     fn reduce_rows(&self, c: &Combine) -> Result<()> {
         self.reduce(c)
     }
+    fn stream_results(&self, c: &Combine) -> Result<()> {
+        self.stream_and_reduce(c)
+    }
     fn received_rows(&self, d: &Dispatch) -> u64 {
-        self.rank_counts(d.memory).iter().map(|count| *count as u64).sum()
+        let l = self.ledger(d.memory);
+        match d.grid.layout {
+            LayoutKind::ExpertContiguous => l.summary[route::END] as u64,
+            _ => l.rank_counts.iter().map(|count| *count as u64).sum(),
+        }
     }
     fn void_status(&self, target: Target, slot: u32, lost: &[u32]) {
-        self.write_status(target, slot, Some(lost))
+        self.lost_status(target, slot, lost)
     }
     fn async_error(&self) -> Option<Error> {
         self.first_error.lock().unwrap_or_else(|e| e.into_inner()).clone()

@@ -1,5 +1,5 @@
-//! Summing rows on the CPU, bit by bit as DESIGN says: float32, from +0.0, separate adds in the order given, one
-//! rounding at the end, in IEEE's default modes whatever the caller's are.
+//! Results on the CPU: staging them, and summing them bit by bit as the header says: float32, from +0.0, separate
+//! multiplications and additions in the order given, one rounding at the end, in IEEE's default modes.
 //!
 //! Chunks stay in the first-level cache; each source row is read once, in order. Element-wise adds give the same
 //! bits at any vector width, so the widest the CPU has is used.
@@ -8,66 +8,13 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::Host;
-use crate::device::{Combine, Float};
+use super::modes::DefaultModes;
+use super::route::{Ledger, keep_weights};
+use crate::device::{Combine, Float, Rows, Weighting};
 use crate::error::Result;
 
 /// Elements summed at a time: 4 KiB of accumulators.
 const CHUNK: usize = 1024;
-
-/// The calling thread's floating-point modes, put aside: no flush-to-zero, round to nearest.
-struct DefaultModes {
-    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    saved: u64,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl DefaultModes {
-    fn enter() -> DefaultModes {
-        let mut saved = 0u32;
-        let modes = 0x1f80u32;
-        // SAFETY: reads and writes MXCSR; 0x1f80 masks every exception.
-        unsafe {
-            std::arch::asm!("stmxcsr [{}]", in(reg) &mut saved, options(nostack));
-            std::arch::asm!("ldmxcsr [{}]", in(reg) &modes, options(nostack));
-        }
-        DefaultModes { saved: saved as u64 }
-    }
-}
-#[cfg(target_arch = "x86_64")]
-impl Drop for DefaultModes {
-    fn drop(&mut self) {
-        let saved = self.saved as u32;
-        // SAFETY: restores what was there.
-        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &saved, options(nostack)) };
-    }
-}
-
-#[cfg(target_arch = "aarch64")]
-impl DefaultModes {
-    fn enter() -> DefaultModes {
-        let saved: u64;
-        // SAFETY: reads and writes FPCR; 0 is the architecture's default.
-        unsafe {
-            std::arch::asm!("mrs {}, fpcr", out(reg) saved, options(nostack, nomem));
-            std::arch::asm!("msr fpcr, {}", in(reg) 0u64, options(nostack));
-        }
-        DefaultModes { saved }
-    }
-}
-#[cfg(target_arch = "aarch64")]
-impl Drop for DefaultModes {
-    fn drop(&mut self) {
-        // SAFETY: restores what was there.
-        unsafe { std::arch::asm!("msr fpcr, {}", in(reg) self.saved, options(nostack)) };
-    }
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-impl DefaultModes {
-    fn enter() -> DefaultModes {
-        DefaultModes {}
-    }
-}
 
 /// Round to nearest even; NaN stays NaN.
 #[inline(always)]
@@ -77,38 +24,36 @@ fn to_bf16(value: f32) -> u16 {
     if value.is_nan() { (bits >> 16 | 0x40) as u16 } else { rounded as u16 }
 }
 
-/// Adds `n` elements at `from` to the accumulators.
+/// Adds `n` elements at `from`, each times the weight if there is one, to the accumulators.
 ///
 /// # Safety
 /// `n` elements of the type stand at `from`, `n <= CHUNK`.
 #[inline(always)]
-unsafe fn add(acc: &mut [f32; CHUNK], from: *const u8, n: usize, kind: Float) {
+unsafe fn add(acc: &mut [f32; CHUNK], from: *const u8, n: usize, kind: Float, weight: Option<f32>) {
+    let acc = &mut acc[..n];
     match kind {
-        Float::F32 => {
-            for (i, a) in acc[..n].iter_mut().enumerate() {
-                // SAFETY: i < n.
-                *a += unsafe { (from as *const f32).add(i).read_unaligned() };
-            }
-        }
-        Float::Bf16 => {
-            for (i, a) in acc[..n].iter_mut().enumerate() {
-                // SAFETY: i < n.
-                let bits = unsafe { (from as *const u16).add(i).read_unaligned() };
-                *a += f32::from_bits((bits as u32) << 16);
-            }
-        }
+        // SAFETY: i < n, here and below.
+        Float::F32 => add_each(acc, weight, |i| unsafe { (from as *const f32).add(i).read_unaligned() }),
+        Float::Bf16 => add_each(acc, weight, |i| {
+            // SAFETY: as above.
+            f32::from_bits((unsafe { (from as *const u16).add(i).read_unaligned() } as u32) << 16)
+        }),
         Float::F16 => {
             let mut halves = [f16::ZERO; CHUNK];
             let mut floats = [0f32; CHUNK];
             // SAFETY: n elements, copied to aligned memory.
-            unsafe {
-                std::ptr::copy_nonoverlapping(from, halves.as_mut_ptr() as *mut u8, n * 2);
-            }
+            unsafe { std::ptr::copy_nonoverlapping(from, halves.as_mut_ptr() as *mut u8, n * 2) };
             halves[..n].convert_to_f32_slice(&mut floats[..n]);
-            for (a, x) in acc[..n].iter_mut().zip(&floats[..n]) {
-                *a += x;
-            }
+            add_each(acc, weight, |i| floats[i]);
         }
+    }
+}
+
+#[inline(always)]
+fn add_each(acc: &mut [f32], weight: Option<f32>, element: impl Fn(usize) -> f32) {
+    match weight {
+        None => acc.iter_mut().enumerate().for_each(|(i, a)| *a += element(i)),
+        Some(weight) => acc.iter_mut().enumerate().for_each(|(i, a)| *a += weight * element(i)),
     }
 }
 
@@ -138,8 +83,8 @@ unsafe fn store(acc: &[f32; CHUNK], to: *mut u8, n: usize, kind: Float) {
     }
 }
 
-/// A row in somebody's window.
-pub(super) struct Pull(*const u8);
+/// A row in somebody's window, and its weight if it has one.
+pub(super) struct Pull(pub *const u8, pub Option<f32>);
 // SAFETY: an address; the list it stands in is scratch memory, filled and read within one call.
 unsafe impl Send for Pull {}
 
@@ -166,10 +111,10 @@ unsafe fn sum(s: &Sum) {
         // SAFETY: start + n <= elements.
         unsafe {
             for row in s.rows {
-                add(&mut acc, row.0.wrapping_add(start * s.kind.bytes()), n, s.kind);
+                add(&mut acc, row.0.wrapping_add(start * s.kind.bytes()), n, s.kind, row.1);
             }
             if s.accumulate {
-                add(&mut acc, out, n, s.out_kind);
+                add(&mut acc, out, n, s.out_kind, None);
             }
             store(&acc, out, n, s.out_kind);
         }
@@ -186,64 +131,183 @@ unsafe fn sum_avx2(s: &Sum) {
     unsafe { sum(s) }
 }
 
-impl Host {
-    pub(super) fn reduce(&self, c: &Combine) -> Result<()> {
-        let targets = self.targets(c.memory);
-        let counts = self.rank_counts(c.memory);
-        let size = c.hidden as usize * c.send_type.bytes();
-        // Where this rank's rows start among a peer's.
-        let base = if self.map.sizes.gathers {
-            counts[..self.rank as usize].iter().map(|c| *c as u64).sum()
-        } else {
-            self.rank as u64 * c.bound as u64
-        };
-        let row_of = |peer: u32, row: u64| {
-            let offset = self.map.combine(c.call.slot) + (base + row) * size as u64;
-            self.bases.at(peer, offset, size as u64) as *const u8
-        };
-        let _modes = DefaultModes::enter();
+/// Sums one token's rows into its row of the output.
+pub(super) fn sum_token(c: &Combine, token: usize, rows: &[Pull]) {
+    let Some(out) = &c.out else { return };
+    let s = Sum {
+        rows,
+        kind: c.send_type,
+        out: out.row(token),
+        out_kind: c.out_type,
+        elements: c.hidden as usize,
+        accumulate: c.accumulate,
+    };
+    // SAFETY: comm checked the shapes, whoever made the rows their bounds; AVX2 is asked for.
+    unsafe {
         #[cfg(target_arch = "x86_64")]
-        let wide = std::arch::is_x86_feature_detected!("avx2");
-        let mut slot = self.slot(c.call.slot);
-        let rows = &mut slot.pulls;
-        let (mut pulled, mut remote) = (0u64, 0u64);
-        for token in 0..c.tokens as usize {
-            rows.clear();
-            let mut pull = |peer: u32, row: u64| {
-                rows.push(Pull(row_of(peer, row)));
-                remote += u64::from(peer != self.rank);
-            };
-            if c.everyone {
-                (0..self.ranks).for_each(|peer| pull(peer, token as u64));
-            } else if self.map.sizes.gathers {
-                targets.of(token).for_each(|(peer, _)| pull(peer, token as u64));
-            } else {
-                targets.of(token).for_each(|(peer, row)| pull(peer, row as u64));
-            }
-            pulled += rows.len() as u64;
-            let Some(out) = &c.out else { continue };
-            let s = Sum {
-                rows,
-                kind: c.send_type,
-                out: out.row(token),
-                out_kind: c.out_type,
-                elements: c.hidden as usize,
-                accumulate: c.accumulate,
-            };
-            // SAFETY: comm checked the shapes; row_of checked the bounds; AVX2 was asked for.
-            unsafe {
-                #[cfg(target_arch = "x86_64")]
-                if wide {
-                    sum_avx2(&s);
-                    continue;
+        if std::arch::is_x86_feature_detected!("avx2") {
+            sum_avx2(&s);
+            return;
+        }
+        sum(&s);
+    }
+}
+
+/// Puts a value that came back for a choice of a token.
+pub(super) fn put_weight(out: &Rows, token: usize, k: usize, value: f32) {
+    // SAFETY: comm checked that rows have top-k float32.
+    unsafe { (out.row(token) as *mut f32).add(k).write_unaligned(value) };
+}
+
+/// What a combine reads, in numbers.
+#[derive(Default)]
+struct Pulled {
+    rows: u64,
+    bytes: u64,
+    remote: u64,
+    missing: u64,
+}
+
+impl Host {
+    pub(super) fn stage(&self, c: &Combine) -> Result<()> {
+        let l = self.ledger(c.memory);
+        if c.weighting == Weighting::Given {
+            keep_weights(&c.weights, c.tokens as usize, c.grid.topk as usize, l.given);
+        }
+        let (slot, size) = (c.call.slot, c.hidden as usize * c.send_type.bytes());
+        let weight_bytes = c.weight_bytes();
+        let (mut rows, mut bytes) = (0, 0);
+        for (region, from, size) in [
+            (self.map.combine(slot), &c.send, size),
+            (self.map.combine_weights(slot), &c.row_weights, weight_bytes),
+        ] {
+            let Some(from) = from else { continue };
+            let local = self.experts.count(self.rank);
+            for block in 0..c.grid.blocks(local) as usize {
+                let start = l.starts[block] as usize;
+                for row in start..start + l.counts[block] as usize {
+                    let to = self.bases.at(self.rank, region + (row * size) as u64, size as u64);
+                    // SAFETY: one row on both sides.
+                    unsafe { std::ptr::copy_nonoverlapping(from.row(row), to, size) };
                 }
-                sum(&s);
+                bytes += l.counts[block] as u64 * size as u64;
             }
         }
-        Self::add(&self.stats.rows_pulled, pulled);
-        Self::add(&self.stats.bytes_pulled, pulled * size as u64);
-        Self::add(&self.stats.bytes_remote, remote * size as u64);
-        self.write_status(c.status, c.call.slot, None);
+        if c.send.is_some() {
+            rows = l.counts[..c.grid.blocks(self.experts.count(self.rank)) as usize]
+                .iter()
+                .map(|count| *count as u64)
+                .sum();
+        }
+        Self::add(&self.stats.rows_copied, rows);
+        Self::add(&self.stats.bytes_copied, bytes);
+        Ok(())
+    }
+
+    /// Where this rank's row for a choice lies among the owner's: owner and row; `None` without an expert, or dropped.
+    fn result_of_choice(
+        &self,
+        c: &Combine,
+        l: &Ledger,
+        base: u64,
+        token: usize,
+        k: usize,
+    ) -> Option<(u32, u64)> {
+        let choice = token * c.grid.topk as usize + k;
+        let id = l.ids[choice];
+        if id < 0 {
+            return None;
+        }
+        let owner = self.experts.place(id as usize).0;
+        if c.grid.layout.by_expert() {
+            let (key, position) = l.choice(choice)?;
+            return l.place(key, position).map(|row| (owner, row));
+        }
+        let (_, position) = l.targets(token).find(|(rank, _)| *rank == owner)?;
+        self.result_row(l, base, owner, position).map(|row| (owner, row))
+    }
+
+    /// Where this rank's row `position` for a peer lies among the peer's, in per-rank layouts.
+    fn result_row(&self, l: &Ledger, base: u64, peer: u32, position: u32) -> Option<u64> {
+        if self.map.sizes.uses.counts {
+            l.place(peer as usize, position)
+        } else {
+            Some(base + position as u64)
+        }
+    }
+
+    pub(super) fn reduce(&self, c: &Combine) -> Result<()> {
+        let mut guard = self.slot(c.call.slot);
+        let l = self.ledger(c.memory);
+        let size = c.hidden as u64 * c.send_type.bytes() as u64;
+        let topk = c.grid.topk as usize;
+        // Where this rank's rows start among a peer's, if not at places of their own.
+        let base = if self.map.sizes.uses.published {
+            l.rank_counts[..self.rank as usize].iter().map(|count| *count as u64).sum()
+        } else {
+            self.rank as u64 * c.grid.bound as u64
+        };
+        let weights = match c.weighting {
+            Weighting::None => None,
+            Weighting::Dispatched => Some(&*l.weights),
+            Weighting::Given => Some(&*l.given),
+        };
+        let _modes = DefaultModes::enter();
+        let rows = &mut guard.pulls;
+        let mut pulled = Pulled::default();
+        for token in 0..c.tokens as usize {
+            rows.clear();
+            // `again`: the token has read the row before.
+            let mut pull = |peer: u32, row: u64, weight: Option<f32>, again: bool| {
+                let at = self.bases.at(peer, self.map.combine(c.call.slot) + row * size, size);
+                rows.push(Pull(at, weight));
+                if !again {
+                    pulled.rows += 1;
+                    pulled.bytes += size;
+                    pulled.remote += if peer == self.rank { 0 } else { size };
+                }
+            };
+            if c.everyone {
+                (0..self.ranks).for_each(|peer| pull(peer, base + token as u64, None, false));
+            } else if c.grid.layout.by_expert() {
+                let ids = &l.ids[token * topk..][..topk];
+                for k in 0..topk {
+                    let again = ids[..k].contains(&ids[k]);
+                    match self.result_of_choice(c, &l, base, token, k) {
+                        Some((peer, row)) => pull(peer, row, weights.map(|w| w[token * topk + k]), again),
+                        None => pulled.missing += u64::from(ids[k] >= 0 && !again),
+                    }
+                }
+            } else {
+                for (peer, position) in l.targets(token) {
+                    match self.result_row(&l, base, peer, position) {
+                        Some(row) => pull(peer, row, None, false),
+                        None => pulled.missing += 1,
+                    }
+                }
+            }
+            sum_token(c, token, rows);
+            if let Some(out) = &c.out_weights {
+                for k in 0..topk {
+                    let found = self.result_of_choice(c, &l, base, token, k);
+                    let value = found.map_or(0.0, |(peer, row)| {
+                        let column = if c.grid.layout.by_expert() { 0 } else { k as u64 * 4 };
+                        let offset = self.map.combine_weights(c.call.slot);
+                        let at = self.bases.at(peer, offset + row * c.weight_bytes() as u64 + column, 4);
+                        pulled.bytes += 4;
+                        pulled.remote += if peer == self.rank { 0 } else { 4 };
+                        // SAFETY: `at` checked the bounds; any bits are a float32.
+                        unsafe { (at as *const f32).read_unaligned() }
+                    });
+                    put_weight(out, token, k, value);
+                }
+            }
+        }
+        Self::add(&self.stats.rows_pulled, pulled.rows);
+        Self::add(&self.stats.bytes_pulled, pulled.bytes);
+        Self::add(&self.stats.bytes_remote, pulled.remote);
+        drop(guard);
+        self.combine_status(c.status, c.call.slot, pulled.missing);
         Ok(())
     }
 }
@@ -285,7 +349,7 @@ mod tests {
         let mut out = 0f32;
         {
             let _modes = DefaultModes::enter();
-            let rows = [(); 2].map(|()| Pull(&tiny as *const f32 as *const u8));
+            let rows = [(); 2].map(|()| Pull(&tiny as *const f32 as *const u8, None));
             let s = Sum {
                 rows: &rows,
                 kind: Float::F32,

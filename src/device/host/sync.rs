@@ -9,8 +9,13 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::Duration;
 
 use super::Host;
+use super::fifo::Fifos;
 use super::reduce::Pull;
-use crate::device::map::{FIRST_EPOCH, mail, mask_words};
+use super::route::{DEMAND, DROPPED, END};
+use crate::config::{LayoutKind, MAX_TOPK};
+#[cfg(debug_assertions)]
+use crate::device::map::TOKENS;
+use crate::device::map::{FIRST_EPOCH, Map, mail, mask_words};
 use crate::device::{Call, Combine, Dispatch, Float, Half, Shape};
 use crate::error::{Error, Loss, Result, Status};
 
@@ -24,6 +29,8 @@ enum State {
     DispatchSent,
     Dispatched,
     CombineSent,
+    /// The dispatch was void on every rank because some would receive too many rows.
+    Overflowed,
 }
 
 /// What a rank knows of one slot.
@@ -36,50 +43,108 @@ pub(super) struct Slot {
     routing: u64,
     /// Ids of the current dispatch outside [-1, experts).
     pub(super) bad_ids: u32,
-    /// Rows of the current dispatch for each rank.
-    pub(super) rows_for: Vec<u32>,
+    /// Of the current dispatch: each source's tokens for this rank, and whether they stand in its bank.
+    pub(super) arrived: Vec<(u32, bool)>,
+    /// Scratch: this rank's rows by expert number.
+    pub(super) rows_of: Vec<i32>,
+    /// Scratch: rows that each rank would receive.
+    pub(super) demands: Vec<u64>,
+    /// Scratch: the next row of each local expert.
+    pub(super) cursors: Vec<u64>,
+    /// Scratch: a quantised token and its scales.
+    pub(super) scratch: Vec<u8>,
     /// Scratch: the rows that one token's sum reads.
     pub(super) pulls: Vec<Pull>,
+    pub(super) fifos: Fifos,
     /// Why the slot is closed.
     closed: Option<Error>,
 }
 
 impl Slot {
     /// With room for what a step needs, so that no step allocates.
-    pub(super) fn new(ranks: u32) -> Slot {
-        let ranks = ranks as usize;
-        Slot { rows_for: Vec::with_capacity(ranks), pulls: Vec::with_capacity(ranks), ..Slot::default() }
+    pub(super) fn new(map: &Map) -> Slot {
+        let (sizes, ranks) = (&map.sizes, map.sizes.ranks() as usize);
+        let by_expert = |len: u32| if sizes.grid.layout.by_expert() { len as usize } else { 0 };
+        Slot {
+            arrived: vec![(0, false); ranks],
+            rows_of: vec![0; by_expert(sizes.num_experts)],
+            demands: vec![0; ranks],
+            cursors: vec![0; by_expert(sizes.experts)],
+            scratch: vec![0; sizes.scratch_bytes() as usize],
+            pulls: Vec::with_capacity(ranks.max(MAX_TOPK as usize)),
+            fifos: Fifos::new(if sizes.uses.fifos { ranks } else { 0 }),
+            ..Slot::default()
+        }
+    }
+    /// Every rank takes part in the next dispatch, nobody in a combine of this one.
+    pub(super) fn overflowed(&mut self) {
+        self.state = State::Overflowed;
+        self.fifos.withdraw();
+    }
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.is_some()
+    }
+    /// Between SEND and RECV of an operation.
+    pub(super) fn is_pending(&self) -> bool {
+        matches!(self.state, State::DispatchSent | State::CombineSent)
     }
     /// The epoch of the current step: wraps with u32, as the flags do.
-    fn epoch(&self) -> u32 {
+    pub(super) fn epoch(&self) -> u32 {
         FIRST_EPOCH.wrapping_add(self.sequence as u32).wrapping_sub(1)
     }
 }
 
 /// What a wait waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Flag {
+pub(super) enum Flag {
+    /// The counts of a dispatch.
+    Counts,
     Dispatch,
+    /// A dispatch that replays a routing.
+    Replay,
     Combine,
     Read,
+    /// Rows of a dispatch, and of a combine, out of FIFOs.
+    Rows,
+    Results,
 }
+
+/// Operations in progress words and error records.
+const DISPATCH: u32 = 1;
+const COMBINE: u32 = 2;
+const READ: u32 = 3;
+const REPLAY: u32 = 4;
 
 impl Flag {
     fn offset(self) -> u64 {
         match self {
-            Flag::Dispatch => mail::DISPATCH_FLAG,
+            Flag::Counts => mail::COUNTS_FLAG,
+            Flag::Dispatch | Flag::Replay => mail::DISPATCH_FLAG,
             Flag::Combine => mail::COMBINE_FLAG,
             Flag::Read => mail::READ_FLAG,
+            Flag::Rows | Flag::Results => mail::FIFO_HEAD,
         }
     }
-    /// The operation's number in progress words and error records.
     fn operation(self) -> u32 {
         match self {
-            Flag::Dispatch => 1,
-            Flag::Combine => 2,
-            Flag::Read => 3,
+            Flag::Counts | Flag::Dispatch | Flag::Rows => DISPATCH,
+            Flag::Replay => REPLAY,
+            Flag::Combine | Flag::Results => COMBINE,
+            Flag::Read => READ,
         }
     }
+    /// The operation's number in error records, where a dispatch is a dispatch.
+    fn recorded(self) -> i32 {
+        if self == Flag::Replay { DISPATCH as i32 } else { self.operation() as i32 }
+    }
+    fn of_dispatch(d: &Dispatch) -> Flag {
+        if d.reuse { Flag::Replay } else { Flag::Dispatch }
+    }
+}
+
+/// A peer in one of the two kinds of dispatch waits for a peer in the other.
+fn replay_differs(mine: u32, theirs: u32) -> bool {
+    matches!((mine, theirs), (DISPATCH, REPLAY) | (REPLAY, DISPATCH))
 }
 
 fn operation_name(operation: u32) -> &'static str {
@@ -87,9 +152,13 @@ fn operation_name(operation: u32) -> &'static str {
         1 => "dispatch",
         2 => "combine",
         3 => "the end of a dispatch without combine",
+        4 => "a dispatch that replays a routing (REUSE)",
         _ => "nothing yet",
     }
 }
+
+/// Bit of a dispatch flag's number: the rows stand in the source's bank.
+const BANKED: u32 = 1 << 31;
 
 /// An epoch and a number, as a flag carries them.
 fn pack(epoch: u32, number: u32) -> u64 {
@@ -113,15 +182,18 @@ fn steps_ahead(word: u64, epoch: u32) -> i32 {
 }
 
 /// Gives the core away more and more: on a machine with fewer cores than ranks the peer needs it.
-struct Backoff {
+pub(super) struct Backoff {
     polls: u32,
 }
 
 impl Backoff {
+    pub(super) fn new() -> Backoff {
+        Backoff { polls: 0 }
+    }
     const SPINS: u32 = 32;
     const YIELDS: u32 = 4096;
 
-    fn pause(&mut self) {
+    pub(super) fn pause(&mut self) {
         self.polls = self.polls.saturating_add(1);
         if self.polls < Self::SPINS {
             std::hint::spin_loop();
@@ -132,7 +204,7 @@ impl Backoff {
         }
     }
     /// Looking for trouble costs more than a poll: at first only now and then.
-    fn looks(&self) -> bool {
+    pub(super) fn looks(&self) -> bool {
         self.polls.is_multiple_of(16) || self.polls >= Self::YIELDS
     }
 }
@@ -147,7 +219,7 @@ impl Host {
         for slot in 0..self.map.sizes.slots {
             for source in 0..self.ranks {
                 let mailbox = self.map.mailbox(slot, source);
-                for flag in [mail::DISPATCH_FLAG, mail::COMBINE_FLAG, mail::READ_FLAG] {
+                for flag in [mail::DISPATCH_FLAG, mail::COMBINE_FLAG, mail::READ_FLAG, mail::COUNTS_FLAG] {
                     let word = pack(FIRST_EPOCH.wrapping_sub(1), 0);
                     self.bases.word(self.rank, mailbox + flag).store(word, Release);
                 }
@@ -172,6 +244,7 @@ impl Host {
             State::DispatchSent => "has sent a dispatch and waits for its RECV",
             State::Dispatched => "has received a dispatch and waits for combine SEND (or another dispatch)",
             State::CombineSent => "has sent a combine and waits for its RECV",
+            State::Overflowed => "has a dispatch that exceeded max_recv_rows and waits for another dispatch",
         };
         Error::invalid(format!(
             "rank {}: {} {} on slot {} is out of order: the slot {did}{why}",
@@ -191,7 +264,7 @@ impl Host {
         }
         let state = slot.state;
         let legal = match half {
-            Half::DispatchSend => matches!(state, State::Idle | State::Dispatched),
+            Half::DispatchSend => matches!(state, State::Idle | State::Dispatched | State::Overflowed),
             Half::DispatchRecv => state == State::DispatchSent,
             Half::CombineSend => state == State::Dispatched,
             Half::CombineRecv => state == State::CombineSent,
@@ -209,7 +282,7 @@ impl Host {
         let mut slot = self.slot(call.slot);
         self.check_half(&slot, call, half)?;
         if half == Half::DispatchSend {
-            if slot.state == State::Dispatched {
+            if matches!(slot.state, State::Dispatched | State::Overflowed) {
                 self.finish_reading(call, &mut slot)?;
             }
             slot.sequence += 1;
@@ -236,7 +309,7 @@ impl Host {
     /// A dispatch follows a dispatch: nothing of the former one may be overwritten before all have read it.
     fn finish_reading(&self, call: &Call, slot: &mut Slot) -> Result<()> {
         let epoch = slot.epoch();
-        self.tell_progress(call.slot, epoch, 3, 0);
+        self.tell_progress(call.slot, epoch, READ, 0);
         for peer in 0..self.ranks {
             let mailbox = self.map.mailbox(call.slot, self.rank);
             self.bases.word(peer, mailbox + mail::READ_FLAG).store(pack(epoch, 0), Release);
@@ -252,31 +325,79 @@ impl Host {
         }
     }
 
-    /// The rows are in place: says so to every rank, with what they are. The progress word comes before the flag, so
-    /// that a peer that waits for something else can tell.
+    /// Tells every rank this rank's counts, which stand in the routing or, by expert, in the slot. The progress word
+    /// comes before the flag, so that a peer that waits for something else can tell.
+    pub(super) fn raise_counts(&self, d: &Dispatch) -> Result<()> {
+        let slot = self.slot(d.call.slot);
+        let l = self.ledger(d.memory);
+        let counts: &[i32] = if d.grid.layout.by_expert() { &slot.rows_of } else { l.rows_for };
+        let epoch = slot.epoch();
+        self.tell_progress(d.call.slot, epoch, DISPATCH, d.grid.bound);
+        for peer in 0..self.ranks {
+            let offset = self.map.counts(d.call.slot, self.rank);
+            for (key, rows) in counts.iter().enumerate() {
+                self.bases.half(peer, offset + key as u64 * 4).store(*rows as u32, Relaxed);
+            }
+            let mailbox = self.map.mailbox(d.call.slot, self.rank);
+            self.bases.word(peer, mailbox + mail::COUNTS_FLAG).store(pack(epoch, 0), Release);
+        }
+        Ok(())
+    }
+
+    pub(super) fn await_counts(&self, d: &Dispatch) -> Result<()> {
+        let mut slot = self.slot(d.call.slot);
+        self.wait_for(&d.call, &mut slot, Flag::Counts, Some(d.grid.bound))
+    }
+
+    /// True if every rank's counts of the slot's step are here.
+    pub(super) fn counts_are_here(&self, slot: u32, epoch: u32) -> bool {
+        (0..self.ranks).all(|peer| reached(self.flag(slot, peer, Flag::Counts), epoch))
+    }
+
+    /// The rows are in place: says so to every rank, with what they are.
     pub(super) fn raise_dispatch(&self, d: &Dispatch) -> Result<()> {
         let slot = self.slot(d.call.slot);
+        let l = self.ledger(d.memory);
         let epoch = slot.epoch();
         let mailbox = self.map.mailbox(d.call.slot, self.rank);
-        self.tell_progress(d.call.slot, epoch, 1, d.shape.bound);
+        let shape = &d.send.shape;
+        let banked = d.split && !d.reuse && self.map.sizes.uses.banks;
+        self.tell_progress(d.call.slot, epoch, Flag::of_dispatch(d).operation(), shape.bound);
         for peer in 0..self.ranks {
-            self.tell_shape(peer, mailbox + mail::DISPATCH_SHAPE, &d.shape.words());
-            self.bases.half(peer, mailbox + mail::TOKENS).store(d.tokens, Relaxed);
-            let rows = if self.map.sizes.gathers { d.tokens } else { slot.rows_for[peer as usize] };
-            self.bases.word(peer, mailbox + mail::DISPATCH_FLAG).store(pack(epoch, rows), Release);
+            self.tell_shape(peer, mailbox + mail::DISPATCH_SHAPE, &shape.words());
+            self.bases.half(peer, mailbox + mail::TOKENS).store(d.send.tokens, Relaxed);
+            self.bases.half(peer, mailbox + mail::REPLAYS).store(d.reuse as u32, Relaxed);
+            let gathers = self.map.sizes.uses.published;
+            let rows = if gathers { d.send.tokens } else { l.rows_for[peer as usize] as u32 };
+            let word = pack(epoch, rows | if banked { BANKED } else { 0 });
+            self.bases.word(peer, mailbox + mail::DISPATCH_FLAG).store(word, Release);
         }
         Ok(())
     }
 
     pub(super) fn raise_combine(&self, c: &Combine) -> Result<()> {
         let epoch = self.slot(c.call.slot).epoch();
+        #[cfg(debug_assertions)]
+        self.poison(c);
         let mailbox = self.map.mailbox(c.call.slot, self.rank);
-        self.tell_progress(c.call.slot, epoch, 2, c.bound);
+        self.tell_progress(c.call.slot, epoch, COMBINE, c.grid.bound);
         for peer in 0..self.ranks {
             self.tell_shape(peer, mailbox + mail::COMBINE_SHAPE, &combine_words(c));
             self.bases.word(peer, mailbox + mail::COMBINE_FLAG).store(pack(epoch, 0), Release);
         }
         Ok(())
+    }
+
+    /// Views end with this rank's combine SEND: in a debug build who reads them afterwards reads NaN.
+    #[cfg(debug_assertions)]
+    fn poison(&self, c: &Combine) {
+        let sizes = &self.map.sizes;
+        if sizes.uses.rows {
+            let bytes = c.grid.capacity(self.experts.count(self.rank)) * sizes.plane_bytes[TOKENS] as u64;
+            let at = self.bases.at(self.rank, self.map.received(c.call.slot, TOKENS), bytes);
+            // SAFETY: `at` checked the bounds; peers store there only after they have heard this combine.
+            unsafe { std::ptr::write_bytes(at, 0xff, bytes as usize) };
+        }
     }
 
     fn tell_shape(&self, peer: u32, offset: u64, words: &[u32]) {
@@ -286,16 +407,27 @@ impl Host {
     }
 
     pub(super) fn await_dispatch(&self, d: &Dispatch) -> Result<()> {
-        let mut slot = self.slot(d.call.slot);
-        self.wait_for(&d.call, &mut slot, Flag::Dispatch, Some(d.shape.bound))?;
-        let words = d.shape.words();
+        let mut guard = self.slot(d.call.slot);
+        let slot = &mut *guard;
+        let flag = Flag::of_dispatch(d);
+        self.wait_for(&d.call, slot, flag, Some(d.grid.bound))?;
+        let words = d.send.shape.words();
         for peer in 0..self.ranks {
             let mailbox = self.map.mailbox(d.call.slot, peer);
-            self.compare_shape(&d.call, &mut slot, Flag::Dispatch, peer, &words, Shape::name)?;
+            let replays = self.bases.half(self.rank, mailbox + mail::REPLAYS).load(Relaxed);
+            if replays != d.reuse as u32 {
+                let what = format!(
+                    "A2A_DISPATCH_REUSE is {} on rank {} and {replays} on rank {peer} (1 set, 0 not)",
+                    d.reuse as u32, self.rank
+                );
+                let values = (d.reuse as u64, replays as u64);
+                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, what));
+            }
+            self.compare_shape(&d.call, slot, flag, peer, &words, Shape::name)?;
             let tokens = self.bases.half(self.rank, mailbox + mail::TOKENS).load(Relaxed);
             let told = match d.rank_tokens {
                 Some(told) => Some(told[peer as usize] as u32),
-                None if d.uniform => Some(d.tokens),
+                None if d.uniform => Some(d.send.tokens),
                 None => None,
             };
             if let Some(told) = told.filter(|told| *told != tokens) {
@@ -303,33 +435,43 @@ impl Host {
                     "rank {peer} dispatched {tokens} tokens, rank {} was told {told} (rank_tokens or UNIFORM)",
                     self.rank
                 );
-                return Err(self.lose(
-                    &d.call,
-                    &mut slot,
-                    Flag::Dispatch,
-                    Status::Mismatch,
-                    &[peer],
-                    (told as u64, tokens as u64),
-                    what,
-                ));
+                let values = (told as u64, tokens as u64);
+                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, what));
             }
-            let flag = self.bases.word(self.rank, mailbox + mail::DISPATCH_FLAG).load(Relaxed);
-            let counts = d.memory.ints(self.routing.rank_counts(), self.ranks as usize);
-            // SAFETY: within the routing's counts. A count is what a peer wrote: bounded before it is an index.
-            unsafe { *counts.add(peer as usize) = (flag as u32).min(d.shape.bound) as i32 };
+            let word = self.bases.word(self.rank, mailbox + mail::DISPATCH_FLAG).load(Relaxed) as u32;
+            // A count is what a peer wrote: bounded before it is an index.
+            slot.arrived[peer as usize] = ((word & !BANKED).min(d.grid.bound), word & BANKED != 0);
+        }
+        // Where places need no counts, the flags' own numbers say where rows lie.
+        if !self.map.sizes.uses.counts {
+            let l = self.ledger(d.memory);
+            let mut total = 0;
+            for (peer, (rows, _)) in slot.arrived.iter().enumerate() {
+                l.rank_counts[peer] = *rows as i32;
+                if d.grid.layout == LayoutKind::RankMajor {
+                    l.starts[peer] = (peer as u32 * d.grid.bound) as i32;
+                    l.counts[peer] = *rows as i32;
+                }
+                total += *rows as i32;
+            }
+            if d.grid.layout == LayoutKind::Gathered {
+                (l.starts[0], l.counts[0]) = (0, total);
+            }
+            (l.summary[DEMAND], l.summary[DROPPED], l.summary[END]) = (total, 0, total);
         }
         Ok(())
     }
 
     pub(super) fn await_combine(&self, c: &Combine) -> Result<()> {
         let mut slot = self.slot(c.call.slot);
-        self.wait_for(&c.call, &mut slot, Flag::Combine, Some(c.bound))?;
+        self.wait_for(&c.call, &mut slot, Flag::Combine, Some(c.grid.bound))?;
         for peer in 0..self.ranks {
             let words = combine_words(c);
             self.compare_shape(&c.call, &mut slot, Flag::Combine, peer, &words, |word| {
                 [
                     "the hidden size of the experts' rows",
                     "the element type of the experts' rows (0 bf16, 1 f16, 2 f32)",
+                    "the presence of row_weights (0 absent, 1 present)",
                 ][word]
                     .into()
             })?;
@@ -346,7 +488,7 @@ impl Host {
         mine: &[u32],
         name: impl Fn(usize) -> String,
     ) -> Result<()> {
-        let shape = if flag == Flag::Dispatch { mail::DISPATCH_SHAPE } else { mail::COMBINE_SHAPE };
+        let shape = if flag == Flag::Combine { mail::COMBINE_SHAPE } else { mail::DISPATCH_SHAPE };
         let mailbox = self.map.mailbox(call.slot, peer);
         for (i, mine) in mine.iter().enumerate() {
             let theirs = self.bases.half(self.rank, mailbox + shape + i as u64 * 4).load(Relaxed);
@@ -362,7 +504,7 @@ impl Host {
     /// The one wait. Returns when every rank's flag has reached the slot's epoch.
     fn wait_for(&self, call: &Call, slot: &mut Slot, flag: Flag, bound: Option<u32>) -> Result<()> {
         let epoch = slot.epoch();
-        let mut backoff = Backoff { polls: 0 };
+        let mut backoff = Backoff::new();
         let mut next = 0;
         Self::add(&self.stats.hops, 1);
         loop {
@@ -372,6 +514,9 @@ impl Host {
             if next == self.ranks {
                 return Ok(());
             }
+            if self.pump(call.slot, slot) {
+                backoff = Backoff::new();
+            }
             if backoff.looks() {
                 self.look_for_trouble(call, slot, flag, bound)?;
             }
@@ -379,31 +524,75 @@ impl Host {
         }
     }
 
-    fn flag(&self, slot: u32, source: u32, flag: Flag) -> u64 {
+    pub(super) fn flag(&self, slot: u32, source: u32, flag: Flag) -> u64 {
         let offset = self.map.mailbox(slot, source) + flag.offset();
         self.bases.word(self.rank, offset).load(Acquire)
     }
 
+    /// True if all that is waited for from a peer has come.
+    fn has_come(&self, slot_number: u32, slot: &Slot, flag: Flag, peer: u32) -> bool {
+        let word = self.flag(slot_number, peer, flag);
+        match flag {
+            Flag::Rows | Flag::Results => word >= slot.fifos.goals[peer as usize],
+            _ => reached(word, slot.epoch()),
+        }
+    }
+
     /// Ranks whose flag has not come, or comes no more.
-    fn missing(&self, slot: u32, flag: Flag, epoch: u32) -> impl Iterator<Item = u32> {
-        (0..self.ranks).filter(move |&peer| !reached(self.flag(slot, peer, flag), epoch))
+    fn missing(&self, slot_number: u32, slot: &Slot, flag: Flag) -> impl Iterator<Item = u32> {
+        (0..self.ranks).filter(move |&peer| !self.has_come(slot_number, slot, flag, peer))
+    }
+
+    /// Another thread aborted this comm.
+    pub(super) fn check_aborted(&self, call: &Call, slot: &Slot, flag: Flag) -> Result<()> {
+        if !self.health.aborted.load(Acquire) {
+            return Ok(());
+        }
+        let text = format!(
+            "rank {}: aborted while it waited in {} on slot {}, sequence {}",
+            self.rank,
+            operation_name(flag.operation()),
+            call.slot,
+            slot.sequence
+        );
+        Err(Error::new(Status::Aborted, text))
+    }
+
+    /// Why a peer can send nothing more, if it cannot.
+    pub(super) fn why_gone(&self, peer: u32) -> Option<&'static str> {
+        match self.bases.half(self.rank, self.map.gone(peer)).load(Acquire) {
+            1 => Some("destroyed its comm"),
+            2 => Some("aborted"),
+            _ if self.health.dead[peer as usize].load(Acquire) => Some("its process ended"),
+            _ => None,
+        }
+    }
+
+    /// True if a peer has given up on the slot's step or an earlier one.
+    pub(super) fn gave_up(&self, slot_number: u32, observer: u32, epoch: u32) -> Option<u64> {
+        let offset = self.map.mailbox(slot_number, observer) + mail::LOSS;
+        let word = self.bases.word(self.rank, offset).load(Acquire);
+        // A loss of a later step leaves this one to its own flags.
+        let later = (word as u32).wrapping_sub(epoch) as i32 > 0;
+        (word >> 48 == GENERATION && !later).then_some(word)
     }
 
     /// Every way a wait can end without its flags. The cause is read before the flag is looked at once more: a rank
     /// that left, died or went on *after* its flag is no loss.
-    fn look_for_trouble(&self, call: &Call, slot: &mut Slot, flag: Flag, bound: Option<u32>) -> Result<()> {
+    pub(super) fn look_for_trouble(
+        &self,
+        call: &Call,
+        slot: &mut Slot,
+        flag: Flag,
+        bound: Option<u32>,
+    ) -> Result<()> {
         let epoch = slot.epoch();
-        let seen_by = |peer| (pack(epoch, 0) >> 32, self.flag(call.slot, peer, flag) >> 32);
-        if self.health.aborted.load(Acquire) {
-            let text = format!(
-                "rank {}: aborted while it waited in {} on slot {}, sequence {}",
-                self.rank,
-                operation_name(flag.operation()),
-                call.slot,
-                slot.sequence
-            );
-            return Err(Error::new(Status::Aborted, text));
-        }
+        let streams = matches!(flag, Flag::Rows | Flag::Results);
+        let goals = |slot: &Slot, peer: u32| match streams {
+            true => (slot.fifos.goals[peer as usize], self.flag(call.slot, peer, flag)),
+            false => (pack(epoch, 0) >> 32, self.flag(call.slot, peer, flag) >> 32),
+        };
+        self.check_aborted(call, slot, flag)?;
 
         // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
         for peer in 0..self.ranks {
@@ -411,7 +600,8 @@ impl Host {
                 self.bases.word(self.rank, self.map.mailbox(call.slot, peer) + mail::PROGRESS).load(Acquire);
             let (ahead, operation, theirs) =
                 (steps_ahead(word, epoch), (word >> 28 & 0xf) as u32, (word >> 32) as u32);
-            let here = !reached(self.flag(call.slot, peer, flag), epoch);
+            // A peer may go on while rows it owes are on offer; what it is at was checked by its flag.
+            let here = !streams && !self.has_come(call.slot, slot, flag, peer);
             if let Some(mine) =
                 bound.filter(|mine| ahead == 0 && operation == flag.operation() && theirs != *mine)
             {
@@ -422,7 +612,12 @@ impl Host {
                 let values = (mine as u64, theirs as u64);
                 return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
             }
-            if here && (ahead > 0 || ahead == 0 && operation > 1 && operation != flag.operation()) {
+            let mine = flag.operation();
+            let elsewhere = match operation {
+                COMBINE | READ => operation != mine,
+                _ => replay_differs(mine, operation),
+            };
+            if here && (ahead > 0 || ahead == 0 && elsewhere) {
                 let what = format!(
                     "rank {} is in {} of sequence {}, rank {peer} went to {} of sequence {} without it",
                     self.rank,
@@ -438,11 +633,8 @@ impl Host {
 
         // Somebody else gave up on the step.
         for observer in (0..self.ranks).filter(|r| *r != self.rank) {
-            let word =
-                self.bases.word(self.rank, self.map.mailbox(call.slot, observer) + mail::LOSS).load(Acquire);
-            // A loss of a later step leaves this one to its own flags.
-            let later = (word as u32).wrapping_sub(epoch) as i32 > 0;
-            if word >> 48 != GENERATION || later || self.missing(call.slot, flag, epoch).next().is_none() {
+            let Some(word) = self.gave_up(call.slot, observer, epoch) else { continue };
+            if self.missing(call.slot, slot, flag).next().is_none() {
                 continue;
             }
             let status = Status::from_code((word >> 32 & 0xffff) as i32).unwrap_or(Status::PeerLost);
@@ -451,21 +643,14 @@ impl Host {
             let origin = self.map.mailbox(call.slot, observer) + mail::LOSS_ORIGIN;
             let origin = self.bases.half(self.rank, origin).load(Relaxed);
             let what = format!("rank {origin} gave up on {}", list(&lost));
-            let values = seen_by(lost.first().copied().unwrap_or(observer));
+            let values = goals(slot, lost.first().copied().unwrap_or(observer));
             return Err(self.lose_after(call, slot, flag, status, &lost, values, what, origin));
         }
 
         // Ranks that can send nothing more.
         let gone: Vec<(u32, &str)> = (0..self.ranks)
-            .filter_map(|peer| {
-                let why = match self.bases.half(self.rank, self.map.gone(peer)).load(Acquire) {
-                    1 => "destroyed its comm",
-                    2 => "aborted",
-                    _ if self.health.dead[peer as usize].load(Acquire) => "its process ended",
-                    _ => return None,
-                };
-                (!reached(self.flag(call.slot, peer, flag), epoch)).then_some((peer, why))
-            })
+            .filter_map(|peer| self.why_gone(peer).map(|why| (peer, why)))
+            .filter(|(peer, _)| !self.has_come(call.slot, slot, flag, *peer))
             .collect();
         if let Some((first, _)) = gone.first() {
             let what = gone
@@ -474,15 +659,15 @@ impl Host {
                 .collect::<Vec<_>>()
                 .join(", ");
             let lost: Vec<u32> = gone.iter().map(|(peer, _)| *peer).collect();
-            let values = seen_by(*first);
+            let values = goals(slot, *first);
             return Err(self.lose(call, slot, flag, Status::PeerLost, &lost, values, what));
         }
 
         if call.started.elapsed() >= call.budget {
-            let late: Vec<u32> = self.missing(call.slot, flag, epoch).collect();
+            let late: Vec<u32> = self.missing(call.slot, slot, flag).collect();
             if let Some(first) = late.first() {
                 let what = format!("{} did not answer within {} ms", list(&late), call.budget.as_millis());
-                let values = seen_by(*first);
+                let values = goals(slot, *first);
                 return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, what));
             }
         }
@@ -501,7 +686,7 @@ impl Host {
 
     /// Gives a step up: tells every rank, closes the slot, keeps the first error.
     #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
-    fn lose(
+    pub(super) fn lose(
         &self,
         call: &Call,
         slot: &mut Slot,
@@ -553,7 +738,7 @@ impl Host {
             ),
         )
         .with_loss(Loss {
-            operation: flag.operation() as i32,
+            operation: flag.recorded(),
             slot: call.slot,
             sequence: slot.sequence,
             rank: self.rank,
@@ -564,18 +749,19 @@ impl Host {
         });
         self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_with(|| error.clone());
         slot.closed = Some(error.clone());
+        slot.fifos.clear();
         Self::add(&self.stats.steps_lost, 1);
         error
     }
 }
 
-fn combine_words(c: &Combine) -> [u32; 2] {
+fn combine_words(c: &Combine) -> [u32; 3] {
     let code = match c.send_type {
         Float::Bf16 => 0,
         Float::F16 => 1,
         Float::F32 => 2,
     };
-    [c.hidden, code]
+    [c.hidden, code, c.has_row_weights as u32]
 }
 
 fn list(ranks: &[u32]) -> String {

@@ -46,7 +46,7 @@ struct Outgoing {
 pub(super) struct Fifos {
     /// Rows that this rank has written for each peer, and taken from each, since the comm began.
     sent: Vec<u64>,
-    taken: Vec<u64>,
+    pub taken: Vec<u64>,
     /// Where each peer's head must get to.
     pub goals: Vec<u64>,
     /// Scratch: where the next row from each peer goes.

@@ -664,7 +664,11 @@ impl Host {
         }
 
         if call.started.elapsed() >= call.budget {
-            let late: Vec<u32> = self.missing(call.slot, slot, flag).collect();
+            // A peer whose rows stand in its FIFO is not late: we do not take them, for want of another's.
+            let starves = |peer: &u32| {
+                !streams || self.flag(call.slot, *peer, flag) <= slot.fifos.taken[*peer as usize]
+            };
+            let late: Vec<u32> = self.missing(call.slot, slot, flag).filter(starves).collect();
             if let Some(first) = late.first() {
                 let what = format!("{} did not answer within {} ms", list(&late), call.budget.as_millis());
                 let values = goals(slot, *first);

@@ -84,9 +84,9 @@ impl Slot {
     pub(super) fn is_closed(&self) -> bool {
         self.closed.is_some()
     }
-    /// Between SEND and RECV of an operation.
+    /// Between SEND and RECV of an operation, and the RECV can succeed.
     pub(super) fn is_pending(&self) -> bool {
-        matches!(self.state, State::DispatchSent | State::CombineSent)
+        !self.is_closed() && matches!(self.state, State::DispatchSent | State::CombineSent)
     }
     /// The epoch of the current step: wraps with u32, as the flags do.
     pub(super) fn epoch(&self) -> u32 {

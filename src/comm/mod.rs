@@ -267,6 +267,9 @@ impl Comm {
         run: impl FnOnce(&dyn Device) -> Result<()>,
     ) -> Result<()> {
         let outcome = device.open(call, half).and_then(|()| run(device));
+        if outcome.is_err() {
+            device.fail(call);
+        }
         match outcome {
             Ok(()) => {
                 device.close(call, half);

@@ -453,6 +453,8 @@ pub trait Device: Send + Sync {
     fn open(&self, call: &Call, half: Half) -> Result<()>;
     /// Ends a half that `open` began.
     fn close(&self, call: &Call, half: Half);
+    /// Ends a half that failed after `open` began it: what other slots count on is done.
+    fn fail(&self, call: &Call);
 
     /// Decides for each token which ranks (and experts) get it and at which position among this rank's rows there.
     fn route(&self, d: &Dispatch) -> Result<()>;

@@ -7,17 +7,18 @@
 //!
 //! Rows move in RECV. A slot's RECV takes what it waits for out of its own FIFOs, and meanwhile sends what any slot of
 //! the comm has on offer (`pump`), so that ranks may complete slots in different orders. What then still lies on
-//! offer, because a peer is in another slot's RECV, is left to the next RECV; the last one leaves nothing.
+//! offer, because a peer is in another slot's RECV, is left to the next RECV; the last one leaves nothing, also when
+//! it fails.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, MutexGuard};
 
 use super::Host;
 use super::land::{From, FromRow, Landing};
 use super::modes::DefaultModes;
 use super::push::Made;
 use super::reduce::{Pull, put_weight, sum_token};
-use super::sync::{Backoff, Flag, Slot};
+use super::sync::{Backoff, Flag, Slot, list};
 use crate::config::OverflowKind;
 use crate::device::grid::Grid;
 use crate::device::map::{PLANES, entry_part, mail};
@@ -85,6 +86,9 @@ impl Fifos {
     }
     fn is_empty(&self) -> bool {
         self.offers[0].is_none()
+    }
+    fn has_rows_for(&self, peer: u32) -> bool {
+        self.left.iter().any(|left| left[peer as usize] > 0)
     }
     fn add(&mut self, outgoing: Outgoing) -> Result<usize> {
         let free = self.offers.iter().position(Option::is_none);
@@ -179,11 +183,8 @@ impl Host {
             return false;
         }
         let mut sent = self.pump_slot(number, slot);
-        for (other, mutex) in self.slots.iter().enumerate().filter(|(other, _)| *other != number as usize) {
-            // One call at a time is inside a comm: nobody else holds it.
-            if let Ok(mut slot) = mutex.try_lock() {
-                sent |= self.pump_slot(other as u32, &mut slot);
-            }
+        for (other, mut slot) in self.other_slots(number) {
+            sent |= self.pump_slot(other, &mut slot);
         }
         sent
     }
@@ -425,53 +426,77 @@ impl Host {
         Ok(())
     }
 
-    /// Sends what is still on offer, on any slot, unless another slot's RECV will: its peers may be there already, and
-    /// take nothing of this one before it has ended.
+    /// Sends what is still on offer before a RECV returns.
     fn flush(&self, call: &Call, slot: &mut Slot, flag: Flag) -> Result<()> {
-        let others = || self.slots.iter().enumerate().filter(|(other, _)| *other != call.slot as usize);
-        if others().any(|(_, other)| other.try_lock().is_ok_and(|slot| slot.is_pending())) {
+        let late = self.send_rest(call, slot);
+        if late.is_empty() {
             return Ok(());
+        }
+        self.check_aborted(call, slot, flag)?;
+        let what =
+            format!("{} did not take this rank's rows within {} ms", list(&late), call.budget.as_millis());
+        Err(self.lose(call, slot, flag, Status::Timeout, &late, (0, 0), what))
+    }
+
+    /// A RECV that fails leaves nothing on offer either: other slots' rows are none of its failure's business, and
+    /// their tensors are the caller's again.
+    pub(super) fn flush_after_failure(&self, call: &Call) {
+        let mut slot = self.slot(call.slot);
+        if !self.map.sizes.uses.fifos || self.send_rest(call, &mut slot).is_empty() {
+            return;
+        }
+        slot.fifos.clear();
+        self.other_slots(call.slot).for_each(|(_, mut other)| other.fifos.clear());
+    }
+
+    /// One call at a time is inside a comm: nobody else holds them.
+    fn other_slots(&self, slot: u32) -> impl Iterator<Item = (u32, MutexGuard<'_, Slot>)> {
+        let others = self.slots.iter().zip(0..).filter(move |(_, other)| *other != slot);
+        others.filter_map(|(mutex, other)| Some((other, mutex.try_lock().ok()?)))
+    }
+
+    /// Sends what is on offer on any slot, unless another slot's RECV will: its peers may be there already, and take
+    /// nothing of this one before it has ended. Returns the ranks that do not take their rows before the deadline, or
+    /// before this comm is aborted.
+    fn send_rest(&self, call: &Call, slot: &mut Slot) -> Vec<u32> {
+        if self.other_slots(call.slot).any(|(_, other)| other.is_pending()) {
+            return Vec::new();
         }
         let mut backoff = Backoff::new();
         loop {
             if self.pump(call.slot, slot) {
                 backoff = Backoff::new();
             }
-            let mut late = self.drop_undeliverable(call.slot, slot);
-            for (other, mutex) in others() {
-                if let Ok(mut slot) = mutex.try_lock() {
-                    late = self.drop_undeliverable(other as u32, &mut slot).or(late);
-                }
+            self.drop_undeliverable(call.slot, slot);
+            let mut left = !slot.fifos.is_empty();
+            for (number, mut other) in self.other_slots(call.slot) {
+                self.drop_undeliverable(number, &mut other);
+                left |= !other.fifos.is_empty();
             }
-            let Some(late) = late else { return Ok(()) };
-            self.check_aborted(call, slot, flag)?;
-            if call.started.elapsed() >= call.budget {
-                let what = format!(
-                    "rank {late} did not take this rank's rows within {} ms",
-                    call.budget.as_millis()
-                );
-                return Err(self.lose(call, slot, flag, Status::Timeout, &[late], (0, 0), what));
+            if !left {
+                return Vec::new();
+            }
+            if self.health.aborted.load(Acquire) || call.started.elapsed() >= call.budget {
+                let awaited = |peer: &u32| {
+                    let mut others = self.other_slots(call.slot);
+                    slot.fifos.has_rows_for(*peer) || others.any(|(_, other)| other.fifos.has_rows_for(*peer))
+                };
+                return (0..self.ranks).filter(awaited).collect();
             }
             backoff.pause();
         }
     }
 
-    /// Forgets rows on offer to ranks that will not take them; this rank's own step is whole without them. Returns a
-    /// rank that rows are left for.
-    fn drop_undeliverable(&self, number: u32, slot: &mut Slot) -> Option<u32> {
+    /// Forgets rows on offer to ranks that will not take them; this rank's own step is whole without them.
+    fn drop_undeliverable(&self, number: u32, slot: &mut Slot) {
         let epoch = slot.epoch();
-        let mut late = None;
-        for at in 0..slot.fifos.offers.len() {
-            for peer in 0..self.ranks {
-                let left = slot.fifos.offers[at].is_some() && slot.fifos.left[at][peer as usize] > 0;
-                if left && (self.why_gone(peer).is_some() || self.gave_up(number, peer, epoch).is_some()) {
-                    slot.fifos.left[at][peer as usize] = 0;
-                } else if left {
-                    late = Some(peer);
-                }
+        for peer in 0..self.ranks {
+            if slot.fifos.has_rows_for(peer)
+                && (self.why_gone(peer).is_some() || self.gave_up(number, peer, epoch).is_some())
+            {
+                slot.fifos.left.iter_mut().for_each(|left| left[peer as usize] = 0);
             }
         }
         slot.fifos.retire();
-        late
     }
 }

@@ -110,6 +110,9 @@ impl Device for Host {
     fn close(&self, call: &Call, half: Half) {
         self.close_half(call, half)
     }
+    fn fail(&self, call: &Call) {
+        self.flush_after_failure(call)
+    }
     fn route(&self, d: &Dispatch) -> Result<()> {
         self.route_tokens(d)
     }

@@ -768,7 +768,7 @@ fn combine_words(c: &Combine) -> [u32; 3] {
     [c.hidden, code, c.has_row_weights as u32]
 }
 
-fn list(ranks: &[u32]) -> String {
+pub(super) fn list(ranks: &[u32]) -> String {
     let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
 }

@@ -1004,8 +1004,15 @@ impl Worker {
         // SAFETY: our own child, not yet reaped while `self` lives and `wait` has not returned its status.
         unsafe { libc::kill(self.pid(), signal) };
     }
+    /// Returns once all its threads stand.
     pub fn stop(&self) {
         self.signal(libc::SIGSTOP);
+        // SAFETY: plain data; our own child, whose status is left where it is.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let either = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT;
+            libc::waitid(libc::P_PID, self.child.id(), &mut info, either);
+        }
     }
     pub fn go_on(&self) {
         self.signal(libc::SIGCONT);

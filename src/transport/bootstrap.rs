@@ -531,9 +531,14 @@ fn gather_as_peer(
         };
         check_user(&socket)?;
         let borrowed: Vec<_> = own.iter().map(|fd| fd.as_fd()).collect();
-        send_fds(&socket, config.rank, &borrowed)
-            .map_err(|e| Error::system(format!("rank {}: sending descriptors", config.rank), e))?;
-        Ok(socket)
+        match send_fds(&socket, config.rank, &borrowed) {
+            Ok(()) => Ok(socket),
+            // The root has let the group go, and says why over the first connection.
+            Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                Err(root_failed(&mut link, config))
+            }
+            Err(e) => Err(Error::system(format!("rank {}: sending descriptors", config.rank), e)),
+        }
     });
     let socket = match shared {
         Ok(socket) => socket,

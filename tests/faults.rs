@@ -1536,6 +1536,34 @@ fn rows_that_are_never_taken(operation: Operation, late: &[usize]) -> Result<(),
     Ok(())
 }
 
+/// Rank 1 never sends its results, rank 0 needs them and cannot take the others' meanwhile, which have all they need:
+/// nobody blames rank 0, though the others' deadline ends before its own.
+fn who_is_behind_it() -> Result<(), String> {
+    let crew = crew(Pair::Narrow)?;
+    let ask = |m: &Member| match m.rank {
+        0 => m.ask(1),
+        1 => Ask { tokens: Some(0), ..m.ask(1) },
+        _ => Ask { goes: Goes::Past(1), ..m.ask(1) },
+    };
+    all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &ask(m))))?;
+    all_fine("SEND", &together(&all(&crew), |m| m.combine(0, A2A_PHASE_SEND, &ask(m))))?;
+    let lost = together(&all_but(&crew, 1), |m| {
+        if m.rank == 0 {
+            sleep(DEADLINE / 10);
+        }
+        m.combine(0, A2A_PHASE_RECV, &ask(m))
+    });
+    // Once rank 0 has given up, nobody needs to get rid of its rows.
+    let (whole, lost): (Vec<_>, Vec<_>) = lost.into_iter().partition(|outcome| outcome.status == A2A_SUCCESS);
+    for outcome in &lost {
+        outcome.is(A2A_TIMEOUT, &["combine", "slot 0, sequence 1", "rank 1"])?;
+        voided(&outcome.words, &[1])?;
+        in_time(SILENCE, outcome.took, DEADLINE + PROMISE)?;
+    }
+    let told = lost.iter().any(|outcome| outcome.text.contains("for want of those of rank 1"));
+    if told && whole.len() <= 1 { Ok(()) } else { Err(format!("whole are {whole:?}, lost {lost:?}")) }
+}
+
 /// A rank is through with an operation and gone while what it sent stands in FIFOs that nobody has looked into.
 fn what_it_sent_outlives_it(operation: Operation, destroy: bool) -> Result<(), String> {
     let seats = seats(RANKS, GroupId::new());
@@ -2080,6 +2108,7 @@ fn main() -> std::process::ExitCode {
         let of = format!("stream/never_taken/{operation:?}/{late:?}");
         add(of, Box::new(move || rows_that_are_never_taken(operation, late)));
     }
+    add("stream/never_taken/behind".into(), Box::new(who_is_behind_it));
     add("stream/beside/quarrel".into(), Box::new(a_quarrel_beside_a_stream));
     for fate in [Fate::Quarrel, Fate::Overflow, Fate::Gone, Fate::GoneAndNobodyComes] {
         add(format!("stream/crossing/{fate:?}"), Box::new(move || slots_cross_and_one_fails(fate)));

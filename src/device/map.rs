@@ -66,6 +66,8 @@ pub mod mail {
     pub const FIFO_HEAD: u64 = 200;
     /// Rows the source has taken out of our FIFO there since the comm began.
     pub const FIFO_TAIL: u64 = 208;
+    /// {epoch << 32 | operation << 16 | rank}: whose rows the owner's RECV stands still for. In its own mailbox alone.
+    pub const WAITS_FOR: u64 = 216;
     pub const BYTES: u64 = 256;
 }
 

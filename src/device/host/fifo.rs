@@ -107,6 +107,10 @@ impl Fifos {
     }
 }
 
+fn waits_for(epoch: u32, flag: Flag, peer: u32) -> u64 {
+    (epoch as u64) << 32 | (flag.operation() as u64) << 16 | peer as u64
+}
+
 /// The planes of a row in a FIFO's entry.
 fn entry_row(bytes: &[u32; PLANES], entry: *const u8) -> FromRow {
     let mut at = 0;
@@ -420,10 +424,41 @@ impl Host {
             return Ok(());
         }
         if backoff.looks() {
+            let own = self.map.mailbox(call.slot, self.rank) + mail::WAITS_FOR;
+            if let Some(peer) = self.starved_of(call.slot, slot, flag).next() {
+                self.bases.word(self.rank, own).store(waits_for(slot.epoch(), flag, peer), Release);
+            }
             self.look_for_trouble(call, slot, flag, bound)?;
         }
         backoff.pause();
         Ok(())
+    }
+
+    /// Ranks whose next row is waited for: those whose rows stand in their FIFO are not late, we do not take them for
+    /// want of another's.
+    pub(super) fn starved_of(&self, slot_number: u32, slot: &Slot, flag: Flag) -> impl Iterator<Item = u32> {
+        let starved = move |peer: &u32| self.head(slot_number, *peer) <= slot.fifos.taken[*peer as usize];
+        self.missing(slot_number, slot, flag).filter(starved)
+    }
+
+    /// The rank that keeps a peer from taking our rows: itself, or whose rows it waits for in the same operation.
+    fn behind(&self, slot_number: u32, epoch: u32, flag: Flag, peer: u32) -> u32 {
+        let mut at = peer;
+        for _ in 0..self.ranks {
+            let word = self.bases.word(at, self.map.mailbox(slot_number, at) + mail::WAITS_FOR).load(Acquire);
+            let next = word as u32 & 0xffff;
+            if next >= self.ranks || word != waits_for(epoch, flag, next) {
+                return at;
+            }
+            // What it waited for may have come since, and it does not look.
+            let head = self.map.mailbox(slot_number, next) + mail::FIFO_HEAD;
+            let tail = self.map.mailbox(slot_number, at) + mail::FIFO_TAIL;
+            if self.bases.word(at, head).load(Acquire) != self.bases.word(next, tail).load(Acquire) {
+                return at;
+            }
+            at = next;
+        }
+        peer
     }
 
     /// Sends what is still on offer before a RECV returns.
@@ -433,9 +468,16 @@ impl Host {
             return Ok(());
         }
         self.check_aborted(call, slot, flag)?;
-        let what =
+        let mut what =
             format!("{} did not take this rank's rows within {} ms", list(&late), call.budget.as_millis());
-        Err(self.lose(call, slot, flag, Status::Timeout, &late, (0, 0), what))
+        let mut lost: Vec<u32> =
+            late.iter().map(|peer| self.behind(call.slot, slot.epoch(), flag, *peer)).collect();
+        lost.sort_unstable();
+        lost.dedup();
+        if lost != late {
+            what += &format!(", for want of those of {}", list(&lost));
+        }
+        Err(self.lose(call, slot, flag, Status::Timeout, &lost, (0, 0), what))
     }
 
     /// A RECV that fails leaves nothing on offer either: other slots' rows are none of its failure's business, and

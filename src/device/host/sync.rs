@@ -125,7 +125,7 @@ impl Flag {
             Flag::Rows | Flag::Results => mail::FIFO_HEAD,
         }
     }
-    fn operation(self) -> u32 {
+    pub(super) fn operation(self) -> u32 {
         match self {
             Flag::Counts | Flag::Dispatch | Flag::Rows => DISPATCH,
             Flag::Replay => REPLAY,
@@ -539,7 +539,7 @@ impl Host {
     }
 
     /// Ranks whose flag has not come, or comes no more.
-    fn missing(&self, slot_number: u32, slot: &Slot, flag: Flag) -> impl Iterator<Item = u32> {
+    pub(super) fn missing(&self, slot_number: u32, slot: &Slot, flag: Flag) -> impl Iterator<Item = u32> {
         (0..self.ranks).filter(move |&peer| !self.has_come(slot_number, slot, flag, peer))
     }
 
@@ -664,11 +664,10 @@ impl Host {
         }
 
         if call.started.elapsed() >= call.budget {
-            // A peer whose rows stand in its FIFO is not late: we do not take them, for want of another's.
-            let starves = |peer: &u32| {
-                !streams || self.flag(call.slot, *peer, flag) <= slot.fifos.taken[*peer as usize]
+            let late: Vec<u32> = match streams {
+                true => self.starved_of(call.slot, slot, flag).collect(),
+                false => self.missing(call.slot, slot, flag).collect(),
             };
-            let late: Vec<u32> = self.missing(call.slot, slot, flag).filter(starves).collect();
             if let Some(first) = late.first() {
                 let what = format!("{} did not answer within {} ms", list(&late), call.budget.as_millis());
                 let values = goals(slot, *first);

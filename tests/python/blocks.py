@@ -36,7 +36,7 @@ mx.set_default_device(mx.cpu)
 # A compiled function would call g++ and keep what it made in /tmp/mlx, where the ranks' processes meet.
 mx.disable_compile()
 
-HIDDEN, FFN, EXPERTS, TOKENS = 256, 512, 16, 300
+HIDDEN, FFN, EXPERTS, TOKENS = 256, 512, 16, 240
 FULL_RANK = 2  # of four: the rank that gets every token of the load "worst"
 
 KINDS = {

@@ -35,8 +35,8 @@ BY_EXPERT = [pair for pair in ranks.PAIRS if ranks.is_by_expert(pair[1])]
 def installed():
     if blocks is None:
         pytest.fail(f"{missing}: mlx-lm's blocks have not been tried. `make test` installs them into target/venv from "
-                    "tests/requirements-blocks.txt; if it could not, pip has said why: not every platform has a wheel of "
-                    "mlx", pytrace=False)
+                    "tests/requirements-blocks.txt; if it could not, pip has said why: not every platform has a wheel "
+                    "of mlx", pytrace=False)
 
 
 @pytest.fixture(scope="module")

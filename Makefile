@@ -3,6 +3,7 @@
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
 #   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv
+#   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make install    into $(DESTDIR)$(PREFIX)
 #   make clean
@@ -23,7 +24,7 @@ CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo test header install clean
+.PHONY: all lib demo perf test header install clean
 all: lib
 
 lib:
@@ -37,11 +38,15 @@ target/demo/moe_layer: examples/c/moe_layer.c include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_DEMO) $< -o $@ $(LINK) -lm
 
+perf:
+	cargo build --release --package a2a-perf
+
 header:
 	A2A_BLESS=1 cargo test --test header
 
-install: lib
-	install -d $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+install: lib perf
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+	install -m 755 target/release/a2a-perf $(DESTDIR)$(PREFIX)/bin/a2a-perf
 	install -m 755 $(LIB) $(DESTDIR)$(PREFIX)/lib/liba2a.so.$(VERSION)
 	ln -sf liba2a.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/liba2a.so.$(MAJOR)
 	ln -sf liba2a.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/liba2a.so
@@ -53,7 +58,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format clippy rust debug header symbols abi-c abi-cpp abi-sanitized install cmake python demo
+STAGES := format clippy rust debug header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test:
@@ -71,7 +76,7 @@ test-format:
 	cargo fmt --all -- --check
 
 test-clippy:
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets -- -D warnings
 
 test-rust:
 	cargo test --release
@@ -102,6 +107,14 @@ target/tests/abi_test_cpp: tests/c/abi_test.c include/a2a.h | lib
 target/tests/abi_test_sanitized: tests/c/abi_test.c include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(CFLAGS_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LINK)
+
+# Its own tests; then every backend through the gate, as processes and threads, every routing; then a cell of the matrix.
+PERF := target/release/a2a-perf --hidden 64 --experts 16 --topk 4 --iterations 2 --warmup 1
+test-perf: perf
+	cargo test --release --package a2a-perf
+	$(PERF) --tokens 0,5 --routing hash,zipf,one_hot --cache warm,cold --format json --output target/perf.json
+	$(PERF) --tokens 5 --mode threads --ranks 3 --dtype fp8 --staged --format csv --output target/perf.csv
+	target/release/a2a-perf --check threads/two_sided/2/0
 
 test-install:
 	CC='$(CC)' MAKE='$(MAKE)' tests/c/install_test.sh target/install-test $(VERSION)

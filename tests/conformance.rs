@@ -16,11 +16,11 @@ use a2a::abi::calls::{a2a_combine, a2a_combine_buffer, a2a_destroy, a2a_dispatch
 use a2a::abi::types::*;
 use libtest_mimic::{Arguments, Trial};
 
-#[allow(dead_code, reason = "each test binary uses a part")]
-mod common;
+#[allow(dead_code, reason = "each program uses a part")]
+pub(crate) mod common;
 #[path = "conformance/laws.rs"]
 mod laws;
-mod oracle;
+pub(crate) mod oracle;
 
 use common::*;
 use oracle::{Dropped, Float, Input, Layout, Received, Row, Rows, Scale, Source};
@@ -3184,9 +3184,17 @@ fn mapped_windows() -> Result<u64, String> {
 
 // ------------------------------------------------------------------------------------------------ main
 
+#[allow(dead_code, reason = "a2a-perf has its own")]
 fn main() -> std::process::ExitCode {
-    worker(&[CONFORM, MEASURE]);
-    let args = Arguments::from_args();
+    worker(&JOBS);
+    run(&Arguments::from_args())
+}
+
+/// What the program does when it is one of its own children.
+pub const JOBS: [(&str, Job); 2] = [CONFORM, MEASURE];
+
+/// Runs the whole matrix, or what the arguments leave of it. `a2a-perf --check` does the same.
+pub fn run(args: &Arguments) -> std::process::ExitCode {
     let trial = |name: String, run: Box<dyn Fn() -> Result<(), String> + Send>| {
         Trial::test(name, move || run().map_err(Into::into))
     };
@@ -3233,5 +3241,5 @@ fn main() -> std::process::ExitCode {
     trials.push(trial("everything_is_tried".into(), Box::new(everything_is_tried)));
     trials.push(trial("the_oracle_rounds_right".into(), Box::new(the_oracle_rounds_right)));
     trials.push(trial("the_oracle_quantises_right".into(), Box::new(the_oracle_quantises_right)));
-    libtest_mimic::run(&args, trials).exit_code()
+    libtest_mimic::run(args, trials).exit_code()
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# `make install` puts the library, its two names and the header where PREFIX and DESTDIR say, and a program finds
+# `make install` puts the library, its two names, the header and the benchmark where PREFIX and DESTDIR say, and a program finds
 # them there.
 # Usage: install_test.sh EMPTY_DIRECTORY VERSION, from the root of the repository.
 set -eu
@@ -12,7 +12,8 @@ test -f "$root/usr/include/a2a.h"
 test -f "$lib/liba2a.so.$version" && test ! -L "$lib/liba2a.so.$version"
 test "$(readlink "$lib/liba2a.so.${version%%.*}")" = "liba2a.so.$version"
 test "$(readlink "$lib/liba2a.so")" = "liba2a.so.${version%%.*}"
-test "$(find "$root" ! -type d | wc -l)" -eq 4
+test -x "$root/usr/bin/a2a-perf"
+test "$(find "$root" ! -type d | wc -l)" -eq 5
 echo "files and links ok"
 
 # Compiled against the installed header, linked against the installed name, run by the SONAME.

@@ -1,0 +1,236 @@
+//! Figures as a table, CSV or JSON.
+
+use std::io::Write;
+
+use crate::row::Row;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Table,
+    Csv,
+    Json,
+}
+
+impl Format {
+    pub fn parse(text: &str) -> Result<Format, String> {
+        match text {
+            "table" => Ok(Format::Table),
+            "csv" => Ok(Format::Csv),
+            "json" => Ok(Format::Json),
+            _ => Err(format!("format {text:?} is not table, csv or json")),
+        }
+    }
+}
+
+/// A shape that has no time, and why.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Refused {
+    pub what: String,
+    pub why: String,
+    /// The results were wrong, rather than the shape too large.
+    pub wrong: bool,
+}
+
+/// Bytes over microseconds, as GB/s.
+fn rate(bytes: u64, us: f64) -> f64 {
+    bytes as f64 / us / 1000.0
+}
+
+fn table(rows: &[Row], out: &mut dyn Write) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "{:<30} {:<18} {:>6} {:<5} {:>7} {:<9} {:<8} {:>5} {:>10} {:>10} {:>12} {:>12} {:>8}",
+        "backend",
+        "layout",
+        "tokens",
+        "dtype",
+        "hidden",
+        "routing",
+        "op",
+        "cache",
+        "p50 us",
+        "p99 us",
+        "logical B",
+        "wire B",
+        "GB/s"
+    )?;
+    for row in rows {
+        writeln!(
+            out,
+            "{:<30} {:<18} {:>6} {:<5} {:>7} {:<9} {:<8} {:>5} {:>10.1} {:>10.1} {:>12} {:>12} {:>8.2}",
+            row.backend,
+            row.layout,
+            row.tokens,
+            row.dtype,
+            row.hidden,
+            row.routing,
+            row.operation,
+            row.cache,
+            row.p50_us,
+            row.p99_us,
+            row.logical_bytes,
+            row.wire_bytes,
+            rate(row.logical_bytes, row.p50_us)
+        )?;
+    }
+    Ok(())
+}
+
+/// How each of our backends stands to the peers measured beside it.
+fn ratios(rows: &[Row], out: &mut dyn Write) -> std::io::Result<()> {
+    let is_peer = |row: &Row| row.layout.is_empty();
+    let same = |a: &Row, b: &Row| {
+        (a.tokens, a.hidden, &a.dtype, &a.routing, &a.cache)
+            == (b.tokens, b.hidden, &b.dtype, &b.routing, &b.cache)
+    };
+    for row in rows.iter().filter(|row| !is_peer(row)) {
+        let beside = |name: &str, operation: &str| {
+            let peers = rows.iter().filter(|peer| is_peer(peer) && same(peer, row));
+            let peers = peers.filter(|peer| peer.backend.starts_with(name) && peer.operation == operation);
+            peers.map(|peer| peer.p50_us).min_by(f64::total_cmp)
+        };
+        let (name, tokens, cache) = (&row.backend, row.tokens, &row.cache);
+        let layout = &row.layout;
+        match row.operation.as_str() {
+            "pair" => {
+                // The better of the chained pair and the two alone, of the better setting.
+                let settings = ["mpi_alltoallv (default)", "mpi_alltoallv (yield)"];
+                let mpi = settings.into_iter().flat_map(|setting| {
+                    let alone = beside(setting, "dispatch").zip(beside(setting, "combine"));
+                    [beside(setting, "pair"), alone.map(|(dispatch, combine)| dispatch + combine)]
+                });
+                if let Some(mpi) = mpi.flatten().min_by(f64::total_cmp) {
+                    let times = mpi / row.p50_us;
+                    writeln!(
+                        out,
+                        "{name} ({layout}), {tokens} tokens, {cache}: dispatch + combine {times:.2} times as fast as the best MPI"
+                    )?;
+                }
+            }
+            "dispatch" => {
+                if let Some(copy) = beside("memcpy", "dispatch") {
+                    let percent = 100.0 * copy / row.p50_us;
+                    writeln!(
+                        out,
+                        "{name} ({layout}), {tokens} tokens, {cache}: dispatch at {percent:.0} % of the memcpy rate"
+                    )?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+pub fn write(
+    format: Format,
+    header: &[String],
+    rows: &[Row],
+    refused: &[Refused],
+    out: &mut dyn Write,
+) -> Result<(), String> {
+    let failed = |error: std::io::Error| format!("cannot write the report: {error}");
+    match format {
+        Format::Table => (|| {
+            for line in header {
+                writeln!(out, "{line}")?;
+            }
+            writeln!(
+                out,
+                "times: of the slowest rank; logical B: one row per (token, destination rank), of the busiest rank; \
+                 wire B: moved between windows; GB/s: logical bytes over p50\n"
+            )?;
+            table(rows, out)?;
+            if rows.iter().any(|row| row.layout.is_empty()) {
+                writeln!(out)?;
+                ratios(rows, out)?;
+            }
+            for refused in refused {
+                writeln!(out, "no time for {}: {}", refused.what, refused.why)?;
+            }
+            Ok(())
+        })()
+        .map_err(failed),
+        Format::Csv => {
+            for line in header {
+                writeln!(out, "# {line}").map_err(failed)?;
+            }
+            let mut csv = csv::Writer::from_writer(out);
+            for row in rows {
+                csv.serialize(row).map_err(|error| error.to_string())?;
+            }
+            csv.flush().map_err(failed)
+        }
+        Format::Json => {
+            let report = serde_json::json!({ "about": header, "rows": rows, "refused": refused });
+            let text = serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?;
+            writeln!(out, "{text}").map_err(failed)
+        }
+    }
+}
+
+/// Rows of a CSV or JSON report.
+pub fn read(text: &str) -> Result<Vec<Row>, String> {
+    if text.trim_start().starts_with('{') {
+        let report: serde_json::Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        return serde_json::from_value(report["rows"].clone()).map_err(|error| error.to_string());
+    }
+    let mut csv = csv::ReaderBuilder::new().comment(Some(b'#')).from_reader(text.as_bytes());
+    csv.deserialize().collect::<Result<_, _>>().map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(backend: &str, layout: &str, operation: &str, p50_us: f64) -> Row {
+        Row {
+            device: "cpu".into(),
+            backend: backend.into(),
+            layout: layout.into(),
+            ranks: 4,
+            mode: "processes".into(),
+            tokens: 128,
+            hidden: 7168,
+            dtype: "bf16".into(),
+            experts: 64,
+            topk: 8,
+            routing: "hash".into(),
+            operation: operation.into(),
+            cache: "warm".into(),
+            iterations: 10,
+            p50_us,
+            p99_us: p50_us * 2.0,
+            logical_bytes: 1_000_000,
+            wire_bytes: 2_000_000,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let rows = vec![row("high_throughput", "flat", "pair", 100.0), row("memcpy", "", "dispatch", 50.5)];
+        for format in [Format::Csv, Format::Json] {
+            let mut out = Vec::new();
+            write(format, &["a, b".into()], &rows, &[], &mut out).unwrap();
+            let again = read(std::str::from_utf8(&out).unwrap()).unwrap();
+            assert_eq!(format!("{again:?}"), format!("{rows:?}"));
+        }
+    }
+
+    #[test]
+    fn ratios_name_the_best_peer() {
+        let rows = vec![
+            row("high_throughput", "flat", "pair", 100.0),
+            row("high_throughput", "flat", "dispatch", 80.0),
+            row("mpi_alltoallv (default)", "", "pair", 450.0),
+            row("mpi_alltoallv (yield)", "", "pair", 350.0),
+            row("mpi_alltoallv (yield)", "", "dispatch", 200.0),
+            row("mpi_alltoallv (yield)", "", "combine", 100.0),
+            row("memcpy", "", "dispatch", 40.0),
+        ];
+        let mut out = Vec::new();
+        ratios(&rows, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert!(text.contains("3.00 times as fast") && text.contains("50 % of the memcpy rate"), "{text}");
+    }
+}

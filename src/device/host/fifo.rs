@@ -25,6 +25,9 @@ use crate::device::map::{PLANES, entry_part, mail};
 use crate::device::{Block, Call, Combine, Dispatch, Outbound, Rows};
 use crate::error::{Error, Result, Status};
 
+/// Rows that a receiver hears of at once: it can begin while more are written.
+const ROWS_A_WORD: u64 = 32;
+
 /// What a rank has on offer.
 #[allow(clippy::large_enum_variant, reason = "two a slot, in place: offering must not allocate")]
 enum Offer {
@@ -52,6 +55,9 @@ pub(super) struct Fifos {
     pub goals: Vec<u64>,
     /// Scratch: where the next row from each peer goes.
     rows: Vec<usize>,
+    /// Scratch: rows that each peer's FIFO still takes, and rows written that it has not been told of.
+    credit: Vec<u64>,
+    unsaid: Vec<u64>,
     /// The older first. A dispatch's may still be on offer when its combine's joins it, or a combine's when the next
     /// dispatch's does; nothing can be older, for a peer takes it before it sends what comes next.
     offers: [Option<Outgoing>; 2],
@@ -68,6 +74,8 @@ impl Fifos {
             taken: vec![0; ranks],
             goals: vec![0; ranks],
             rows: vec![0; ranks],
+            credit: vec![0; ranks],
+            unsaid: vec![0; ranks],
             offers: [None, None],
             next: [list(), list()],
             left: [list(), list()],
@@ -226,7 +234,7 @@ impl Host {
             self.make_ready(&mut slot.fifos, 0);
         }
         let Slot { fifos, scratch, .. } = slot;
-        let Fifos { sent, offers, next, left, .. } = fifos;
+        let Fifos { sent, offers, next, left, credit, unsaid, .. } = fifos;
         let Some(outgoing) = &offers[0] else { return false };
         let (next, left) = (&mut next[0], &mut left[0]);
         let mut rows = 0;
@@ -246,15 +254,29 @@ impl Host {
                 let bytes = &send.shape.plane_bytes;
                 let row_bytes = bytes.iter().map(|b| *b as u64).sum();
                 let mut made = Made::new(self.rank, send, grid.topk, scratch);
+                // Token by token, so that a row is made once for all that take it now.
+                let mut open = 0;
                 for peer in 0..self.ranks {
                     let at = peer as usize;
-                    let before = sent[at];
-                    for _ in 0..self.credit(number, peer, before).min(left[at] as u64) {
-                        let goes = |token: &u32| l.targets(*token as usize).any(|(rank, _)| rank == peer);
-                        let Some(token) = (next[at]..send.tokens).find(goes) else { break };
-                        let entry = self.entry(peer, number, self.rank, sent[at]);
-                        let places = entry_row(bytes, entry);
-                        for (plane, source) in made.row(&l, token as usize).iter().enumerate() {
+                    credit[at] = self.credit(number, peer, sent[at]).min(left[at] as u64);
+                    unsaid[at] = 0;
+                    open += u32::from(credit[at] > 0);
+                }
+                let awaited = next.iter().zip(credit.iter()).filter(|(_, credit)| **credit > 0);
+                let first = awaited.map(|(next, _)| *next).min().unwrap_or(send.tokens);
+                for token in first..send.tokens {
+                    if open == 0 {
+                        break;
+                    }
+                    let mut row = None;
+                    for (peer, _) in l.targets(token as usize) {
+                        let at = peer as usize;
+                        if token < next[at] || credit[at] == 0 {
+                            continue;
+                        }
+                        let row = row.get_or_insert_with(|| made.row(&l, token as usize));
+                        let places = entry_row(bytes, self.entry(peer, number, self.rank, sent[at]));
+                        for (plane, source) in row.iter().enumerate() {
                             if let (Some(source), Some(From::Row(to))) = (source, places[plane]) {
                                 // SAFETY: the entry has room for every plane's row.
                                 unsafe {
@@ -266,8 +288,17 @@ impl Host {
                         next[at] = token + 1;
                         sent[at] += 1;
                         left[at] -= 1;
+                        credit[at] -= 1;
+                        unsaid[at] += 1;
+                        open -= u32::from(credit[at] == 0);
+                        if credit[at] == 0 || unsaid[at] == ROWS_A_WORD {
+                            wrote(peer, unsaid[at], row_bytes, sent[at]);
+                            unsaid[at] = 0;
+                        }
                     }
-                    wrote(peer, sent[at] - before, row_bytes, sent[at]);
+                }
+                for peer in 0..self.ranks {
+                    wrote(peer, unsaid[peer as usize], row_bytes, sent[peer as usize]);
                 }
             }
             Offer::Results { rows, weights } => {

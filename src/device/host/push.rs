@@ -5,7 +5,7 @@
 
 use super::Host;
 use super::modes::DefaultModes;
-use super::quant::quantise;
+use super::quant::{Row, quantise};
 use super::route::Ledger;
 use crate::config::LayoutKind;
 use crate::device::map::{IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
@@ -48,8 +48,9 @@ impl<'a> Made<'a> {
         if let (Some((kind, quant)), Some(from)) = (self.out.quant, sources[TOKENS]) {
             let (tokens, scales) = self.scratch.split_at_mut(bytes[TOKENS] as usize);
             let scales = &mut scales[..bytes[SCALES] as usize];
+            let row = Row { from, kind, hidden: bytes[TOKENS] as usize };
             // SAFETY: comm made the row's bytes of the tensor's columns: one a column.
-            unsafe { quantise(from, kind, bytes[TOKENS] as usize, quant, tokens, scales) };
+            unsafe { quantise(row, quant, tokens, scales) };
             sources[TOKENS] = Some(tokens.as_ptr());
             sources[SCALES] = Some(scales.as_ptr());
         }

@@ -9,7 +9,7 @@ use std::{env, fs, thread};
 
 use serde::Deserialize;
 
-use crate::row::Row;
+use crate::row::{Row, percentile};
 
 /// What is measured, and how often.
 #[derive(Clone, Copy, Debug)]
@@ -371,11 +371,6 @@ fn copy(
     right.then_some(times)
 }
 
-/// The smallest time that `percent` of all are not above.
-fn percentile(sorted: &[f64], percent: usize) -> f64 {
-    sorted[(sorted.len() * percent).div_ceil(100) - 1]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -411,13 +406,6 @@ mod tests {
         };
         assert_eq!(owners(4, 3), [None, Some(0), Some(0), Some(1), Some(2), None]);
         assert_eq!(owners(2, 3), [None, Some(0), Some(1), None]);
-    }
-
-    #[test]
-    fn percentiles_are_times_that_were_measured() {
-        let times: Vec<f64> = (1..=200).map(f64::from).collect();
-        assert_eq!((percentile(&times, 50), percentile(&times, 99)), (100.0, 198.0));
-        assert_eq!((percentile(&times[..1], 50), percentile(&times[..1], 99)), (1.0, 1.0));
     }
 
     #[test]

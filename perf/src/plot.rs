@@ -291,29 +291,7 @@ fn short(value: &f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn row(backend: &str, layout: &str, tokens: usize, operation: &str, p50_us: f64) -> Row {
-        Row {
-            device: "cpu".into(),
-            backend: backend.into(),
-            layout: layout.into(),
-            ranks: 4,
-            mode: "processes".into(),
-            tokens,
-            hidden: 7168,
-            dtype: "bf16".into(),
-            experts: 64,
-            topk: 8,
-            routing: "hash".into(),
-            operation: operation.into(),
-            cache: "warm".into(),
-            iterations: 100,
-            p50_us,
-            p99_us: 2.0 * p50_us,
-            logical_bytes: (tokens * 7168 * 2) as u64,
-            wire_bytes: (tokens * 7168 * 2) as u64,
-        }
-    }
+    use crate::row::tests::row;
 
     /// Two series over three sizes, of which one has no combine.
     fn table() -> Vec<Row> {

@@ -182,33 +182,14 @@ pub fn read(text: &str) -> Result<Vec<Row>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn row(backend: &str, layout: &str, operation: &str, p50_us: f64) -> Row {
-        Row {
-            device: "cpu".into(),
-            backend: backend.into(),
-            layout: layout.into(),
-            ranks: 4,
-            mode: "processes".into(),
-            tokens: 128,
-            hidden: 7168,
-            dtype: "bf16".into(),
-            experts: 64,
-            topk: 8,
-            routing: "hash".into(),
-            operation: operation.into(),
-            cache: "warm".into(),
-            iterations: 10,
-            p50_us,
-            p99_us: p50_us * 2.0,
-            logical_bytes: 1_000_000,
-            wire_bytes: 2_000_000,
-        }
-    }
+    use crate::row::tests::row;
 
     #[test]
     fn what_is_written_is_read_again() {
-        let rows = vec![row("high_throughput", "flat", "pair", 100.0), row("memcpy", "", "dispatch", 50.5)];
+        let rows = vec![
+            row("high_throughput", "flat", 128, "pair", 100.0),
+            row("memcpy", "", 128, "dispatch", 50.5),
+        ];
         for format in [Format::Csv, Format::Json] {
             let mut out = Vec::new();
             write(format, &["a, b".into()], &rows, &[], &mut out).unwrap();
@@ -220,13 +201,13 @@ mod tests {
     #[test]
     fn ratios_name_the_best_peer() {
         let rows = vec![
-            row("high_throughput", "flat", "pair", 100.0),
-            row("high_throughput", "flat", "dispatch", 80.0),
-            row("mpi_alltoallv (default)", "", "pair", 450.0),
-            row("mpi_alltoallv (yield)", "", "pair", 350.0),
-            row("mpi_alltoallv (yield)", "", "dispatch", 200.0),
-            row("mpi_alltoallv (yield)", "", "combine", 100.0),
-            row("memcpy", "", "dispatch", 40.0),
+            row("high_throughput", "flat", 128, "pair", 100.0),
+            row("high_throughput", "flat", 128, "dispatch", 80.0),
+            row("mpi_alltoallv (default)", "", 128, "pair", 450.0),
+            row("mpi_alltoallv (yield)", "", 128, "pair", 350.0),
+            row("mpi_alltoallv (yield)", "", 128, "dispatch", 200.0),
+            row("mpi_alltoallv (yield)", "", 128, "combine", 100.0),
+            row("memcpy", "", 128, "dispatch", 40.0),
         ];
         let mut out = Vec::new();
         ratios(&rows, &mut out).unwrap();

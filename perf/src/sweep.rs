@@ -7,7 +7,7 @@ use crate::measure::Measured;
 use crate::peers::{self, Peers};
 use crate::report::Refused;
 use crate::routing::Routing;
-use crate::row::Row;
+use crate::row::{Row, percentile};
 use crate::shape::{Kind, PAIRS, Pair, Shape};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -269,12 +269,6 @@ impl Sweep {
     }
 }
 
-/// The nearest rank of a sorted list.
-pub fn percentile(sorted: &[f64], percent: usize) -> f64 {
-    let at = (sorted.len() * percent).div_ceil(100).max(1) - 1;
-    sorted.get(at).copied().unwrap_or(f64::NAN)
-}
-
 /// Where ranks leave what they measured; gone with the sweep.
 struct Directory(String);
 
@@ -289,18 +283,5 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::percentile;
-
-    #[test]
-    fn percentiles_are_of_the_nearest_rank() {
-        let sorted: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!((percentile(&sorted, 50), percentile(&sorted, 99)), (50.0, 99.0));
-        assert_eq!((percentile(&[7.0], 50), percentile(&[7.0], 99)), (7.0, 7.0));
-        assert_eq!(percentile(&[1.0, 2.0, 3.0], 50), 2.0);
     }
 }

@@ -314,6 +314,13 @@ pub struct Outbound {
     pub quant: Option<(Float, QuantKind)>,
 }
 
+impl Outbound {
+    /// Bytes of a token's row on its way, all planes together.
+    pub fn wire_bytes(&self) -> u64 {
+        self.shape.plane_bytes.iter().map(|bytes| *bytes as u64).sum()
+    }
+}
+
 /// A dispatch, both halves.
 pub struct Dispatch<'a> {
     pub call: Call,

@@ -252,7 +252,7 @@ impl Host {
             Offer::Rows { send, grid, .. } => {
                 let l = self.ledger(&outgoing.memory);
                 let bytes = &send.shape.plane_bytes;
-                let row_bytes = bytes.iter().map(|b| *b as u64).sum();
+                let row_bytes = send.wire_bytes();
                 let mut made = Made::new(self.rank, send, grid.topk, scratch);
                 // Token by token, so that a row is made once for all that take it now.
                 let mut open = 0;

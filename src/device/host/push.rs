@@ -132,19 +132,34 @@ impl Host {
         Self::add(&self.stats.bytes_remote, moved.remote);
     }
 
-    pub(super) fn push(&self, d: &Dispatch) -> Result<()> {
-        let mut guard = self.slot(d.call.slot);
-        let slot = &mut *guard;
+    /// Stores those planes of a row that are named into this rank's bank at a peer.
+    fn store_bank(&self, d: &Dispatch, peer: u32, position: u32, sources: &Sources, planes: &[usize]) {
+        let row = self.rank as u64 * d.grid.bound as u64 + position as u64;
+        for plane in planes {
+            if let Some(source) = sources[*plane] {
+                let region = self.map.bank(d.call.slot, *plane);
+                self.store(peer, region, row, source, d.send.shape.plane_bytes[*plane]);
+            }
+        }
+    }
+
+    /// Makes this rank's rows, one token after another.
+    fn each_token(&self, d: &Dispatch, mut act: impl FnMut(&Ledger, usize, Sources)) {
+        let mut slot = self.slot(d.call.slot);
         let l = self.ledger(d.memory);
         let mut made = Made::new(self.rank, &d.send, d.grid.topk, &mut slot.scratch);
+        for token in 0..d.send.tokens as usize {
+            let sources = made.row(&l, token);
+            act(&l, token, sources);
+        }
+    }
+
+    pub(super) fn push(&self, d: &Dispatch) -> Result<()> {
         let mut moved = Moved::default();
         let topk = d.grid.topk as usize;
-        let row_bytes: u64 = (0..PLANES)
-            .filter(|plane| d.send.shape.plane_bytes[*plane] > 0)
-            .map(|plane| d.row_bytes(plane) as u64)
-            .sum();
-        for token in 0..d.send.tokens as usize {
-            let mut sources = made.row(&l, token);
+        let present = (0..PLANES).filter(|plane| d.send.shape.plane_bytes[*plane] > 0);
+        let row_bytes: u64 = present.map(|plane| d.row_bytes(plane) as u64).sum();
+        self.each_token(d, |l, token, mut sources| {
             if d.grid.layout.by_expert() {
                 let ids = &l.ids[token * topk..][..topk];
                 for k in 0..topk {
@@ -159,7 +174,7 @@ impl Host {
                     self.store_received(d, peer, row, &sources, &[]);
                     moved.add(row_bytes, peer != self.rank);
                 }
-                continue;
+                return;
             }
             for (peer, position) in l.targets(token) {
                 let row = match d.grid.layout {
@@ -170,23 +185,18 @@ impl Host {
                 self.store_received(d, peer, row, &sources, &[]);
                 moved.add(row_bytes, peer != self.rank);
             }
-        }
+        });
         self.count_pushed(&moved);
         Ok(())
     }
 
     pub(super) fn push_first(&self, d: &Dispatch) -> Result<()> {
-        let mut guard = self.slot(d.call.slot);
-        let slot = &mut *guard;
-        let l = self.ledger(d.memory);
-        let mut made = Made::new(self.rank, &d.send, d.grid.topk, &mut slot.scratch);
         let mut moved = Moved::default();
         let topk = d.grid.topk as usize;
         let bytes = d.send.shape.plane_bytes;
-        let row_bytes: u64 = bytes.iter().map(|b| *b as u64).sum();
         const BESIDE: [usize; 3] = [IDS, WEIGHTS, SOURCE];
-        for token in 0..d.send.tokens as usize {
-            let sources = made.row(&l, token);
+        let beside: u64 = BESIDE.iter().map(|plane| bytes[*plane] as u64).sum();
+        self.each_token(d, |l, token, sources| {
             for (peer, position) in l.targets(token) {
                 let choices = (token * topk..(token + 1) * topk).filter_map(|choice| l.choice(choice));
                 let first = choices
@@ -197,57 +207,37 @@ impl Host {
                 if let Some(row) = first {
                     self.store_received(d, peer, row, &sources, &BESIDE);
                 }
-                let at = self.rank as u64 * d.grid.bound as u64 + position as u64;
-                for plane in BESIDE {
-                    if let Some(source) = sources[plane] {
-                        self.store(peer, self.map.bank(d.call.slot, plane), at, source, bytes[plane]);
-                    }
-                }
-                moved.add(row_bytes, peer != self.rank);
+                self.store_bank(d, peer, position, &sources, &BESIDE);
+                let moves = if first.is_some() { d.send.wire_bytes() } else { beside };
+                moved.add(moves, peer != self.rank);
             }
-        }
+        });
         self.count_pushed(&moved);
         Ok(())
     }
 
     pub(super) fn push_bank(&self, d: &Dispatch) -> Result<()> {
-        let mut guard = self.slot(d.call.slot);
-        let slot = &mut *guard;
-        let l = self.ledger(d.memory);
-        let mut made = Made::new(self.rank, &d.send, d.grid.topk, &mut slot.scratch);
         let mut moved = Moved::default();
-        let bytes = d.send.shape.plane_bytes;
-        let row_bytes: u64 = bytes.iter().map(|b| *b as u64).sum();
-        let base = self.rank as u64 * d.grid.bound as u64;
-        for token in 0..d.send.tokens as usize {
-            let sources = made.row(&l, token);
+        let all: [usize; PLANES] = std::array::from_fn(|plane| plane);
+        self.each_token(d, |l, token, sources| {
             for (peer, position) in l.targets(token) {
-                for (plane, source) in sources.iter().enumerate() {
-                    let Some(source) = source else { continue };
-                    let region = self.map.bank(d.call.slot, plane);
-                    self.store(peer, region, base + position as u64, *source, bytes[plane]);
-                }
-                moved.add(row_bytes, peer != self.rank);
+                self.store_bank(d, peer, position, &sources, &all);
+                moved.add(d.send.wire_bytes(), peer != self.rank);
             }
-        }
+        });
         self.count_pushed(&moved);
         Ok(())
     }
 
     pub(super) fn publish(&self, d: &Dispatch) -> Result<()> {
-        let mut guard = self.slot(d.call.slot);
-        let slot = &mut *guard;
-        let l = self.ledger(d.memory);
-        let mut made = Made::new(self.rank, &d.send, d.grid.topk, &mut slot.scratch);
-        let bytes = d.send.shape.plane_bytes;
-        for token in 0..d.send.tokens as usize {
-            for (plane, source) in made.row(&l, token).iter().enumerate() {
+        self.each_token(d, |_, token, sources| {
+            for (plane, source) in sources.iter().enumerate() {
                 let Some(source) = source else { continue };
                 let region = self.map.published(d.call.slot, plane);
-                self.store(self.rank, region, token as u64, *source, bytes[plane]);
+                self.store(self.rank, region, token as u64, *source, d.send.shape.plane_bytes[plane]);
             }
-        }
-        self.count_copied(d.send.tokens as u64, bytes.iter().map(|b| *b as u64).sum());
+        });
+        self.count_copied(d.send.tokens as u64, d.send.wire_bytes());
         Ok(())
     }
 

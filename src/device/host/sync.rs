@@ -613,11 +613,10 @@ impl Host {
                 return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
             }
             let mine = flag.operation();
-            let elsewhere = match operation {
-                COMBINE | READ => operation != mine,
-                _ => replay_differs(mine, operation),
-            };
-            if here && (ahead > 0 || ahead == 0 && elsewhere) {
+            let elsewhere = matches!(operation, COMBINE | READ) && operation != mine;
+            // One kind of dispatch beside the other is wrong whatever flags have come.
+            let differs = !streams && ahead == 0 && replay_differs(mine, operation);
+            if differs || here && (ahead > 0 || ahead == 0 && elsewhere) {
                 let what = format!(
                     "rank {} is in {} of sequence {}, rank {peer} went to {} of sequence {} without it",
                     self.rank,

@@ -808,7 +808,7 @@ typedef struct a2a_stats_t {
     uint64_t rows_gathered;
     uint64_t bytes_gathered;
     /**
-     * Rows through FIFOs.
+     * Rows this rank sent through FIFOs, in dispatch and combine, to itself included.
      */
     uint64_t rows_fifo;
     uint64_t bytes_fifo;
@@ -1250,8 +1250,9 @@ a2a_status_t a2a_routing_destroy(struct a2a_routing_t *routing);
  * and flags are ignored in RECV. Views are valid from RECV until this rank's combine SEND, or next dispatch, on
  * the slot. stream: the CUDA stream of the work; ignored on the CPU, where the call returns with the work done.
  * Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
- * Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW; TIMEOUT, PEER_LOST, MISMATCH (the step
- * is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
+ * Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
+ * max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch); TIMEOUT, PEER_LOST, MISMATCH
+ * (the step is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
  */
 a2a_status_t a2a_dispatch(struct a2a_comm_t *comm,
                           struct a2a_routing_t *routing,
@@ -1280,7 +1281,8 @@ a2a_status_t a2a_combine(struct a2a_comm_t *comm,
  *
  * tensor: out, not NULL; `dtype` may be preset to bf16, f16 or f32 (bits 0 = the config's combine_dtype), everything
  * else is overwritten; shape and strides stay owned by the routing. Threads: one call at a time on a comm.
- * Errors: INVALID_ARGUMENT (no received dispatch, or the type does not fit), BUSY, or the slot's or comm's own.
+ * Errors: INVALID_ARGUMENT (no received dispatch, or the type does not fit), UNSUPPORTED (NVLINK_TWO_SIDED, which keeps
+ * no rows), BUSY, or the slot's or comm's own.
  */
 a2a_status_t a2a_combine_buffer(struct a2a_comm_t *comm,
                                 struct a2a_routing_t *routing,

@@ -306,8 +306,9 @@ pub unsafe extern "C" fn a2a_routing_destroy(routing: *mut a2a_routing_t) -> a2a
 /// and flags are ignored in RECV. Views are valid from RECV until this rank's combine SEND, or next dispatch, on
 /// the slot. stream: the CUDA stream of the work; ignored on the CPU, where the call returns with the work done.
 /// Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
-/// Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW; TIMEOUT, PEER_LOST, MISMATCH (the step
-/// is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
+/// Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
+/// max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch); TIMEOUT, PEER_LOST, MISMATCH
+/// (the step is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_dispatch(
     comm: *mut a2a_comm_t,
@@ -352,7 +353,8 @@ pub unsafe extern "C" fn a2a_combine(
 ///
 /// tensor: out, not NULL; `dtype` may be preset to bf16, f16 or f32 (bits 0 = the config's combine_dtype), everything
 /// else is overwritten; shape and strides stay owned by the routing. Threads: one call at a time on a comm.
-/// Errors: INVALID_ARGUMENT (no received dispatch, or the type does not fit), BUSY, or the slot's or comm's own.
+/// Errors: INVALID_ARGUMENT (no received dispatch, or the type does not fit), UNSUPPORTED (NVLINK_TWO_SIDED, which keeps
+/// no rows), BUSY, or the slot's or comm's own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_combine_buffer(
     comm: *mut a2a_comm_t,

@@ -442,7 +442,7 @@ pub struct a2a_stats_t {
     /// Rows this rank read from every rank's window in a gathering dispatch, its own included.
     pub rows_gathered: u64,
     pub bytes_gathered: u64,
-    /// Rows through FIFOs.
+    /// Rows this rank sent through FIFOs, in dispatch and combine, to itself included.
     pub rows_fifo: u64,
     pub bytes_fifo: u64,
     /// Rows copied inside this rank: published, staged, moved to the caller's tensors.

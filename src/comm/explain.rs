@@ -13,9 +13,9 @@ use crate::error::{Error, Result, Status};
 
 /// AUTO, in order of preference among those that offer the layout and fit into memory_limit. Without a layout the
 /// first is chosen, whose rows need no counts. Two strategies compete for a layout on CPU windows, HIGH_THROUGHPUT and
-/// NVLINK_TWO_SIDED for FLAT. Medians of three runs of the demo (8 processes on 2 CPUs, hidden 256, six loads), dispatch
-/// and combine together: NVLINK_TWO_SIDED took 1.4 to 4 times as long. It is for when the other's memory, which grows with
-/// tokens, does not fit.
+/// NVLINK_TWO_SIDED for FLAT. Dispatch and combine chained, 4 processes on 2 CPUs, hidden 7168 (docs/performance.md): 2.2
+/// against 8.0 ms for 128 tokens, 65 against 135 ms for 2048. The second is for when the memory of the first, which grows
+/// with tokens, does not fit.
 const AUTO: [BackendKind; 5] = [
     BackendKind::NvlinkOneSided,
     BackendKind::HighThroughput,

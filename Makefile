@@ -2,9 +2,11 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv
+#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc, if
+#                   there is none, into target/cuda
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
+#   make kernels    writes docs/kernels.md from what ptxas says of kernels/
 #   make install    into $(DESTDIR)$(PREFIX)
 #   make clean
 #
@@ -19,12 +21,28 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))
 LIB     := target/release/liba2a.so
 
+# What compiles the kernels: the environment's nvcc (A2A_NVCC, CUDA_HOME or PATH, where build.rs looks), else the one that
+# `make test` installs, which every later make uses. With none of them, or A2A_NVCC=none, there is no device code.
+NVCC_HERE := $(CURDIR)/target/cuda/toolkit/bin/nvcc
+ifeq ($(A2A_NVCC)$(wildcard $(CUDA_HOME)/bin/nvcc)$(shell command -v nvcc),)
+  ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),)
+    NVCC_READY := target/cuda/ready
+    ifneq ($(wildcard $(NVCC_READY)),)
+      export A2A_NVCC := $(NVCC_HERE)
+    endif
+  else
+    NO_NVCC := there is no nvcc here, and no wheel of it for $(shell uname -s -m)
+  endif
+else ifeq ($(A2A_NVCC),none)
+  NO_NVCC := A2A_NVCC is none
+endif
+
 # Programs here find the library beside them; -Werror is for our own machines, not for a user's newer compiler.
 CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo perf test header install clean
+.PHONY: all lib demo perf test header kernels install clean
 all: lib
 
 lib:
@@ -44,6 +62,14 @@ perf:
 header:
 	A2A_BLESS=1 cargo test --test header
 
+kernels test-kernels: $(NVCC_READY)
+ifdef NVCC_READY
+kernels test-kernels: export A2A_NVCC := $(NVCC_HERE)
+endif
+
+kernels:
+	$(PYTHON) tests/kernels_table.py
+
 install: lib perf
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
 	install -m 755 target/release/a2a-perf $(DESTDIR)$(PREFIX)/bin/a2a-perf
@@ -58,10 +84,10 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format clippy rust debug header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
+STAGES := format kernels clippy rust debug header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
-test:
+test: $(NVCC_READY)
 	@passed=0; \
 	for stage in $(STAGES); do \
 	  printf '\n== %s\n' $$stage; start=$$(date +%s); \
@@ -74,6 +100,16 @@ test:
 
 test-format:
 	cargo fmt --all -- --check
+
+# With device code, which spills nothing and is as docs/kernels.md says; and without, in a directory of its own.
+test-kernels:
+ifdef NO_NVCC
+	@echo 'skipped: the kernels are not compiled: $(NO_NVCC)'
+else
+	$(PYTHON) tests/kernels_table.py --check
+endif
+	A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/cpu-only cargo build --lib
+	$(PYTHON) -B tests/cpu_only.py target/cpu-only/debug/liba2a.so
 
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
@@ -113,7 +149,7 @@ PERF := target/release/a2a-perf --hidden 64 --experts 16 --topk 4 --iterations 2
 test-perf: perf
 	cargo test --release --package a2a-perf
 	$(PERF) --tokens 0,5 --routing hash,zipf,one_hot --cache warm,cold --format json --output target/perf.json
-	$(PERF) --tokens 5 --mode threads --ranks 3 --dtype fp8 --staged --format csv --output target/perf.csv
+	$(PERF) --tokens 5 --mode threads --ranks 3 --dtype fp8,f8 --staged --format csv --output target/perf.csv
 	target/release/a2a-perf --check threads/two_sided/2/0
 
 test-install:
@@ -143,3 +179,10 @@ target/venv/ready: tests/requirements.txt
 # Not every platform has wheels of these: the other tests then run all the same, and tests/python/test_blocks.py fails.
 target/venv/blocks: tests/requirements-blocks.txt target/venv/ready
 	-target/venv/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $< && touch $@
+
+# The compiler of device code and what it needs; toolkit is their place, by a name without Python's version.
+target/cuda/ready: tests/requirements-cuda.txt
+	$(PYTHON) -m venv target/cuda
+	target/cuda/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $<
+	cd target/cuda && ln -sfn lib/python3*/site-packages/nvidia/cu13 toolkit && toolkit/bin/nvcc --version
+	touch $@

@@ -1,5 +1,6 @@
 //! The house's arrows point down: a layer uses those below it and the leaves, never one above or beside it. And
-//! `unsafe` stands only where the layers that touch memory are.
+//! `unsafe` stands only where the layers that touch memory are, CUDA's driver is called from there alone, and device
+//! code does not end the process that it runs for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,17 +10,24 @@ const LAYERS: [&[&str]; 5] = [&["abi"], &["comm"], &["backend"], &["transport", 
 const LEAVES: [&str; 3] = ["error", "config", "log"];
 /// Where `unsafe` may stand, and nowhere else.
 const UNSAFE: [&str; 3] = ["abi", "memory", "device"];
+/// Where the CUDA driver may be named.
+const DRIVER: [&str; 2] = ["memory", "device"];
+/// Words that device code may not have: a trap is an error of the caller's whole context for good, and a print takes a
+/// stack.
+const DEADLY: [&str; 5] = ["trap", "__trap", "assert", "printf", "__brkpt"];
+/// The one file with PTX: what a load or a store orders, and for whom, is read in one place.
+const PTX: &str = "ptx.cuh";
 
 fn depth(module: &str) -> Option<usize> {
     LAYERS.iter().position(|row| row.contains(&module))
 }
 
-fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+fn sources(dir: &Path, extensions: &[&str], found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|e| e == "rs") {
+            sources(&path, extensions, found);
+        } else if path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)) {
             found.push(path);
         }
     }
@@ -56,12 +64,27 @@ fn offences(module: &str, text: &str) -> Vec<String> {
             found.push(format!("{module} uses {target}"));
         }
     }
-    let code = |l: &str| l.split("//").next().unwrap().to_string();
-    let is_unsafe = text
-        .lines()
-        .any(|l| code(l).split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe"));
-    if is_unsafe && !UNSAFE.contains(&module) {
+    if has(text, "unsafe") && !UNSAFE.contains(&module) {
         found.push(format!("{module} has unsafe code"));
+    }
+    if has(text, "cudarc") && !DRIVER.contains(&module) {
+        found.push(format!("{module} calls the CUDA driver"));
+    }
+    found
+}
+
+/// Whether code (not a line comment) has the word.
+fn has(text: &str, word: &str) -> bool {
+    let code = text.lines().map(|l| l.split("//").next().unwrap());
+    code.flat_map(|l| l.split(|c: char| !c.is_alphanumeric() && c != '_')).any(|w| w == word)
+}
+
+/// What a file of device code breaks.
+fn device_offences(name: &str, text: &str) -> Vec<String> {
+    let mut found: Vec<String> =
+        DEADLY.iter().filter(|word| has(text, word)).map(|word| format!("{name} has {word}")).collect();
+    if name != PTX && (has(text, "asm") || has(text, "__asm__")) {
+        found.push(format!("{name} has asm, which stands in {PTX}"));
     }
     found
 }
@@ -70,7 +93,7 @@ fn offences(module: &str, text: &str) -> Vec<String> {
 fn arrows_point_down_and_unsafe_stays_below() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
-    sources(&root, &mut files);
+    sources(&root, &["rs"], &mut files);
     assert!(files.len() > 20, "the walk found {} files", files.len());
     let mut found = Vec::new();
     for path in files {
@@ -90,10 +113,35 @@ fn arrows_point_down_and_unsafe_stays_below() {
 }
 
 #[test]
+fn device_code_does_not_trap_and_has_its_ptx_in_one_file() {
+    let mut files = Vec::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels"), &["cu", "cuh"], &mut files);
+    assert!(!files.is_empty());
+    let found: Vec<String> = files
+        .iter()
+        .flat_map(|path| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            device_offences(name, &fs::read_to_string(path).unwrap())
+        })
+        .collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
 fn an_upward_arrow_is_found() {
     assert_eq!(offences("device", "use crate::comm::Comm;"), ["device uses comm"]);
     assert_eq!(offences("memory", "use crate::transport::x;"), ["memory uses transport"]);
     assert_eq!(offences("error", "use crate::device::x;"), ["error uses device"]);
     assert_eq!(offences("comm", "fn f() { unsafe { g() } }"), ["comm has unsafe code"]);
+    assert_eq!(
+        offences("comm", "let there = cudarc::driver::sys::is_culib_present();"),
+        ["comm calls the CUDA driver"]
+    );
     assert!(offences("backend", "use crate::device::Device; // crate::abi").is_empty());
+    assert_eq!(device_offences("route.cu", "assert(x); // trap"), ["route.cu has assert"]);
+    assert_eq!(
+        device_offences("wait.cuh", "asm volatile(\"\");"),
+        ["wait.cuh has asm, which stands in ptx.cuh"]
+    );
+    assert!(device_offences("ptx.cuh", "static_assert(true); asm volatile(\"\");").is_empty());
 }

@@ -10,6 +10,7 @@ use super::tensor::{self, RoutingHandle};
 use super::types::*;
 use crate::comm::{self, Comm};
 use crate::config::{BackendKind, UniqueId};
+use crate::device::Stream;
 use crate::error::{Error, Result, Status};
 use crate::log;
 
@@ -317,11 +318,12 @@ pub unsafe extern "C" fn a2a_dispatch(
     out: *mut a2a_dispatch_out_t,
     stream: *mut c_void,
 ) -> a2a_status_t {
-    let _ = stream;
+    // SAFETY: the caller vouches for it.
+    let stream = unsafe { Stream::new(stream) };
     with_comm("a2a_dispatch", comm, |comm| {
         let routing = ROUTINGS.get(routing as usize)?;
         // SAFETY: forwarded from the caller.
-        unsafe { tensor::dispatch(comm, &routing, &read_struct(r#in)?, out) }
+        unsafe { tensor::dispatch(comm, &routing, &read_struct(r#in)?, out, stream) }
     })
 }
 
@@ -340,11 +342,12 @@ pub unsafe extern "C" fn a2a_combine(
     out: *mut a2a_combine_out_t,
     stream: *mut c_void,
 ) -> a2a_status_t {
-    let _ = stream;
+    // SAFETY: the caller vouches for it.
+    let stream = unsafe { Stream::new(stream) };
     with_comm("a2a_combine", comm, |comm| {
         let routing = ROUTINGS.get(routing as usize)?;
         // SAFETY: forwarded from the caller.
-        unsafe { tensor::combine(comm, &routing, &read_struct(r#in)?, out) }
+        unsafe { tensor::combine(comm, &routing, &read_struct(r#in)?, out, stream) }
     })
 }
 

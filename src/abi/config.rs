@@ -187,7 +187,7 @@ pub fn info(comm: &Comm) -> a2a_info_t {
         num_slots: config.num_slots as i32,
         max_sms: 0,
         row_capacity: plan.row_capacity(config) as i64,
-        window_bytes: plan.map.window_bytes(),
+        window_bytes: plan.memory().window,
     }
 }
 

@@ -9,9 +9,9 @@ use crate::comm::{
     ColumnTensor, CombineRecv, CombineSend, Comm, DispatchRecv, DispatchSend, Element, Output, Routing,
     Tensor, View,
 };
-use crate::config::{MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
+use crate::config::{DeviceKind, MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
 use crate::device::map::{PLANES, Plane};
-use crate::device::{Columns, Rows};
+use crate::device::{Columns, Rows, Stream};
 use crate::error::{Error, Result};
 
 /// A routing and the shape arrays of its views.
@@ -34,7 +34,7 @@ impl RoutingHandle {
     ///
     /// # Safety
     /// `tensor` is writable.
-    unsafe fn show(&self, entry: usize, view: &View, tensor: *mut a2a_tensor_t) {
+    unsafe fn show(&self, at: Place, entry: usize, view: &View, tensor: *mut a2a_tensor_t) {
         let words = &self.shapes[entry];
         for i in 0..view.ndim {
             words[i].store(view.dims[i], Ordering::Relaxed);
@@ -42,7 +42,7 @@ impl RoutingHandle {
         }
         let value = a2a_tensor_t {
             data: view.address as *mut _,
-            device: a2a_tensor_device_t { device_type: A2A_DEVICE_CPU, device_id: 0 },
+            device: at.tensor_device(),
             ndim: view.ndim as i32,
             dtype: a2a_tensor_dtype_t {
                 code: view.element.code,
@@ -55,6 +55,53 @@ impl RoutingHandle {
         };
         // SAFETY: forwarded.
         unsafe { tensor.write(value) };
+    }
+}
+
+/// Where a comm's tensors lie.
+#[derive(Clone, Copy)]
+struct Place {
+    rank: u32,
+    device: DeviceKind,
+    ordinal: i32,
+}
+
+fn place(comm: &Comm) -> Place {
+    let config = comm.config();
+    Place { rank: config.rank, device: config.device, ordinal: config.device_ordinal }
+}
+
+/// DLPack's device types: kDLCPU, kDLCUDA, and memory of the host and of the driver that kernels can address.
+const DL_CPU: i32 = 1;
+const DL_CUDA: i32 = 2;
+const DL_CUDA_HOST: i32 = 3;
+const DL_CUDA_MANAGED: i32 = 13;
+
+impl Place {
+    fn tensor_device(self) -> a2a_tensor_device_t {
+        match self.device {
+            DeviceKind::Cpu => a2a_tensor_device_t { device_type: DL_CPU, device_id: 0 },
+            DeviceKind::Cuda => a2a_tensor_device_t { device_type: DL_CUDA, device_id: self.ordinal },
+        }
+    }
+    /// Refuses a tensor that the comm's device cannot address.
+    fn check(self, name: &str, device: a2a_tensor_device_t) -> Result<()> {
+        let (rank, given) = (self.rank, device.device_type);
+        let refuse = |text: String| Err(Error::invalid(format!("rank {rank}: {name} lies on {text}")));
+        match (self.device, given) {
+            (DeviceKind::Cpu, DL_CPU) | (DeviceKind::Cuda, DL_CUDA_HOST | DL_CUDA_MANAGED) => Ok(()),
+            (DeviceKind::Cuda, DL_CUDA) if device.device_id == self.ordinal => Ok(()),
+            (DeviceKind::Cuda, DL_CUDA) => refuse(format!(
+                "CUDA device {}, the comm is on device {} (device_ordinal)",
+                device.device_id, self.ordinal
+            )),
+            (DeviceKind::Cpu, _) => {
+                refuse(format!("DLPack device type {given}, the comm is on the CPU ({DL_CPU})"))
+            }
+            (DeviceKind::Cuda, _) => {
+                refuse(format!("DLPack device type {given}, the comm is on CUDA memory ({DL_CUDA})"))
+            }
+        }
     }
 }
 
@@ -72,16 +119,11 @@ struct Header {
 ///
 /// # Safety
 /// `tensor` points at a tensor whose shape and strides have ndim entries.
-unsafe fn read_header(rank: u32, name: &str, tensor: *const a2a_tensor_t) -> Result<Header> {
-    let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
+unsafe fn read_header(at: Place, name: &str, tensor: *const a2a_tensor_t) -> Result<Header> {
+    let invalid = |text: String| Err(Error::invalid(format!("rank {}: {name} {text}", at.rank)));
     // SAFETY: forwarded.
     let raw = unsafe { tensor.read() };
-    if raw.device.device_type != A2A_DEVICE_CPU {
-        return invalid(format!(
-            "lies on DLPack device type {}, the comm is on the CPU (1)",
-            raw.device.device_type
-        ));
-    }
+    at.check(name, raw.device)?;
     let ndim = raw.ndim as usize;
     if !(1..=3).contains(&raw.ndim) || raw.shape.is_null() {
         return invalid(format!(
@@ -118,11 +160,11 @@ unsafe fn read_header(rank: u32, name: &str, tensor: *const a2a_tensor_t) -> Res
 ///
 /// # Safety
 /// As `read_header`, and its data is there.
-unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool) -> Result<Tensor> {
-    let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
+unsafe fn read(at: Place, name: &str, tensor: *const a2a_tensor_t, aligned: bool) -> Result<Tensor> {
+    let invalid = |text: String| Err(Error::invalid(format!("rank {}: {name} {text}", at.rank)));
     // SAFETY: forwarded.
     let Header { address, has_data, ndim, dims, strides, element } =
-        unsafe { read_header(rank, name, tensor)? };
+        unsafe { read_header(at, name, tensor)? };
     let size = element.bytes() as i64;
     let columns = if ndim > 1 { dims[ndim - 1] } else { 1 };
     let rows: i64 = if ndim > 1 { dims[..ndim - 1].iter().product() } else { dims[0] };
@@ -153,6 +195,12 @@ unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool
         if !has_data {
             return invalid(format!("has no data and the shape {:?}", &dims[..ndim]));
         }
+        // The CPU reads elements wherever they lie, a GPU where their size divides the address.
+        if at.device == DeviceKind::Cuda && !address.is_multiple_of(size as usize) {
+            return invalid(format!(
+                "has data at {address:#x}, on CUDA it must be a multiple of the {size} bytes of {element}"
+            ));
+        }
         let align = ROW_ALIGN as usize;
         if aligned && (!address.is_multiple_of(align) || !(stride as usize).is_multiple_of(align) && rows > 1)
         {
@@ -169,7 +217,7 @@ unsafe fn read(rank: u32, name: &str, tensor: *const a2a_tensor_t, aligned: bool
 /// # Safety
 /// As `read`, or NULL.
 unsafe fn optional(
-    rank: u32,
+    at: Place,
     name: &str,
     tensor: *const a2a_tensor_t,
     aligned: bool,
@@ -178,14 +226,14 @@ unsafe fn optional(
         return Ok(None);
     }
     // SAFETY: forwarded.
-    unsafe { read(rank, name, tensor, aligned) }.map(Some)
+    unsafe { read(at, name, tensor, aligned) }.map(Some)
 }
 
 /// An output: not wanted (NULL), a view (no data), or the caller's. A caller's empty tensor has a shape and no data.
 ///
 /// # Safety
 /// As `read`, or NULL.
-unsafe fn output(rank: u32, name: &str, tensor: *mut a2a_tensor_t, aligned: bool) -> Result<Output> {
+unsafe fn output(at: Place, name: &str, tensor: *mut a2a_tensor_t, aligned: bool) -> Result<Output> {
     if tensor.is_null() {
         return Ok(Output::Nothing);
     }
@@ -200,18 +248,18 @@ unsafe fn output(rank: u32, name: &str, tensor: *mut a2a_tensor_t, aligned: bool
         }
     }
     // SAFETY: forwarded.
-    unsafe { read(rank, name, tensor, aligned) }.map(Output::Into)
+    unsafe { read(at, name, tensor, aligned) }.map(Output::Into)
 }
 
 /// Reads a tensor of 4-byte elements whose token dimension is contiguous: [rows, S] or [blocks, rows, S].
 ///
 /// # Safety
 /// As `read`.
-unsafe fn read_columns(rank: u32, name: &str, tensor: *const a2a_tensor_t) -> Result<ColumnTensor> {
-    let invalid = |text: String| Err(Error::invalid(format!("rank {rank}: {name} {text}")));
+unsafe fn read_columns(at: Place, name: &str, tensor: *const a2a_tensor_t) -> Result<ColumnTensor> {
+    let invalid = |text: String| Err(Error::invalid(format!("rank {}: {name} {text}", at.rank)));
     // SAFETY: forwarded.
     let Header { address, has_data, ndim, dims, strides, element } =
-        unsafe { read_header(rank, name, tensor)? };
+        unsafe { read_header(at, name, tensor)? };
     if ndim < 2 || element.bytes() != 4 {
         return invalid(format!(
             "has {ndim} dimensions of {element}, scales by column are [rows, S] or [blocks, rows, S] of 4 bytes each"
@@ -251,13 +299,13 @@ unsafe fn read_columns(rank: u32, name: &str, tensor: *const a2a_tensor_t) -> Re
 ///
 /// # Safety
 /// As `output`.
-unsafe fn column_output(rank: u32, name: &str, tensor: *mut a2a_tensor_t) -> Result<Output> {
+unsafe fn column_output(at: Place, name: &str, tensor: *mut a2a_tensor_t) -> Result<Output> {
     // SAFETY: forwarded.
     unsafe {
         if tensor.is_null() || (*tensor).data.is_null() {
-            return output(rank, name, tensor, false);
+            return output(at, name, tensor, false);
         }
-        read_columns(rank, name, tensor).map(Output::Columns)
+        read_columns(at, name, tensor).map(Output::Columns)
     }
 }
 
@@ -283,6 +331,7 @@ pub unsafe fn dispatch(
     handle: &RoutingHandle,
     input: &a2a_dispatch_in_t,
     out: *mut a2a_dispatch_out_t,
+    stream: Stream,
 ) -> Result<()> {
     let rank = comm.config().rank;
     let (sends, recvs) = phases(rank, input.phase)?;
@@ -305,7 +354,7 @@ pub unsafe fn dispatch(
         recv = Some(unsafe { dispatch_recv(comm, &outputs)? });
         raw = Some(outputs);
     }
-    let views = comm.dispatch(&handle.routing, send.as_ref(), recv.as_ref(), input.flags)?;
+    let views = comm.dispatch(&handle.routing, send.as_ref(), recv.as_ref(), input.flags, stream)?;
     if let Some(raw) = raw {
         let tensors = planes(&raw);
         let small = [
@@ -319,7 +368,7 @@ pub unsafe fn dispatch(
         for (entry, view, tensor) in rows.chain(small) {
             if let Some(view) = view {
                 // SAFETY: a view was asked for through this pointer.
-                unsafe { handle.show(entry, view, tensor) };
+                unsafe { handle.show(place(comm), entry, view, tensor) };
             }
         }
         // SAFETY: read_struct found at least the first version's size behind the pointer.
@@ -332,19 +381,19 @@ pub unsafe fn dispatch(
 /// As `dispatch`.
 unsafe fn dispatch_send<'a>(comm: &Comm, input: &'a a2a_dispatch_in_t) -> Result<DispatchSend<'a>> {
     let config = comm.config();
-    let rank = config.rank;
+    let (rank, at) = (config.rank, place(comm));
     let mut extras = [None; MAX_EXTRAS];
     // SAFETY: forwarded, here and below.
     unsafe {
         for (i, extra) in extras.iter_mut().enumerate() {
-            *extra = optional(rank, format_extra(i), input.extras[i], false)?;
+            *extra = optional(at, format_extra(i), input.extras[i], false)?;
         }
-        let tokens = optional(rank, "tokens", input.tokens, true)?;
+        let tokens = optional(at, "tokens", input.tokens, true)?;
         Ok(DispatchSend {
             tokens: *required(rank, "tokens", &tokens)?,
-            topk_ids: optional(rank, "topk_ids", input.topk_ids, false)?,
-            topk_weights: optional(rank, "topk_weights", input.topk_weights, false)?,
-            scales: optional(rank, "scales", input.scales, false)?,
+            topk_ids: optional(at, "topk_ids", input.topk_ids, false)?,
+            topk_weights: optional(at, "topk_weights", input.topk_weights, false)?,
+            scales: optional(at, "scales", input.scales, false)?,
             extras,
             rank_tokens: (!input.rank_tokens.is_null())
                 .then(|| std::slice::from_raw_parts(input.rank_tokens, config.num_ranks as usize)),
@@ -402,22 +451,22 @@ fn planes(raw: &a2a_dispatch_out_t) -> [(bool, *mut a2a_tensor_t); PLANES] {
 /// # Safety
 /// As `dispatch`.
 unsafe fn dispatch_recv(comm: &Comm, raw: &a2a_dispatch_out_t) -> Result<DispatchRecv> {
-    let rank = comm.config().rank;
+    let at = place(comm);
     let by_column = comm.config().scale_layout == ScaleLayout::Column;
     let mut recv = DispatchRecv::default();
     // SAFETY: forwarded, here and below.
     unsafe {
         for (plane, (aligned, tensor)) in planes(raw).into_iter().enumerate() {
             recv.planes[plane] = match plane == Plane::Scales as usize && by_column {
-                true => column_output(rank, OUTPUTS[plane], tensor)?,
-                false => output(rank, OUTPUTS[plane], tensor, aligned)?,
+                true => column_output(at, OUTPUTS[plane], tensor)?,
+                false => output(at, OUTPUTS[plane], tensor, aligned)?,
             };
         }
-        recv.expert_counts = output(rank, "the output expert_counts", raw.expert_counts, false)?;
-        recv.rank_counts = output(rank, "the output rank_counts", raw.rank_counts, false)?;
-        recv.expert_offsets = output(rank, "the output expert_offsets", raw.expert_offsets, false)?;
-        recv.expert_stats = output(rank, "the output expert_stats", raw.expert_stats, false)?;
-        recv.status = output(rank, "the output status", raw.status, false)?;
+        recv.expert_counts = output(at, "the output expert_counts", raw.expert_counts, false)?;
+        recv.rank_counts = output(at, "the output rank_counts", raw.rank_counts, false)?;
+        recv.expert_offsets = output(at, "the output expert_offsets", raw.expert_offsets, false)?;
+        recv.expert_stats = output(at, "the output expert_stats", raw.expert_stats, false)?;
+        recv.status = output(at, "the output status", raw.status, false)?;
     }
     Ok(recv)
 }
@@ -429,8 +478,9 @@ pub unsafe fn combine(
     handle: &RoutingHandle,
     input: &a2a_combine_in_t,
     out: *mut a2a_combine_out_t,
+    stream: Stream,
 ) -> Result<()> {
-    let rank = comm.config().rank;
+    let (rank, at) = (comm.config().rank, place(comm));
     let (sends, recvs) = phases(rank, input.phase)?;
     if input.max_sms < 0 {
         return Err(Error::invalid(format!(
@@ -441,13 +491,13 @@ pub unsafe fn combine(
     let send = match sends {
         true => {
             // SAFETY: forwarded.
-            let tokens = unsafe { optional(rank, "tokens", input.tokens, true)? };
+            let tokens = unsafe { optional(at, "tokens", input.tokens, true)? };
             let tokens = *required(rank, "tokens", &tokens)?;
             // SAFETY: forwarded.
             let (topk_weights, row_weights) = unsafe {
                 (
-                    optional(rank, "topk_weights", input.topk_weights, false)?,
-                    optional(rank, "row_weights", input.row_weights, false)?,
+                    optional(at, "topk_weights", input.topk_weights, false)?,
+                    optional(at, "row_weights", input.row_weights, false)?,
                 )
             };
             Some(CombineSend { tokens, topk_weights, row_weights })
@@ -460,18 +510,18 @@ pub unsafe fn combine(
         let outputs: a2a_combine_out_t = unsafe { read_struct(out)? };
         recv = Some(CombineRecv {
             // SAFETY: forwarded.
-            tokens: unsafe { optional(rank, "the output tokens", outputs.tokens, true)? },
+            tokens: unsafe { optional(at, "the output tokens", outputs.tokens, true)? },
             // SAFETY: forwarded.
-            topk_weights: unsafe { optional(rank, "the output topk_weights", outputs.topk_weights, false)? },
+            topk_weights: unsafe { optional(at, "the output topk_weights", outputs.topk_weights, false)? },
             // SAFETY: forwarded.
-            status: unsafe { output(rank, "the output status", outputs.status, false)? },
+            status: unsafe { output(at, "the output status", outputs.status, false)? },
         });
         raw = Some(outputs);
     }
-    let view = comm.combine(&handle.routing, send.as_ref(), recv.as_ref(), input.flags)?;
+    let view = comm.combine(&handle.routing, send.as_ref(), recv.as_ref(), input.flags, stream)?;
     if let (Some(view), Some(raw)) = (view, raw) {
         // SAFETY: a view was asked for through this pointer.
-        unsafe { handle.show(PLANES + 4, &view, raw.status) };
+        unsafe { handle.show(place(comm), PLANES + 4, &view, raw.status) };
     }
     Ok(())
 }
@@ -492,6 +542,6 @@ pub unsafe fn combine_buffer(
         (preset.bits != 0).then_some(Element { code: preset.code, bits: preset.bits, lanes: preset.lanes });
     let view = comm.combine_buffer(&handle.routing, element)?;
     // SAFETY: not NULL, the caller's.
-    unsafe { handle.show(PLANES + 3, &view, tensor) };
+    unsafe { handle.show(place(comm), PLANES + 3, &view, tensor) };
     Ok(())
 }

@@ -4,7 +4,7 @@ use super::routing::{Routing, Sent};
 use super::tensor::{Element, Output, Tensor, View};
 use super::{Comm, lock};
 use crate::config::{Dtype, ROW_ALIGN};
-use crate::device::{Combine, Device, Float, Half, Region, Rows, Target, Weighting};
+use crate::device::{Combine, Device, Float, Half, Region, Rows, Stream, Target, Weighting};
 use crate::error::{Error, Result};
 
 /// Combine flags, as the ABI numbers them.
@@ -43,7 +43,7 @@ impl Comm {
     pub fn combine_buffer(&self, routing: &Routing, element: Option<Element>) -> Result<View> {
         let (_call, device) = self.enter()?;
         self.check_routing(routing)?;
-        device.check(&self.call(routing), Half::CombineSend)?;
+        device.check(&self.call(routing, Stream::none(), false), Half::CombineSend)?;
         if !self.backend.uses().rows {
             return Err(Error::unsupported(format!(
                 "rank {}: backend {} keeps no rows: results stay in the caller's tensor until they are sent",
@@ -97,6 +97,7 @@ impl Comm {
         send: Option<&CombineSend>,
         recv: Option<&CombineRecv>,
         flags: u64,
+        stream: Stream,
     ) -> Result<Option<View>> {
         let (_call, device) = self.enter()?;
         self.check_routing(routing)?;
@@ -109,7 +110,7 @@ impl Comm {
         if flags & !(ACCUMULATE | NO_WEIGHTS) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x3")));
         }
-        let call = self.call(routing);
+        let call = self.call(routing, stream, false);
         let due = if send.is_some() { Half::CombineSend } else { Half::CombineRecv };
         self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);
@@ -149,6 +150,7 @@ impl Comm {
         let c = Combine {
             call,
             memory: &routing.memory,
+            split: send.is_none() || recv.is_none(),
             grid: sent.grid,
             tokens: sent.tokens,
             everyone: sent.everyone,

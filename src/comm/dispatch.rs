@@ -7,7 +7,7 @@ use super::{Comm, lock};
 use crate::config::{LayoutKind, MAX_EXTRAS, QuantKind, ROW_ALIGN, ScaleLayout};
 use crate::device::grid::Grid;
 use crate::device::map::{IDS, PLANES, Plane, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
-use crate::device::{Device, Dispatch, Float, Half, Outbound, Region, Rows, Target, column_shape};
+use crate::device::{Device, Dispatch, Float, Half, Outbound, Region, Rows, Stream, Target, column_shape};
 use crate::error::{Error, Result, Status};
 
 /// Dispatch flags, as the ABI numbers them.
@@ -118,13 +118,14 @@ impl Comm {
         send: Option<&DispatchSend>,
         recv: Option<&DispatchRecv>,
         flags: u64,
+        stream: Stream,
     ) -> Result<DispatchViews> {
         let (_call, device) = self.enter()?;
         self.check_routing(routing)?;
         if flags & !(HOST_COUNTS | ZERO_PADDING | UNIFORM | REUSE) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0xf")));
         }
-        let call = self.call(routing);
+        let call = self.call(routing, stream, recv.is_some() && flags & HOST_COUNTS != 0);
         let due = if send.is_some() { Half::DispatchSend } else { Half::DispatchRecv };
         self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);
@@ -192,7 +193,7 @@ impl Comm {
                 self.backend.dispatch_recv(device, &d)
             })?;
             if flags & HOST_COUNTS != 0 {
-                views.num_rows = device.received_rows(&d) as i64;
+                views.num_rows = device.received_rows(&d)? as i64;
             }
             let (capacity, blocks) = (d.capacity, d.grid.block().is_some());
             sent.received = true;

@@ -7,9 +7,11 @@ use serde_json::{Value, json};
 use crate::backend;
 use crate::config::{BackendKind, BootstrapKind, Config, DeviceKind, LayoutKind, MAX_ROWS, TransportKind};
 use crate::config::{QuantKind, ScaleLayout};
+use crate::device::cuda;
 use crate::device::grid::Grid;
 use crate::device::map::{Map, PLANES, Plane, RoutingMap, Sizes};
 use crate::error::{Error, Result, Status};
+use crate::memory::vmm;
 
 /// AUTO, in order of preference among those that offer the layout and fit into memory_limit. Without a layout the
 /// first is chosen, whose rows need no counts. Two strategies compete for a layout on CPU windows, HIGH_THROUGHPUT and
@@ -24,9 +26,13 @@ const AUTO: [BackendKind; 5] = [
     BackendKind::NvlinkTwoSided,
 ];
 
+/// The strategies whose ops have kernels.
+const ON_CUDA: [BackendKind; 2] = [BackendKind::NvlinkOneSided, BackendKind::AllgatherReducescatter];
+
 /// What a config leads to.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    pub device: DeviceKind,
     pub backend: BackendKind,
     pub layout: LayoutKind,
     pub transport: TransportKind,
@@ -48,7 +54,7 @@ pub struct Memory {
 
 impl Plan {
     pub fn memory(&self) -> Memory {
-        memory(&self.map, &self.routing)
+        memory(self.device, &self.map, &self.routing)
     }
     /// Rows of this rank's outputs in a full step.
     pub fn row_capacity(&self, config: &Config) -> u64 {
@@ -56,8 +62,12 @@ impl Plan {
     }
 }
 
-fn memory(map: &Map, routing: &RoutingMap) -> Memory {
-    let (window, private, routing) = (map.window_bytes(), map.private_bytes(), routing.bytes());
+fn memory(device: DeviceKind, map: &Map, routing: &RoutingMap) -> Memory {
+    let (window, private) = match device {
+        DeviceKind::Cpu => (map.window_bytes(), map.private_bytes()),
+        DeviceKind::Cuda => (vmm::rounded(map.window_bytes()), cuda::private_bytes(map)),
+    };
+    let routing = routing.bytes();
     Memory {
         window,
         control: map.control_bytes(),
@@ -79,10 +89,8 @@ fn check_fields(config: &Config) -> Result<()> {
         )))
     };
     if config.device == DeviceKind::Cuda {
-        return Err(Error::unsupported(format!(
-            "rank {}: device is cuda (2), and this build has no device code: it knows cpu (1)",
-            config.rank
-        )));
+        let usable = cuda::check_kernels().and_then(|()| cuda::probe());
+        usable.map_err(|e| e.context(format!("rank {}: device is cuda (2)", config.rank)))?;
     }
     if config.max_ranks != config.num_ranks {
         return refuse("max_ranks", config.max_ranks.to_string(), "num_ranks (no backend here is elastic)");
@@ -103,6 +111,9 @@ fn check_fields(config: &Config) -> Result<()> {
 fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutKind, Map), String> {
     if backend::of(kind).is_none() {
         return Err("not in this build".into());
+    }
+    if config.device == DeviceKind::Cuda && !ON_CUDA.contains(&kind) {
+        return Err("not on cuda in this build".into());
     }
     let offered = kind.layouts();
     if config.layout != LayoutKind::Auto && !offered.contains(&config.layout) {
@@ -131,7 +142,7 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
 
 /// Why a strategy that could serve the config is passed over by AUTO.
 fn too_large(map: &Map, config: &Config) -> Option<String> {
-    let need = memory(map, &RoutingMap::new(&map.sizes)).total;
+    let need = memory(config.device, map, &RoutingMap::new(&map.sizes)).total;
     (config.memory_limit != 0 && need > config.memory_limit)
         .then(|| format!("it needs {need} bytes, memory_limit is {}", config.memory_limit))
 }
@@ -196,7 +207,15 @@ pub fn plan(config: &Config) -> Result<Plan> {
         )));
     }
     let routing = RoutingMap::new(&map.sizes);
-    Ok(Plan { backend, layout, transport: TransportKind::Window, reason, map, routing })
+    Ok(Plan {
+        device: config.device,
+        backend,
+        layout,
+        transport: TransportKind::Window,
+        reason,
+        map,
+        routing,
+    })
 }
 
 /// The plan, if its memory may be taken.
@@ -262,7 +281,8 @@ pub fn explain(config: &Config) -> String {
         .map(|kind| {
             let chosen = plan.as_ref().is_ok_and(|p| p.backend == *kind);
             let found = candidate(*kind, config);
-            let bytes = found.as_ref().ok().map(|(_, map)| memory(map, &RoutingMap::new(&map.sizes)));
+            let bytes =
+                found.as_ref().ok().map(|(_, map)| memory(config.device, map, &RoutingMap::new(&map.sizes)));
             let why = match (&plan, &found) {
                 (Ok(plan), _) if chosen => plan.reason.clone(),
                 (_, Err(why)) => why.clone(),

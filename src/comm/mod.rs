@@ -12,18 +12,20 @@ mod routing;
 mod tensor;
 mod watchdog;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{self, Backend};
-use crate::config::{Config, MAX_TIMEOUT_MS};
+use crate::config::{Config, DeviceKind, MAX_TIMEOUT_MS};
+use crate::device::cuda::{self, Cuda};
 use crate::device::grid::Grid;
 use crate::device::host::Host;
-use crate::device::{Call, Device, Half, Health, Region, Rows, Stats, Target};
+use crate::device::{Call, Device, Half, Health, Region, Rows, Stats, Stream, Target};
 use crate::error::{Error, Loss, Result, Status};
 use crate::log::{Level, log};
+use crate::memory::vmm::{self, VmmWindow};
 use crate::memory::{WindowFd, Windows};
 use crate::transport::bootstrap;
 
@@ -75,7 +77,7 @@ impl Comm {
         let Some(backend) = backend::of(plan.backend) else {
             return Err(Error::internal("a backend was chosen that is not built"));
         };
-        let (rank, bytes) = (config.rank, plan.map.window_bytes());
+        let (rank, bytes) = (config.rank, plan.memory().window);
         let health = Arc::new(Health::new(config.num_ranks));
 
         let mut own = None;
@@ -83,12 +85,14 @@ impl Comm {
             // Refused here and not before, so that the other ranks hear of it.
             explain::affordable(&config)?;
             let (lifeline, mut fds) = Lifeline::new()?;
-            fds.insert(0, WindowFd::create(rank, bytes)?.into_fd());
-            own = Some(lifeline);
+            let (window, fd) = OwnWindow::create(&config, bytes, &fds)?;
+            fds.insert(0, fd);
+            own = Some((lifeline, window));
             Ok(fds)
         })?;
+        let Some((lifeline, window)) = own else { return Err(Error::internal("no window was made")) };
         let fds = std::mem::take(&mut gathered.fds);
-        let built = build(&config, &plan, &health, fds);
+        let built = build(&config, &plan, &health, window, fds);
         let (device, watchdog) = match built {
             Ok(built) => {
                 gathered.finish(&config, Ok(()))?;
@@ -100,7 +104,6 @@ impl Comm {
                 return Err(error);
             }
         };
-        let Some(lifeline) = own else { return Err(Error::internal("no lifeline was made")) };
         log(Level::Info, || {
             format!(
                 "rank {rank} of {}: {} ({}) on {}, {bytes} bytes of window",
@@ -164,6 +167,8 @@ impl Comm {
                 word.store(value as u64, Ordering::Relaxed);
             }
         }
+        let now = |word: &AtomicU64| Duration::from_millis(word.load(Ordering::Relaxed));
+        self.device()?.set_timeout(now(&self.first_step_timeout_ms), now(&self.timeout_ms));
         Ok(())
     }
 
@@ -180,7 +185,7 @@ impl Comm {
 
     /// Ends calls in flight and tells the peers.
     fn leave(&self) {
-        self.health.aborted.store(true, Ordering::Release);
+        self.health.abort();
         if let Ok(device) = self.device() {
             device.leave(true);
         }
@@ -188,7 +193,7 @@ impl Comm {
 
     pub fn destroy(&self) {
         // A call in flight sees the abort within one poll, so this lock is not waited for long.
-        self.health.aborted.store(true, Ordering::Release);
+        self.health.abort();
         let _call = lock(&self.in_call);
         let device = self.device.write().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(device) = device {
@@ -220,11 +225,13 @@ impl Comm {
         Ok((call, self.device()?))
     }
 
-    fn call(&self, routing: &Routing) -> Call {
+    fn call(&self, routing: &Routing, stream: Stream, host_waits: bool) -> Call {
         let first = !self.first_step_done.load(Ordering::Relaxed);
         let ms = if first { &self.first_step_timeout_ms } else { &self.timeout_ms };
         Call {
             slot: routing.slot,
+            stream,
+            host_waits,
             routing: routing.id,
             started: Instant::now(),
             budget: Duration::from_millis(ms.load(Ordering::Relaxed)),
@@ -241,7 +248,7 @@ impl Comm {
             comm: self.id,
             rank: self.config.rank,
             slot: slot as u32,
-            memory: Arc::new(device.alloc(self.plan.routing.bytes())?),
+            memory: Arc::new(device.alloc(slot as u32, self.plan.routing.bytes())?),
             sent: Mutex::new(Sent::new(self.plan.map.sizes.grid, self.config.num_ranks)),
         })
     }
@@ -284,6 +291,10 @@ impl Comm {
                 if error.status.is_step() {
                     let lost = error.loss.as_deref().map_or(&[][..], |loss: &Loss| &loss.lost);
                     device.void_status(status, call.slot, lost);
+                }
+                // What a driver refused leaves nothing to count on.
+                if error.status == Status::Cuda {
+                    self.fail(error.clone());
                 }
                 // The abort's own sentence is the one on record.
                 match lock(&self.failure).clone().filter(|_| error.status == Status::Aborted) {
@@ -406,32 +417,67 @@ impl Drop for Comm {
     }
 }
 
+/// This rank's window before the others have theirs, and what it lies on.
+enum OwnWindow {
+    /// A descriptor is all of it.
+    Host,
+    Cuda(Box<cuda::Ground>, VmmWindow),
+}
+
+impl OwnWindow {
+    /// `shared`: the lifeline and the other descriptors that peers get. Returns the window's own.
+    fn create(config: &Config, bytes: u64, shared: &[OwnedFd]) -> Result<(OwnWindow, OwnedFd)> {
+        if config.device == DeviceKind::Cpu {
+            return Ok((OwnWindow::Host, WindowFd::create(config.rank, bytes)?.into_fd()));
+        }
+        let Some(lifeline) = shared.first() else { return Err(Error::internal("no lifeline was made")) };
+        let on_device = |e: Error| e.context(format!("rank {}", config.rank));
+        let ground = cuda::Ground::new(config.device_ordinal, config.num_slots, config.ranks_per_device)
+            .map_err(on_device)?;
+        let window = VmmWindow::create(ground.context(), config.rank, bytes, lifeline.as_fd())?;
+        let fd = window.export()?;
+        Ok((OwnWindow::Cuda(Box::new(ground), window), fd))
+    }
+}
+
 /// Maps every window, puts this rank's own into its first state and starts the watchdog. No rank steps before all
 /// have done this: the rendezvous ends with it.
 fn build(
     config: &Config,
     plan: &Plan,
     health: &Arc<Health>,
+    own: OwnWindow,
     fds: Vec<Vec<OwnedFd>>,
 ) -> Result<(Arc<dyn Device>, Watchdog)> {
-    let bytes = plan.map.window_bytes();
+    let (rank, bytes) = (config.rank, plan.memory().window);
     let mut windows = Vec::with_capacity(fds.len());
     let mut watched = Vec::with_capacity(fds.len());
     for (peer, mut fds) in fds.into_iter().enumerate() {
         if fds.len() < 2 {
             return Err(Error::new(
                 Status::PeerLost,
-                format!(
-                    "rank {}: rank {peer} sent {} descriptors, at least 2 were due",
-                    config.rank,
-                    fds.len()
-                ),
+                format!("rank {rank}: rank {peer} sent {} descriptors, at least 2 were due", fds.len()),
             ));
         }
-        windows.push(WindowFd::adopt(peer as u32, fds.remove(0), bytes)?);
-        watched.push(if peer as u32 == config.rank { Vec::new() } else { fds });
+        windows.push(fds.remove(0));
+        watched.push(fds);
     }
-    let bases = Windows::map(windows, bytes)?.bases();
-    let device = Host::new(config.rank, plan.map.clone(), config.experts.clone(), bases, health.clone());
-    Ok((Arc::new(device), Watchdog::start(config.rank, watched, health.clone())?))
+    let (map, experts) = (plan.map.clone(), config.experts.clone());
+    let device: Arc<dyn Device> = match own {
+        OwnWindow::Host => {
+            let adopted = windows.into_iter().zip(0..).map(|(fd, peer)| WindowFd::adopt(peer, fd, bytes));
+            let bases = Windows::map(adopted.collect::<Result<_>>()?, bytes)?.bases();
+            Arc::new(Host::new(rank, map, experts, bases, health.clone()))
+        }
+        OwnWindow::Cuda(ground, window) => {
+            let attic = vmm::attic(watched[0][0].as_fd())?;
+            let lifelines = watched.iter().map(|fds| fds[0].as_fd());
+            let bases = vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?.bases();
+            Arc::new(Cuda::new(rank, map, experts, bases, health.clone(), *ground, attic)?)
+        }
+    };
+    let milliseconds = Duration::from_millis;
+    device.set_timeout(milliseconds(config.first_step_timeout_ms), milliseconds(config.timeout_ms));
+    watched[rank as usize].clear();
+    Ok((device, Watchdog::start(rank, watched, health.clone())?))
 }

@@ -6,7 +6,6 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -91,7 +90,7 @@ fn watch(rank: u32, wake: &OwnedFd, mut watched: Vec<Vec<OwnedFd>>, health: &Hea
             .map(|(_, peer)| *peer)
             .collect();
         for peer in ended {
-            if !health.dead[peer].swap(true, Ordering::Release) {
+            if health.died(peer as u32) {
                 log(Level::Info, || format!("rank {rank}: rank {peer} has ended or left"));
             }
             watched[peer].clear();

@@ -68,6 +68,8 @@ pub mod mail {
     pub const FIFO_TAIL: u64 = 208;
     /// {epoch << 32 | operation << 16 | rank}: whose rows the owner's RECV stands still for. In its own mailbox alone.
     pub const WAITS_FOR: u64 = 216;
+    /// On CUDA the dispatch flag is here, and {epoch << 32 | digest of the shape} beside it: one load sees both.
+    pub const DISPATCH_PAIR: u64 = 224;
     pub const BYTES: u64 = 256;
 }
 
@@ -277,6 +279,11 @@ impl Map {
     /// Flags, words, counts and small outputs of the whole window.
     pub fn control_bytes(&self) -> u64 {
         self.slots + self.control_bytes * self.sizes.slots as u64
+    }
+
+    /// Of one slot.
+    pub fn control_bytes_of_slot(&self) -> u64 {
+        self.control_bytes
     }
 
     fn slot(&self, slot: u32) -> u64 {

@@ -4,13 +4,15 @@
 //! one call run in the order given and see each other's results; a device that launches work may fuse them until
 //! `close`. What a device decides from (sequence, state, deadlines) it keeps itself.
 
+pub mod cuda;
 pub mod grid;
 pub mod host;
 pub mod map;
+mod order;
 
 use std::any::Any;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::config::{OverflowKind, QuantKind};
@@ -140,7 +142,8 @@ unsafe impl Sync for Bases {}
 
 impl Bases {
     /// # Safety
-    /// Each window is mapped, readable and writable, 128-byte aligned, for as long as `keep` lives.
+    /// Each window is mapped, readable and writable, 128-byte aligned, for as long as `keep` lives: by the CPU if `host`
+    /// runs the ops, by the GPU alone if `cuda` does, which takes addresses of it and never looks behind them.
     pub unsafe fn new(windows: Vec<(*mut u8, u64)>, keep: Arc<dyn Any + Send + Sync>) -> Bases {
         Bases { windows, _keep: keep }
     }
@@ -165,15 +168,76 @@ impl Bases {
 
 /// What threads beside the calling one tell a waiting device.
 pub struct Health {
-    /// The user aborted this comm.
-    pub aborted: AtomicBool,
-    /// A rank's process is gone.
-    pub dead: Box<[AtomicBool]>,
+    aborted: AtomicBool,
+    dead: Box<[AtomicBool]>,
+    /// The same where kernels can see it.
+    mirror: OnceLock<Mirror>,
 }
+
+/// Words that kernels read: not 0 is true.
+struct Mirror {
+    aborted: *const AtomicU32,
+    /// One a rank.
+    dead: *const AtomicU32,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: atomics, kept by `_keep`.
+unsafe impl Send for Mirror {}
+// SAFETY: as above.
+unsafe impl Sync for Mirror {}
 
 impl Health {
     pub fn new(ranks: u32) -> Health {
-        Health { aborted: AtomicBool::new(false), dead: (0..ranks).map(|_| AtomicBool::new(false)).collect() }
+        Health {
+            aborted: AtomicBool::new(false),
+            dead: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
+            mirror: OnceLock::new(),
+        }
+    }
+    /// The user aborted this comm.
+    pub fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::Acquire)
+    }
+    /// A rank's process is gone.
+    pub fn is_dead(&self, rank: u32) -> bool {
+        self.dead[rank as usize].load(Ordering::Acquire)
+    }
+    pub fn abort(&self) {
+        self.aborted.store(true, Ordering::SeqCst);
+        self.reflect(|mirror| mirror.aborted);
+    }
+    /// True if it was not known.
+    pub fn died(&self, rank: u32) -> bool {
+        let known = self.dead[rank as usize].swap(true, Ordering::SeqCst);
+        self.reflect(|mirror| mirror.dead.wrapping_add(rank as usize));
+        !known
+    }
+    fn reflect(&self, word: impl Fn(&Mirror) -> *const AtomicU32) {
+        if let Some(mirror) = self.mirror.get() {
+            // SAFETY: kept, and as many as there are ranks.
+            unsafe { (*word(mirror)).store(1, Ordering::SeqCst) };
+        }
+    }
+
+    /// From now on the words say the same.
+    ///
+    /// # Safety
+    /// A word, and one for each rank, that live as long as `keep`.
+    unsafe fn mirror(
+        &self,
+        aborted: *const AtomicU32,
+        dead: *const AtomicU32,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) {
+        let _ = self.mirror.set(Mirror { aborted, dead, _keep: keep });
+        // What happened before; what happens now is reflected by who does it.
+        if self.aborted.load(Ordering::SeqCst) {
+            self.reflect(|mirror| mirror.aborted);
+        }
+        for rank in (0..self.dead.len()).filter(|rank| self.dead[*rank].load(Ordering::SeqCst)) {
+            self.reflect(|mirror| mirror.dead.wrapping_add(rank));
+        }
     }
 }
 
@@ -182,6 +246,13 @@ macro_rules! stats {
         /// What a comm has moved; the fields are those of the ABI's a2a_stats_t.
         #[derive(Default)]
         pub struct Stats { $(pub $name: AtomicU64),+ }
+
+        impl Stats {
+            /// All of them, in this order.
+            fn all(&self) -> impl Iterator<Item = &AtomicU64> {
+                [$(&self.$name),+].into_iter()
+            }
+        }
     };
 }
 stats!(
@@ -221,10 +292,35 @@ impl Half {
     }
 }
 
+/// A CUDA stream, as the caller has it; means nothing on the CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream(*mut std::ffi::c_void);
+
+// SAFETY: a handle; whoever made it vouches for it during the call.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// # Safety
+    /// NULL (the legacy default stream), or a stream of the comm's device that lives until the work of the calls it is
+    /// passed to has ended. Anything if the comm is on the CPU.
+    pub unsafe fn new(handle: *mut std::ffi::c_void) -> Stream {
+        Stream(handle)
+    }
+    /// For what launches nothing.
+    pub fn none() -> Stream {
+        Stream(std::ptr::null_mut())
+    }
+}
+
 /// One call's use of a slot.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
     pub slot: u32,
+    pub stream: Stream,
+    /// The host waits for the call's outcome.
+    pub host_waits: bool,
     /// The routing, by a number that is never used twice.
     pub routing: u64,
     /// One deadline covers all waits of a call.
@@ -383,6 +479,8 @@ pub enum Weighting {
 pub struct Combine<'a> {
     pub call: Call,
     pub memory: &'a Arc<Block>,
+    /// The halves are calls of their own.
+    pub split: bool,
     /// Of the dispatch.
     pub grid: Grid,
     pub tokens: u32,
@@ -418,8 +516,8 @@ impl Combine<'_> {
 pub struct Block {
     ptr: *mut u8,
     bytes: usize,
-    /// Frees it; runs once, on drop.
-    free: unsafe fn(*mut u8, usize),
+    /// Frees it, or owns what does; runs once, on drop.
+    free: Option<Box<dyn FnOnce(*mut u8, usize) + Send + Sync>>,
 }
 
 // SAFETY: owned memory; access is serialised by the comm's lock.
@@ -438,15 +536,16 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: the allocator's own pair of function and pointer.
-        unsafe { (self.free)(self.ptr, self.bytes) }
+        if let Some(free) = self.free.take() {
+            free(self.ptr, self.bytes);
+        }
     }
 }
 
 /// The ops.
 pub trait Device: Send + Sync {
-    /// Private memory, zeroed.
-    fn alloc(&self, bytes: u64) -> Result<Block>;
+    /// Private memory for a routing of a slot, zeroed when it is first used.
+    fn alloc(&self, slot: u32, bytes: u64) -> Result<Block>;
     /// The address of the slot's received rows, small outputs and combine rows, for views.
     fn view(&self, slot: u32, region: Region) -> usize;
 
@@ -512,13 +611,15 @@ pub trait Device: Send + Sync {
     fn stream_results(&self, c: &Combine) -> Result<()>;
 
     /// The rows a received dispatch brought: the one op that the host waits for.
-    fn received_rows(&self, d: &Dispatch) -> u64;
+    fn received_rows(&self, d: &Dispatch) -> Result<u64>;
     /// Writes the status of a void step.
     fn void_status(&self, target: Target, slot: u32, lost: &[u32]);
 
     /// The first failure of any step.
     fn async_error(&self) -> Option<Error>;
     fn stats(&self) -> &Stats;
+    /// How long calls wait for peers from now on.
+    fn set_timeout(&self, first_step: Duration, step: Duration);
     /// Tells every peer that this rank takes part no more. Never waits.
     fn leave(&self, aborted: bool);
 }

@@ -28,6 +28,8 @@ verdict "declared is exported" "$(comm -23 "$work/declared" "$work/exported" | t
 verdict "exported is declared" "$(comm -13 "$work/declared" "$work/exported" | tr '\n' ' ')"
 verdict "needs only the C library" \
     "$(grep -vxE 'libc\.so\.6|libgcc_s\.so\.1|ld-linux[-a-z0-9_]*\.so\.[0-9]' "$work/needed" | tr '\n' ' ')"
+verdict "asks the loader for nothing of CUDA's" \
+    "$(nm -D --undefined-only "$library" | awk '{print $NF}' | grep -E '^(cu|nv|nccl)[A-Za-z]' | tr '\n' ' ')"
 verdict "SONAME is $soname" \
     "$(grep -q "(SONAME).*\[$soname\]" "$work/dynamic" || grep SONAME "$work/dynamic" || echo none)"
 verdict "no search path inside" "$(grep -E 'RPATH|RUNPATH|TEXTREL' "$work/dynamic" || true)"

@@ -549,7 +549,7 @@ impl Host {
             if !left {
                 return Vec::new();
             }
-            if self.health.aborted.load(Acquire) || call.started.elapsed() >= call.budget {
+            if self.health.is_aborted() || call.started.elapsed() >= call.budget {
                 let awaited = |peer: &u32| {
                     let mut others = self.other_slots(call.slot);
                     slot.fifos.has_rows_for(*peer) || others.any(|(_, other)| other.fifos.has_rows_for(*peer))

@@ -16,6 +16,7 @@ mod sync;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::map::{Map, RoutingMap};
 use super::{Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Target};
@@ -63,15 +64,8 @@ impl Host {
 
 const BLOCK_ALIGN: usize = 128;
 
-/// # Safety
-/// `ptr` and `bytes` are those of one `alloc`.
-unsafe fn free_block(ptr: *mut u8, bytes: usize) {
-    // SAFETY: the layout it was allocated with.
-    unsafe { dealloc(ptr, Layout::from_size_align_unchecked(bytes, BLOCK_ALIGN)) }
-}
-
 impl Device for Host {
-    fn alloc(&self, bytes: u64) -> Result<Block> {
+    fn alloc(&self, _slot: u32, bytes: u64) -> Result<Block> {
         let refused = || {
             let text = format!("rank {}: no memory for {bytes} bytes of private memory", self.rank);
             Error::new(crate::error::Status::OutOfMemory, text)
@@ -82,7 +76,9 @@ impl Device for Host {
         if ptr.is_null() {
             return Err(refused());
         }
-        Ok(Block { ptr, bytes: layout.size(), free: free_block })
+        // SAFETY: the layout it was allocated with, once.
+        let free = move |ptr, _| unsafe { dealloc(ptr, layout) };
+        Ok(Block { ptr, bytes: layout.size(), free: Some(Box::new(free)) })
     }
 
     fn view(&self, slot: u32, region: Region) -> usize {
@@ -179,12 +175,12 @@ impl Device for Host {
     fn stream_results(&self, c: &Combine) -> Result<()> {
         self.stream_and_reduce(c)
     }
-    fn received_rows(&self, d: &Dispatch) -> u64 {
+    fn received_rows(&self, d: &Dispatch) -> Result<u64> {
         let l = self.ledger(d.memory);
-        match d.grid.layout {
+        Ok(match d.grid.layout {
             LayoutKind::ExpertContiguous => l.summary[route::END] as u64,
             _ => l.rank_counts.iter().map(|count| *count as u64).sum(),
-        }
+        })
     }
     fn void_status(&self, target: Target, slot: u32, lost: &[u32]) {
         self.lost_status(target, slot, lost)
@@ -194,6 +190,9 @@ impl Device for Host {
     }
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+    fn set_timeout(&self, _first_step: Duration, _step: Duration) {
+        // A call brings its own budget.
     }
     fn leave(&self, aborted: bool) {
         self.mark_gone(aborted)

@@ -252,7 +252,7 @@ pub(super) mod tests {
         }
         pub fn ledger(&mut self) -> (Ledger<'static>, Box<Block>) {
             let bytes = self.words.len() * 8;
-            let block = Box::new(Block { ptr: self.words.as_mut_ptr() as *mut u8, bytes, free: |_, _| {} });
+            let block = Box::new(Block { ptr: self.words.as_mut_ptr() as *mut u8, bytes, free: None });
             // SAFETY: the block is boxed, and the caller keeps both it and the memory.
             (Ledger::new(&self.map, unsafe { &*(&*block as *const Block) }), block)
         }

@@ -16,22 +16,12 @@ use crate::config::{LayoutKind, MAX_TOPK};
 #[cfg(debug_assertions)]
 use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map, mail, mask_words};
+use crate::device::order::State;
 use crate::device::{Call, Combine, Dispatch, Float, Half, Shape};
 use crate::error::{Error, Loss, Result, Status};
 
 /// The generation of members; it stays 1 until membership can change.
 const GENERATION: u64 = 1;
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum State {
-    #[default]
-    Idle,
-    DispatchSent,
-    Dispatched,
-    CombineSent,
-    /// The dispatch was void on every rank because some would receive too many rows.
-    Overflowed,
-}
 
 /// What a rank knows of one slot.
 #[derive(Default)]
@@ -238,44 +228,11 @@ impl Host {
         }
     }
 
-    fn wrong_order(&self, call: &Call, half: Half, state: State, why: &str) -> Error {
-        let did = match state {
-            State::Idle => "is idle and waits for dispatch SEND",
-            State::DispatchSent => "has sent a dispatch and waits for its RECV",
-            State::Dispatched => "has received a dispatch and waits for combine SEND (or another dispatch)",
-            State::CombineSent => "has sent a combine and waits for its RECV",
-            State::Overflowed => "has a dispatch that exceeded max_recv_rows and waits for another dispatch",
-        };
-        Error::invalid(format!(
-            "rank {}: {} {} on slot {} is out of order: the slot {did}{why}",
-            self.rank,
-            half.operation(),
-            match half {
-                Half::DispatchSend | Half::CombineSend => "SEND",
-                Half::DispatchRecv | Half::CombineRecv => "RECV",
-            },
-            call.slot,
-        ))
-    }
-
     pub(super) fn check_half(&self, slot: &Slot, call: &Call, half: Half) -> Result<()> {
         if let Some(error) = &slot.closed {
             return Err(error.clone());
         }
-        let state = slot.state;
-        let legal = match half {
-            Half::DispatchSend => matches!(state, State::Idle | State::Dispatched | State::Overflowed),
-            Half::DispatchRecv => state == State::DispatchSent,
-            Half::CombineSend => state == State::Dispatched,
-            Half::CombineRecv => state == State::CombineSent,
-        };
-        if !legal {
-            return Err(self.wrong_order(call, half, state, ""));
-        }
-        if half != Half::DispatchSend && slot.routing != call.routing {
-            return Err(self.wrong_order(call, half, state, ", with another routing"));
-        }
-        Ok(())
+        slot.state.check(self.rank, slot.routing, call, half)
     }
 
     pub(super) fn open_half(&self, call: &Call, half: Half) -> Result<()> {
@@ -293,12 +250,7 @@ impl Host {
 
     pub(super) fn close_half(&self, call: &Call, half: Half) {
         let mut slot = self.slot(call.slot);
-        slot.state = match half {
-            Half::DispatchSend => State::DispatchSent,
-            Half::DispatchRecv => State::Dispatched,
-            Half::CombineSend => State::CombineSent,
-            Half::CombineRecv => State::Idle,
-        };
+        slot.state = State::after(half);
         match half {
             Half::DispatchSend => Self::add(&self.stats.dispatches, 1),
             Half::CombineRecv => Self::add(&self.stats.combines, 1),
@@ -545,7 +497,7 @@ impl Host {
 
     /// Another thread aborted this comm.
     pub(super) fn check_aborted(&self, call: &Call, slot: &Slot, flag: Flag) -> Result<()> {
-        if !self.health.aborted.load(Acquire) {
+        if !self.health.is_aborted() {
             return Ok(());
         }
         let text = format!(
@@ -563,7 +515,7 @@ impl Host {
         match self.bases.half(self.rank, self.map.gone(peer)).load(Acquire) {
             1 => Some("destroyed its comm"),
             2 => Some("aborted"),
-            _ if self.health.dead[peer as usize].load(Acquire) => Some("its process ended"),
+            _ if self.health.is_dead(peer) => Some("its process ended"),
             _ => None,
         }
     }

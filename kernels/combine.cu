@@ -1,0 +1,388 @@
+// Combine: a2a_stage copies the experts' rows to where peers can read them (not needed if they were written there),
+// a2a_meet raises this rank's flags and waits for the peers', a2a_reduce reads and sums each token's rows.
+//
+// One block meets, so the blocks that sum wait for nobody: they are launched behind it, and it lets them onto the device
+// only when every flag has come. Sums are as the header says: float32, from +0.0, separate additions in rank order, one
+// rounding at the end.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "route.cuh"
+#include "wait.cuh"
+
+namespace a2a {
+
+constexpr uint32_t kStageThreads = 256;
+constexpr uint32_t kMeetThreads = 128;
+// At most: a token's row is split over smaller blocks where tokens are few.
+constexpr uint32_t kSumThreads = 256;
+
+// Block `b` stages row b of all that can be received.
+extern "C" __global__ void __launch_bounds__(kStageThreads) a2a_stage(const __grid_constant__ StageParams p) {
+  ptx::launch_dependents();
+  const Seat& seat = p.seat;
+  if (seat.slot->closed != 0 || seat.slot->state != kDispatched) return;
+  const uint64_t row = blockIdx.x;
+  if (p.flags & kGathered) {
+    uint64_t all = 0;
+    for (uint32_t source = 0; source < seat.ranks; ++source) all += p.kept_counts[source];
+    if (row >= all) return;
+  } else {
+    const uint32_t source = blockIdx.x / seat.bound;
+    if (row - static_cast<uint64_t>(source) * seat.bound >= static_cast<uint32_t>(p.kept_counts[source])) return;
+  }
+  uint8_t* window = window_of(seat, seat.rank);
+  if (p.rows != nullptr) {
+    const uint8_t* from = p.rows + row * p.stride;
+    uint8_t* to = window + p.to_rows + row * 16ull * p.vectors;
+    uint32_t i = threadIdx.x;
+    for (; i + 3 * kStageThreads < p.vectors; i += 4 * kStageThreads) {
+      int4 v[4];
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) v[j] = ptx::ld_stream(from + 16ull * (i + j * kStageThreads));
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) ptx::st_row(to + 16ull * (i + j * kStageThreads), v[j]);
+    }
+    for (; i < p.vectors; i += kStageThreads) ptx::st_row(to + 16ull * i, ptx::ld_stream(from + 16ull * i));
+  }
+  if (p.weights != nullptr) {
+    const auto* from = reinterpret_cast<const uint32_t*>(p.weights + row * p.weights_stride);
+    auto* to = reinterpret_cast<uint32_t*>(window + p.to_weights + row * p.weight_bytes);
+    for (uint32_t i = threadIdx.x; i < p.weight_bytes / 4; i += kStageThreads) to[i] = from[i];
+  }
+}
+
+// Raises this rank's flags and waits for the peers'; true if what the experts wrote may be summed. By one block: it owns
+// the slot's state, and says what became of the step.
+__device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
+  const Seat& seat = p.seat;
+  Slot& slot = *seat.slot;
+  const uint32_t tid = threadIdx.x;
+  const uint32_t closed = slot.closed, state = slot.state, epoch = slot.epoch;
+  const uint64_t sequence = slot.sequence;
+  const bool sends = p.flags & kSends, waits = p.flags & kMeetWaits;
+  // The first look is on its way while the slot is looked at.
+  uint64_t early = 0;
+  if (waits && tid < seat.ranks) early = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, tid), kCombineFlag));
+  const bool goes = closed == 0 && state == (sends ? kDispatched : kCombineSent) && slot.routing == seat.routing;
+  __syncthreads();
+  if (!goes) {
+    if (closed == 0 && tid == 0) refuse_order(seat, kCombine, state);
+    if (tid == 0) slot.whole = 0;
+    if (waits) void_status(seat, p.status);
+    return false;
+  }
+  // The last warps send while the others look.
+  if (sends) {
+    const uint32_t senders = min(blockDim.x, (seat.ranks + 31) / 32 * 32);
+    for (uint32_t peer = tid - (blockDim.x - senders); peer < seat.ranks; peer += senders) {
+      uint8_t* box = mailbox(seat, peer, seat.rank);
+      *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
+      ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
+      ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
+    }
+  }
+  if (!waits) {
+    if (tid == 0) slot.state = kCombineSent;
+    return true;
+  }
+  const Wait wait{kCombine, epoch, sequence, true};
+  const uint64_t started = ptx::globaltimer();
+  unsigned long long key = ~0ull;
+  for (uint32_t polls = 1;; ++polls) {
+    bool here = true;
+    for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
+      if (source == seat.rank && sends) continue;
+      const uint64_t flag = polls == 1 && source == tid
+                                ? early
+                                : ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
+      here &= reached(flag, epoch);
+      if (reached(flag, epoch) && static_cast<uint32_t>(flag) != p.digest && key == ~0ull) key = source;
+    }
+    if (__syncthreads_and(here)) break;
+    if (polls % 64 == 0 && !look_for_trouble(seat, wait, meeting, started)) {
+      if (tid == 0) slot.whole = 0;
+      void_status(seat, p.status);
+      return false;
+    }
+  }
+  if (__syncthreads_or(key != ~0ull)) {
+    Loss loss{};
+    if (key != ~0ull) {
+      const uint32_t peer = static_cast<uint32_t>(key);
+      const auto* theirs = reinterpret_cast<const uint32_t*>(mailbox(seat, seat.rank, peer) + kCombineShape);
+      loss = Loss{kMismatch, kCauseCombineShape, peer, 0, seat.rank, 0, 0, 0};
+      for (uint32_t i = 0; i < 4 && loss.expected == loss.seen; ++i) {
+        loss.detail = i, loss.expected = p.shape[i], loss.seen = theirs[i];
+      }
+    }
+    lose_for(seat, wait, meeting, key, loss);
+    if (tid == 0) slot.whole = 0;
+    void_status(seat, p.status);
+    return false;
+  }
+  if (tid == 0) slot.whole = 1, slot.state = kIdle;
+  return true;
+}
+
+// What a combine came to, once its flags have come.
+__device__ __forceinline__ void settle(const MeetParams& p) {
+  const Seat& seat = p.seat;
+  write_status(p.status, seat.ranks, make_int4(0, 0, 0, 0), nullptr);
+  if (threadIdx.x != 0) return;
+  seat.shared->first_step_done = 1;
+  uint64_t rows = static_cast<uint64_t>(p.tokens) * seat.ranks, mine = p.tokens;
+  if (!(p.flags & kEveryone)) {
+    rows = 0, mine = p.rows_for[seat.rank];
+    for (uint32_t peer = 0; peer < seat.ranks; ++peer) rows += p.rows_for[peer];
+  }
+  uint64_t* counters = seat.shared->counters;
+  ptx::add_relaxed_gpu(counters + kCombines, 1);
+  ptx::add_relaxed_gpu(counters + kHops, 1);
+  ptx::add_relaxed_gpu(counters + kRowsPulled, rows);
+  ptx::add_relaxed_gpu(counters + kBytesPulled, rows * p.result_bytes);
+  ptx::add_relaxed_gpu(counters + kBytesRemote, (rows - mine) * p.result_bytes);
+  if (p.staged_bytes == 0) return;
+  uint64_t staged = 0;
+  for (uint32_t source = 0; source < seat.ranks; ++source) staged += p.kept_counts[source];
+  ptx::add_relaxed_gpu(counters + kRowsCopied, staged);
+  ptx::add_relaxed_gpu(counters + kBytesCopied, staged * p.staged_bytes);
+}
+
+extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __grid_constant__ MeetParams p) {
+  __shared__ Meeting meeting;
+  if (p.flags & kStaged) ptx::wait_prerequisites();
+  const bool went = meet(p, meeting);
+  // What sums may have the device: every flag has come. It waits for this kernel's end, so the rest is left to it.
+  ptx::launch_dependents();
+  if (went && p.flags & kSettles) settle(p);
+}
+
+// ------------------------------------------------------------------------------------------------------------- sums
+
+struct Bf16 {
+  static constexpr uint32_t kBytes = 2;
+  __device__ static void unpack(int4 v, float* x) {
+    const uint32_t words[4] = {static_cast<uint32_t>(v.x), static_cast<uint32_t>(v.y), static_cast<uint32_t>(v.z),
+                               static_cast<uint32_t>(v.w)};
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      x[2 * i] = __uint_as_float(words[i] << 16), x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  __device__ static uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  __device__ static float widen(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+};
+struct F16 {
+  static constexpr uint32_t kBytes = 2;
+  __device__ static void unpack(int4 v, float* x) {
+    const uint32_t words[4] = {static_cast<uint32_t>(v.x), static_cast<uint32_t>(v.y), static_cast<uint32_t>(v.z),
+                               static_cast<uint32_t>(v.w)};
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      x[2 * i] = widen(static_cast<uint16_t>(words[i])), x[2 * i + 1] = widen(static_cast<uint16_t>(words[i] >> 16));
+    }
+  }
+  __device__ static uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  __device__ static float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+};
+struct F32 {
+  static constexpr uint32_t kBytes = 4;
+  __device__ static void unpack(int4 v, float* x) {
+    x[0] = __int_as_float(v.x), x[1] = __int_as_float(v.y), x[2] = __int_as_float(v.z), x[3] = __int_as_float(v.w);
+  }
+};
+
+// `n` elements of an output, side by side: 8 or 4.
+template <class To, uint32_t n>
+__device__ __forceinline__ void load_out(const uint8_t* at, float* x) {
+  if constexpr (To::kBytes == 4) {
+#pragma unroll
+    for (uint32_t i = 0; i < n / 4; ++i) F32::unpack(*reinterpret_cast<const int4*>(at + 16 * i), x + 4 * i);
+  } else if constexpr (n == 8) {
+    To::unpack(*reinterpret_cast<const int4*>(at), x);
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(at);
+    x[0] = To::widen(static_cast<uint16_t>(v.x)), x[1] = To::widen(static_cast<uint16_t>(v.x >> 16));
+    x[2] = To::widen(static_cast<uint16_t>(v.y)), x[3] = To::widen(static_cast<uint16_t>(v.y >> 16));
+  }
+}
+template <class To, uint32_t n>
+__device__ __forceinline__ void store_out(uint8_t* at, const float* x) {
+  if constexpr (To::kBytes == 4) {
+#pragma unroll
+    for (uint32_t i = 0; i < n / 4; ++i) {
+      reinterpret_cast<float4*>(at)[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+    }
+  } else {
+    uint32_t words[n / 2];
+#pragma unroll
+    for (uint32_t i = 0; i < n / 2; ++i) {
+      words[i] = To::round(x[2 * i]) | static_cast<uint32_t>(To::round(x[2 * i + 1])) << 16;
+    }
+    if constexpr (n == 8) {
+      *reinterpret_cast<uint4*>(at) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+      *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+    }
+  }
+}
+
+// Where a token's results are.
+struct Targets {
+  uint32_t count;
+  uint32_t rank[kMaxTopk];
+  uint32_t row[kMaxTopk];
+};
+
+// The value that came back for a choice of a token, from the rank that owns the expert.
+__device__ void pull_weights(const ReduceParams& p, uint32_t token, const Targets& targets, uint64_t base,
+                             bool gathered) {
+  auto* out = reinterpret_cast<float*>(p.out_weights + token * p.out_weights_stride);
+  for (uint32_t k = threadIdx.x; k < p.topk; k += blockDim.x) {
+    const int32_t id = p.ids[static_cast<uint64_t>(token) * p.topk + k];
+    float value = 0.0f;
+    if (id >= 0) {
+      const uint32_t owner = owner_of(p.owners, id);
+      for (uint32_t i = 0; i < targets.count; ++i) {
+        if (targets.rank[i] != owner) continue;
+        const uint64_t row = base + (gathered ? token : targets.row[i]);
+        value = reinterpret_cast<const float*>(window_of(p.meet.seat, owner) + p.from_weights)[row * p.topk + k];
+      }
+    }
+    out[k] = value;
+  }
+}
+
+// Few blocks: each waits for the flags itself; block 0 raises this rank's own, looks for trouble, and owns the outcome.
+// True if the sums may be made.
+__device__ __forceinline__ bool meet_itself(const ReduceParams& p, Meeting& meeting) {
+  const Seat& seat = p.meet.seat;
+  if (blockIdx.x == 0) return meet(p.meet, meeting);
+  const uint32_t epoch = *reinterpret_cast<volatile uint32_t*>(&seat.slot->epoch);
+  for (;;) {
+    bool here = true;
+    for (uint32_t source = threadIdx.x; source < seat.ranks; source += blockDim.x) {
+      here &= reached(ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag)), epoch);
+    }
+    if (__syncthreads_and(here)) return true;
+    // Block 0 says so if nothing will come of it.
+    const bool over = threadIdx.x == 0 && (*reinterpret_cast<volatile uint32_t*>(&seat.slot->closed) != 0 ||
+                                           *reinterpret_cast<volatile uint32_t*>(&seat.slot->whole) == 0);
+    if (__syncthreads_or(over)) return false;
+  }
+}
+
+// Adds a vector of each of `n` rows, all of them on their way at once.
+template <class From, uint32_t n>
+__device__ __forceinline__ void add_rows(const uint8_t* const* rows, uint64_t at, float* acc) {
+  constexpr uint32_t kElements = 16 / From::kBytes;
+  int4 v[n];
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) v[i] = ptx::ld_stream(rows[i] + at);
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) {
+    float x[kElements];
+    From::unpack(v[i], x);
+#pragma unroll
+    for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
+  }
+}
+
+// `few`: the blocks meet by themselves.
+template <class From, class To, bool few>
+__device__ __forceinline__ void reduce(const ReduceParams& p) {
+  constexpr uint32_t kElements = 16 / From::kBytes;
+  constexpr uint32_t kInFlight = 8;
+  // [ranks or top-k]: where the rows of this block's token start.
+  extern __shared__ const uint8_t* rows[];
+  __shared__ Targets targets;
+  const Seat& seat = p.meet.seat;
+  const uint32_t token = blockIdx.x / p.splits, part = blockIdx.x % p.splits;
+  const uint32_t lane = threadIdx.x % 32;
+  const bool gathered = p.flags & kReduceGathered, everyone = p.flags & kReduceEveryone;
+
+  // The routing's memory is older than the kernel before this one.
+  uint64_t base = static_cast<uint64_t>(seat.rank) * seat.bound;
+  if (gathered) {
+    base = 0;
+    for (uint32_t source = 0; source < seat.rank; ++source) base += p.kept_counts[source];
+  }
+  if (everyone) {
+    for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += blockDim.x) {
+      rows[rank] = window_of(seat, rank) + p.from_rows + (base + token) * p.row_bytes;
+    }
+  } else if (threadIdx.x < 32) {
+    const uint64_t at = static_cast<uint64_t>(token) * p.fanout + lane;
+    const int32_t rank = lane < p.fanout ? p.target_ranks[at] : -1;
+    const uint32_t row = gathered || lane >= p.fanout ? token : p.target_rows[at];
+    if (rank >= 0) {
+      targets.rank[lane] = rank, targets.row[lane] = row;
+      rows[lane] = window_of(seat, rank) + p.from_rows + (base + row) * p.row_bytes;
+    }
+    const uint32_t found = __ballot_sync(~0u, rank >= 0);
+    if (lane == 0) targets.count = __popc(found);
+  }
+  __syncthreads();
+  const uint32_t n = everyone ? seat.ranks : targets.count;
+  bool whole;
+  if constexpr (few) {
+    __shared__ Meeting meeting;
+    whole = meet_itself(p, meeting);
+  } else {
+    ptx::wait_prerequisites();
+    whole = seat.slot->whole != 0;
+  }
+
+  for (uint32_t vector = part * blockDim.x + threadIdx.x; vector < p.vectors; vector += p.splits * blockDim.x) {
+    const uint64_t at = 16ull * vector;
+    float acc[kElements];
+#pragma unroll
+    for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
+    uint32_t first = 0;
+    for (; first + kInFlight <= n; first += kInFlight) add_rows<From, kInFlight>(rows + first, at, acc);
+    switch (n - first) {
+      case 1: add_rows<From, 1>(rows + first, at, acc); break;
+      case 2: add_rows<From, 2>(rows + first, at, acc); break;
+      case 3: add_rows<From, 3>(rows + first, at, acc); break;
+      case 4: add_rows<From, 4>(rows + first, at, acc); break;
+      case 5: add_rows<From, 5>(rows + first, at, acc); break;
+      case 6: add_rows<From, 6>(rows + first, at, acc); break;
+      case 7: add_rows<From, 7>(rows + first, at, acc); break;
+      default: break;
+    }
+    if (!whole) break;
+    uint8_t* out = p.out + token * p.out_stride + static_cast<uint64_t>(vector) * kElements * To::kBytes;
+    if (p.flags & kAccumulate) {
+      float x[kElements];
+      load_out<To, kElements>(out, x);
+#pragma unroll
+      for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
+    }
+    store_out<To, kElements>(out, acc);
+  }
+  if (p.out_weights != nullptr && part == 0 && whole) pull_weights(p, token, targets, base, gathered);
+  if (blockIdx.x == 0 && whole) settle(p.meet);
+}
+
+#define A2A_REDUCE(name, From, To)                                                                   \
+  extern "C" __global__ void __launch_bounds__(kSumThreads, 3) a2a_reduce_##name(                       \
+      const __grid_constant__ ReduceParams p) {                                                      \
+    reduce<From, To, false>(p);                                                                      \
+  }                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(kSumThreads, 3) a2a_combine_##name(                      \
+      const __grid_constant__ ReduceParams p) {                                                      \
+    reduce<From, To, true>(p);                                                                       \
+  }
+A2A_REDUCE(bf16_bf16, Bf16, Bf16)
+A2A_REDUCE(bf16_f16, Bf16, F16)
+A2A_REDUCE(bf16_f32, Bf16, F32)
+A2A_REDUCE(f16_bf16, F16, Bf16)
+A2A_REDUCE(f16_f16, F16, F16)
+A2A_REDUCE(f16_f32, F16, F32)
+A2A_REDUCE(f32_bf16, F32, Bf16)
+A2A_REDUCE(f32_f16, F32, F16)
+A2A_REDUCE(f32_f32, F32, F32)
+#undef A2A_REDUCE
+
+}  // namespace a2a

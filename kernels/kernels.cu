@@ -1,0 +1,10 @@
+// All kernels, one translation unit: one fatbin.
+#include "route.cu"
+
+#include "dispatch.cu"
+
+#include "land.cu"
+
+#include "combine.cu"
+
+#include "quant.cu"

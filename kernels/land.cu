@@ -1,0 +1,137 @@
+// a2a_land: received rows to where the caller wants them, from the own window (pushed rows) or from the peers' (gathered
+// ones); the padding that the receiver writes; tokens counted by expert.
+//
+// Blocks wait for nobody: the flags have come before the kernel runs. Row b of the outputs is block b's.
+#include "route.cuh"
+#include "wait.cuh"
+
+namespace a2a {
+
+constexpr uint32_t kLandThreads = 128;
+
+__device__ __forceinline__ void store_bytes(uint8_t* to, const uint8_t* from, uint32_t bytes, uint32_t unit,
+                                            uint32_t start, uint32_t step) {
+  switch (unit) {
+    case 16:
+      for (uint32_t i = start; i < bytes / 16; i += step) ptx::st_row(to + 16ull * i, ptx::ld_stream(from + 16ull * i));
+      break;
+    case 8:
+    case 4:
+      for (uint32_t i = start; i < bytes / 4; i += step) {
+        reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+      }
+      break;
+    default:
+      for (uint32_t i = start; i < bytes; i += step) to[i] = from[i];
+  }
+}
+
+__device__ __forceinline__ void fill_bytes(uint8_t* to, uint32_t bytes, uint32_t unit, uint32_t value, uint32_t start,
+                                           uint32_t step) {
+  switch (unit) {
+    case 16:
+      for (uint32_t i = start; i < bytes / 16; i += step) ptx::st_row(to + 16ull * i, make_int4(value, value, value, value));
+      break;
+    case 8:
+    case 4:
+      for (uint32_t i = start; i < bytes / 4; i += step) reinterpret_cast<uint32_t*>(to)[i] = value;
+      break;
+    default:
+      for (uint32_t i = start; i < bytes; i += step) to[i] = static_cast<uint8_t>(value);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid_constant__ LandParams p) {
+  __shared__ uint32_t where[2];
+  const Seat& seat = p.seat;
+  const bool gathered = p.flags & kGathered;
+  const uint64_t row = blockIdx.x / p.splits;
+  const uint32_t part = blockIdx.x % p.splits, tid = threadIdx.x;
+  if (seat.slot->whole == 0) return;
+
+  // Where the row comes from: its source, and its place among the source's rows; no source: padding.
+  if (tid == 0) {
+    uint32_t source = seat.ranks, place = 0;
+    if (gathered) {
+      uint64_t before = 0;
+      for (uint32_t rank = 0; rank < seat.ranks; ++rank) {
+        const uint32_t count = p.kept_counts[rank];
+        if (row < before + count) {
+          source = rank, place = row - before;
+          break;
+        }
+        before += count;
+      }
+    } else {
+      const uint32_t rank = row / seat.bound;
+      place = row - static_cast<uint64_t>(rank) * seat.bound;
+      if (place < static_cast<uint32_t>(p.kept_counts[rank])) source = rank;
+    }
+    where[0] = source, where[1] = place;
+  }
+  __syncthreads();
+  const uint32_t source = where[0], place = where[1];
+  const bool pads = source == seat.ranks;
+  const uint8_t* window = window_of(seat, gathered && !pads ? source : seat.rank);
+  const uint64_t from_row = gathered ? place : row;
+  // The block of rows, and the row in it, where outputs have blocks.
+  const uint64_t block = gathered ? 0 : row / seat.bound, inside = gathered ? row : row % seat.bound;
+  const uint32_t start = part * kLandThreads + tid, step = p.splits * kLandThreads;
+
+  for (uint32_t i = 0; i < p.outs; ++i) {
+    const Out& out = p.out[i];
+    const uint32_t kind = out.kind % kInPlace;
+    // Only tokens are wide enough to be worth splitting.
+    if (part != 0 && kind != kOutTokens) continue;
+    const uint32_t begin = kind == kOutTokens ? start : tid, stride = kind == kOutTokens ? step : kLandThreads;
+    const bool marks = kind == kOutIds || kind == kOutSource;
+    const bool zeroes = kind == kOutWeights || p.flags & kZeroPadding;
+    if (pads ? !marks && !zeroes : out.kind >= kInPlace) continue;
+    const uint32_t value = marks ? ~0u : 0u;
+    if (out.pitch != 0) {
+      const uint32_t elements = out.bytes / 4;
+      auto* to = reinterpret_cast<uint32_t*>(out.to + block * out.block_stride) + inside;
+      const auto* rows = reinterpret_cast<const uint32_t*>(window + out.region);
+      for (uint32_t e = begin; e < elements; e += stride) {
+        uint32_t word = value;
+        if (!pads && out.from_pitch != 0) {
+          word = rows[(block * elements + e) * out.from_pitch + inside];
+        } else if (!pads) {
+          word = rows[from_row * elements + e];
+        }
+        to[e * out.pitch] = word;
+      }
+      continue;
+    }
+    uint8_t* to = out.to + row * out.stride;
+    const uint8_t* from = window + out.region + from_row * out.bytes;
+    if (kind == kOutIds && p.flags & kWideIds) {
+      auto* ids = reinterpret_cast<int32_t*>(to);
+      for (uint32_t i = begin; i < 2 * p.topk; i += stride) {
+        const int32_t id = pads ? -1 : reinterpret_cast<const int32_t*>(from)[i / 2];
+        ids[i] = i % 2 == 0 ? id : id >> 31;
+      }
+    } else if (kind == kOutSource && gathered && !pads) {
+      if (tid < 2) reinterpret_cast<uint32_t*>(to)[tid] = where[tid];
+    } else if (pads) {
+      fill_bytes(to, out.bytes, out.unit, value, begin, stride);
+    } else {
+      store_bytes(to, from, out.bytes, out.unit, begin, stride);
+    }
+  }
+
+  // A token counts once for each of this rank's experts that it names.
+  if (part == 0 && !pads && tid < 32 && (p.expert_counts != nullptr || p.expert_stats != nullptr)) {
+    const auto* ids = reinterpret_cast<const int32_t*>(window + p.ids_region) + from_row * p.topk;
+    const int32_t id = tid < p.topk ? ids[tid] : -1;
+    const uint32_t same = __match_any_sync(~0u, id);
+    const bool first = (same & ((1u << tid) - 1)) == 0;
+    if (static_cast<uint32_t>(id) < p.owners.experts && first) {
+      const int32_t local = p.owners.place[id];
+      if (local >= 0 && p.expert_counts != nullptr) atomicAdd(p.expert_counts + local, 1);
+      if (local >= 0 && p.expert_stats != nullptr) atomicAdd(p.expert_stats + local, 1ull);
+    }
+  }
+}
+
+}  // namespace a2a

@@ -1,0 +1,130 @@
+// Every access that another block, kernel or GPU may see at the same time, its scope in its name.
+//
+// Orders follow the PTX memory model. A release by one thread covers what the whole block stored if the block met at
+// a barrier before it (the barrier orders the block's stores before the release, and causality is transitive), so one
+// release a block is enough and none is not: the last of several blocks cannot publish what the others stored unless
+// each of them released its own.
+//
+// No fence.proxy.alias is needed: within a process a window is mapped once (thread ranks share the mapping), and two
+// processes each see one address of it. No bulk copies are used, so no fence.proxy.async either.
+#pragma once
+#include <cstdint>
+
+#ifdef A2A_JITTER
+#define A2A_JITTER_HERE ::a2a::ptx::jitter()
+#else
+#define A2A_JITTER_HERE ((void)0)
+#endif
+
+namespace a2a::ptx {
+
+__device__ __forceinline__ uint64_t globaltimer() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+#ifdef A2A_JITTER
+// Up to a few microseconds, now and then much longer, different for every thread and time.
+__device__ __forceinline__ void jitter() {
+  uint32_t x = static_cast<uint32_t>(clock64()) ^ (threadIdx.x * 0x9e3779b9u) ^ (blockIdx.x * 0x85ebca6bu);
+  x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
+  __nanosleep((x & 0xff) == 0 ? 50000 : (x >> 8) & 0xfff);
+}
+#endif
+
+__device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* at) {
+  A2A_JITTER_HERE;
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+// Two words beside each other, each of them whole.
+__device__ __forceinline__ ulonglong2 ld_acquire_sys(const ulonglong2* at) {
+  A2A_JITTER_HERE;
+  ulonglong2 value;
+  asm volatile("ld.acquire.sys.global.v2.u64 {%0,%1}, [%2];" : "=l"(value.x), "=l"(value.y) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* at) {
+  A2A_JITTER_HERE;
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* at) {
+  A2A_JITTER_HERE;
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* at) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void st_relaxed_sys(uint32_t* at, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+__device__ __forceinline__ void st_relaxed_sys(uint64_t* at, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+__device__ __forceinline__ void st_release_sys(uint64_t* at, uint64_t value) {
+  A2A_JITTER_HERE;
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+  A2A_JITTER_HERE;
+}
+__device__ __forceinline__ void st_release_sys(uint32_t* at, uint32_t value) {
+  A2A_JITTER_HERE;
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// One more block is done: releases what it stored, for whoever acquires the counter.
+__device__ __forceinline__ void arrive_gpu(uint32_t* counter) {
+  A2A_JITTER_HERE;
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// The number before it.
+__device__ __forceinline__ uint32_t count_gpu(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+__device__ __forceinline__ uint32_t cas_relaxed_gpu(uint32_t* at, uint32_t compare, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(before)
+               : "l"(at), "r"(compare), "r"(value)
+               : "memory");
+  return before;
+}
+__device__ __forceinline__ void add_relaxed_gpu(uint64_t* at, uint64_t value) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+__device__ __forceinline__ void add_relaxed_gpu(uint32_t* at, uint32_t value) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// Sixteen bytes that are read once.
+__device__ __forceinline__ int4 ld_stream(const void* at) {
+  int4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.s32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+__device__ __forceinline__ void st_row(void* at, int4 v) {
+  asm volatile("st.global.v4.s32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Programmatic dependent launch: the kernel behind may start; everything before it has ended and can be seen.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+}  // namespace a2a::ptx

@@ -1,0 +1,340 @@
+// Signals, and the one wait of all kernels.
+//
+// A flag is {epoch, number} in a mailbox of the waiting rank's window, written by its source with release after the
+// rows it covers. A wait asks if flag - epoch >= 0 in wrapped arithmetic. A wait that lasts looks now and then for the
+// ways it can end without its flags: an abort, ranks at something else, another rank's loss, a dead peer, the deadline
+// (the order of src/device/host/sync.rs). A step that is given up is told to every rank, its slot closes, and the
+// record says why; nothing traps.
+#pragma once
+#include "ptx.cuh"
+#include "window.cuh"
+
+namespace a2a {
+
+// Why a step is given up.
+struct Loss {
+  uint32_t status;
+  uint32_t cause;
+  uint32_t peer;
+  uint32_t detail;
+  uint32_t origin;
+  uint64_t expected;
+  uint64_t seen;
+  uint64_t aux;
+};
+
+// What is being waited for.
+struct Wait {
+  uint32_t operation;
+  uint32_t epoch;
+  uint64_t sequence;
+  // Peers in the same operation must have the same bound.
+  bool compares_bound;
+};
+
+// What a block shares while it waits.
+struct Meeting {
+  unsigned long long best;
+  uint64_t word;
+  Loss loss;
+  uint32_t lost[kMaxRanks / 32];
+  uint32_t aborted;
+  uint32_t first;
+};
+
+__device__ __forceinline__ uint8_t* window_of(const Seat& seat, uint32_t rank) {
+  return rank < kNearRanks ? seat.near[rank] : seat.windows[rank];
+}
+__device__ __forceinline__ uint8_t* mailbox(const Seat& seat, uint32_t window, uint32_t source) {
+  return window_of(seat, window) + seat.mailboxes + static_cast<uint64_t>(source) * kMailBytes;
+}
+__device__ __forceinline__ uint64_t* mail64(uint8_t* box, uint32_t field) {
+  return reinterpret_cast<uint64_t*>(box + field);
+}
+__device__ __forceinline__ uint32_t* mail32(uint8_t* box, uint32_t field) {
+  return reinterpret_cast<uint32_t*>(box + field);
+}
+
+__device__ __forceinline__ uint64_t pack(uint32_t epoch, uint32_t number) {
+  return static_cast<uint64_t>(epoch) << 32 | number;
+}
+__device__ __forceinline__ bool reached(uint64_t flag, uint32_t epoch) {
+  return static_cast<int32_t>(static_cast<uint32_t>(flag >> 32) - epoch) >= 0;
+}
+__device__ __forceinline__ uint64_t progress(uint32_t epoch, uint32_t operation, uint32_t bound) {
+  return static_cast<uint64_t>(bound) << 32 | static_cast<uint64_t>(operation) << 28 | (epoch & 0x0fffffffu);
+}
+// How far a progress word's step is ahead of an epoch: a 28-bit difference, sign-extended.
+__device__ __forceinline__ int32_t steps_ahead(uint64_t word, uint32_t epoch) {
+  return static_cast<int32_t>((static_cast<uint32_t>(word) - epoch) << 4) >> 4;
+}
+
+__device__ __forceinline__ uint32_t flag_of(uint32_t operation) {
+  return operation == kCombine ? kCombineFlag : operation == kRead ? kReadFlag : kDispatchPair;
+}
+// A replay is a kind of dispatch, and a record says dispatch.
+__device__ __forceinline__ uint32_t recorded(uint32_t operation) { return operation == kReplay ? kDispatch : operation; }
+
+__device__ __forceinline__ bool has_come(const Seat& seat, const Wait& wait, uint32_t source) {
+  return reached(ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), flag_of(wait.operation))), wait.epoch);
+}
+
+__device__ __forceinline__ uint32_t mask_words(uint32_t ranks) { return (ranks + 63) / 64; }
+
+// Gives the step up: closes the slot, tells every rank, writes the record. The whole block calls it; `meeting` holds
+// why, and the ranks that are given up on.
+__device__ __forceinline__ void lose(const Seat& seat, const Wait& wait, Meeting& meeting) {
+  __syncthreads();
+  const Loss& loss = meeting.loss;
+  if (threadIdx.x == 0) meeting.first = ptx::cas_relaxed_gpu(&seat.slot->closed, 0, loss.status) == 0;
+  __syncthreads();
+  if (!meeting.first) return;
+  const uint32_t words = mask_words(seat.ranks);
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+    uint8_t* window = window_of(seat, peer);
+    auto* mask = reinterpret_cast<uint64_t*>(window + seat.loss_masks) + static_cast<uint64_t>(seat.rank) * words;
+    for (uint32_t i = 0; i < words; ++i) {
+      ptx::st_relaxed_sys(mask + i, static_cast<uint64_t>(meeting.lost[2 * i + 1]) << 32 | meeting.lost[2 * i]);
+    }
+    uint8_t* box = mailbox(seat, peer, seat.rank);
+    ptx::st_relaxed_sys(mail32(box, kLossOrigin), loss.origin);
+    ptx::st_release_sys(mail64(box, kLoss),
+                        kGeneration << 48 | static_cast<uint64_t>(loss.status) << 32 | wait.epoch);
+  }
+  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) {
+    seat.slot->lost[i] = meeting.lost[i];
+    ptx::st_relaxed_sys(&seat.record->lost[i], meeting.lost[i]);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::add_relaxed_gpu(&seat.shared->counters[kStepsLost], 1);
+    Record& record = *seat.record;
+    record.order = ptx::count_gpu(&seat.shared->records);
+    record.status = loss.status;
+    record.cause = loss.cause;
+    record.operation = recorded(wait.operation);
+    record.peer = loss.peer;
+    record.detail = loss.detail;
+    record.origin = loss.origin;
+    record.sequence = wait.sequence;
+    record.expected = loss.expected;
+    record.seen = loss.seen;
+    record.aux = loss.aux;
+    ptx::st_release_sys(&record.valid, 1);
+  }
+}
+
+__device__ __forceinline__ void mark(Meeting& meeting, uint32_t rank) {
+  atomicOr(&meeting.lost[rank / 32], 1u << rank % 32);
+}
+
+// A peer in one of the two kinds of dispatch waits for a peer in the other.
+__device__ __forceinline__ bool replay_differs(uint32_t mine, uint32_t theirs) {
+  return (mine == kDispatch && theirs == kReplay) || (mine == kReplay && theirs == kDispatch);
+}
+
+// Every way a wait can end without its flags; false if it has. The cause is read before the flag is looked at once
+// more: a rank that left, died or went on *after* its flag is no loss.
+__device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+  const uint64_t none = ~0ull;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    meeting.best = none;
+    meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
+  }
+  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
+  __syncthreads();
+  if (meeting.aborted) {
+    // The host knows why; later kernels of the slot end at once.
+    if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
+    __syncthreads();
+    return false;
+  }
+
+  // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
+  uint64_t key = none, word = 0;
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+    const uint64_t now = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, peer), kProgress));
+    const int32_t ahead = steps_ahead(now, wait.epoch);
+    const uint32_t operation = now >> 28 & 0xf, theirs = now >> 32;
+    const bool here = !has_come(seat, wait, peer);
+    const bool bound = wait.compares_bound && ahead == 0 && operation == wait.operation && theirs != seat.bound;
+    const bool elsewhere = (operation == kCombine || operation == kRead) && operation != wait.operation;
+    const bool differs = ahead == 0 && replay_differs(wait.operation, operation);
+    if (bound || differs || (here && (ahead > 0 || (ahead == 0 && elsewhere)))) {
+      key = 2ull * peer + (bound ? 0 : 1), word = now;
+      break;
+    }
+  }
+  if (key != none) atomicMin(&meeting.best, key);
+  __syncthreads();
+  if (meeting.best != none) {
+    if (key == meeting.best) meeting.word = word;
+    const uint32_t peer = meeting.best / 2;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      mark(meeting, peer);
+      const uint64_t at = meeting.word;
+      const int64_t ahead = steps_ahead(at, wait.epoch);
+      if (meeting.best % 2 == 0) {
+        meeting.loss = {kMismatch, kCauseBound, peer, 0, seat.rank, seat.bound, at >> 32, 0};
+      } else {
+        meeting.loss = {kMismatch, kCauseElsewhere, peer, 0, seat.rank, wait.operation, at >> 28 & 0xf,
+                        static_cast<uint64_t>(ahead)};
+      }
+    }
+    lose(seat, wait, meeting);
+    return false;
+  }
+
+  // Somebody else gave up on the step or an earlier one; a loss of a later step leaves this one to its own flags.
+  key = none;
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+    if (peer == seat.rank) continue;
+    const uint64_t loss = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, peer), kLoss));
+    const bool later = static_cast<int32_t>(static_cast<uint32_t>(loss) - wait.epoch) > 0;
+    if (loss >> 48 == kGeneration && !later) {
+      key = peer, word = loss;
+      break;
+    }
+  }
+  if (key != none) atomicMin(&meeting.best, key);
+  bool missing = false;
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) missing |= !has_come(seat, wait, peer);
+  missing = __syncthreads_or(missing);
+  if (!missing) return true;
+  if (meeting.best != none) {
+    if (key == meeting.best) meeting.word = word;
+    const uint32_t observer = meeting.best;
+    const uint32_t words = mask_words(seat.ranks);
+    const auto* mask = reinterpret_cast<const uint64_t*>(window_of(seat, seat.rank) + seat.loss_masks) +
+                       static_cast<uint64_t>(observer) * words;
+    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
+      const uint64_t lost = ptx::ld_relaxed_sys(mask + i);
+      meeting.lost[2 * i] = static_cast<uint32_t>(lost), meeting.lost[2 * i + 1] = static_cast<uint32_t>(lost >> 32);
+    }
+    __syncthreads();
+    uint32_t first = observer;
+    for (uint32_t i = 0; i < 2 * words; ++i) {
+      if (meeting.lost[i] != 0) {
+        first = 32 * i + __ffs(meeting.lost[i]) - 1;
+        break;
+      }
+    }
+    // Word may have come through a third rank: the first is the one to ask.
+    const uint32_t origin = ptx::ld_relaxed_sys(mail32(mailbox(seat, seat.rank, observer), kLossOrigin));
+    const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, first), flag_of(wait.operation))) >> 32;
+    if (threadIdx.x == 0) {
+      const uint32_t status = meeting.word >> 32 & 0xffff;
+      meeting.loss = {status, kCauseGaveUp, first, 0, origin, wait.epoch, seen, 0};
+    }
+    lose(seat, wait, meeting);
+    return false;
+  }
+
+  // Ranks that can send nothing more, then the deadline.
+  __syncthreads();
+  const auto* gone = reinterpret_cast<const uint32_t*>(window_of(seat, seat.rank));
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+    uint32_t why = ptx::ld_acquire_sys(gone + peer);
+    if (why == 0 && ptx::ld_acquire_sys(&seat.control->dead[peer]) != 0) why = 3;
+    if (why != 0 && !has_come(seat, wait, peer)) {
+      mark(meeting, peer);
+      atomicMin(&meeting.best, 4ull * peer + why);
+    }
+  }
+  __syncthreads();
+  if (meeting.best != none) {
+    const uint32_t peer = meeting.best / 4;
+    const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), flag_of(wait.operation))) >> 32;
+    if (threadIdx.x == 0) {
+      const uint32_t why = meeting.best % 4;
+      meeting.loss = {kPeerLost, kCauseGone, peer, why, seat.rank, wait.epoch, seen, 0};
+    }
+    lose(seat, wait, meeting);
+    return false;
+  }
+  const bool first_step = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
+  const uint64_t budget = ptx::ld_relaxed_sys(first_step ? &seat.control->first_step_ns : &seat.control->step_ns);
+  const bool late = __syncthreads_or(threadIdx.x == 0 && ptx::globaltimer() - started >= budget);
+  if (!late) return true;
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+    if (!has_come(seat, wait, peer)) {
+      mark(meeting, peer);
+      atomicMin(&meeting.best, static_cast<unsigned long long>(peer));
+    }
+  }
+  __syncthreads();
+  if (meeting.best == none) return true;
+  const uint32_t peer = meeting.best;
+  const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), flag_of(wait.operation))) >> 32;
+  if (threadIdx.x == 0) meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, seen, budget};
+  lose(seat, wait, meeting);
+  return false;
+}
+
+// Waits, as a block, until every rank's flag has reached the epoch; false if the step is lost. `started`: when the
+// call's first wait began.
+__device__ __forceinline__ bool await(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+  constexpr uint32_t kPollsPerLook = 64;
+  for (uint32_t polls = 1;; ++polls) {
+    bool here = true;
+    for (uint32_t source = threadIdx.x; source < seat.ranks; source += blockDim.x) {
+      here &= has_come(seat, wait, source);
+    }
+    if (__syncthreads_and(here)) break;
+    if (polls % kPollsPerLook == 0 && !look_for_trouble(seat, wait, meeting, started)) return false;
+  }
+  if (threadIdx.x == 0) ptx::add_relaxed_gpu(&seat.shared->counters[kHops], 1);
+  return true;
+}
+
+// A loss for a difference that one peer's words show; the first peer's, if several threads found one. The whole block
+// calls it with what each thread found (`key` of none: nothing); true if anybody did.
+__device__ __forceinline__ bool lose_for(const Seat& seat, const Wait& wait, Meeting& meeting, unsigned long long key,
+                                      const Loss& mine) {
+  __syncthreads();
+  if (threadIdx.x == 0) meeting.best = ~0ull;
+  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
+  __syncthreads();
+  if (key != ~0ull) atomicMin(&meeting.best, key);
+  __syncthreads();
+  if (meeting.best == ~0ull) return false;
+  if (key == meeting.best) {
+    meeting.loss = mine;
+    mark(meeting, mine.peer);
+  }
+  lose(seat, wait, meeting);
+  return true;
+}
+
+// The status of a step: four words, then the ranks that are marked in `lost` (null: none).
+__device__ __forceinline__ void write_status(int32_t* status, uint32_t ranks, int4 words, const uint32_t* lost) {
+  if (status == nullptr) return;
+  if (threadIdx.x == 0) status[0] = words.x, status[1] = words.y, status[2] = words.z, status[3] = words.w;
+  for (uint32_t rank = threadIdx.x; rank < ranks; rank += blockDim.x) {
+    status[4 + rank] = lost != nullptr && (lost[rank / 32] >> rank % 32 & 1);
+  }
+}
+
+__device__ __forceinline__ void void_status(const Seat& seat, int32_t* status) {
+  __syncthreads();
+  write_status(status, seat.ranks, make_int4(kStepVoid, 0, 0, 0), seat.slot->lost);
+}
+
+// Says once, in the slot's second record, that its state does not allow a half; nothing else happens. One thread.
+__device__ __forceinline__ void refuse_order(const Seat& seat, uint32_t operation, uint32_t state) {
+  Record& record = seat.record[1];
+  if (record.valid != 0) return;
+  record.order = ptx::count_gpu(&seat.shared->records);
+  record.status = kInvalidArgument;
+  record.cause = kCauseOrder;
+  record.operation = recorded(operation);
+  record.peer = seat.rank;
+  record.detail = state;
+  record.origin = seat.rank;
+  record.sequence = seat.slot->sequence;
+  ptx::st_release_sys(&record.valid, 1);
+}
+
+}  // namespace a2a

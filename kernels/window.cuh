@@ -1,0 +1,442 @@
+// What host and kernels share: the words of a mailbox, the state of a slot, the failure record, the parameters of
+// every kernel. Twin of src/device/map.rs (mailboxes) and src/device/cuda/params.rs (all else); both sides assert
+// sizes and offsets.
+//
+// Who writes what: a mailbox is written by its source rank alone, in every rank's window; a flag comes last, with
+// release. Control is written by the host and read by waiting kernels; a record is written by the kernel that gives
+// a step up and read by the host.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace a2a {
+
+constexpr uint32_t kMaxRanks = 1024;
+constexpr uint32_t kMaxTopk = 32;
+constexpr uint32_t kShapeWords = 16;
+constexpr uint32_t kToldRanks = 64;
+constexpr uint32_t kSides = 9;
+// Tokens that a2a_route counts together.
+constexpr uint32_t kChunk = 128;
+// Windows that a kernel finds in its own parameters; a look into memory costs more than most kernels' arithmetic.
+constexpr uint32_t kNearRanks = 16;
+
+// Byte offsets inside a mailbox (map.rs, mod mail).
+constexpr uint32_t kMailBytes = 256;
+constexpr uint32_t kCombineFlag = 8;
+constexpr uint32_t kReadFlag = 16;
+constexpr uint32_t kProgress = 24;
+constexpr uint32_t kLoss = 32;
+constexpr uint32_t kLossOrigin = 48;
+constexpr uint32_t kDispatchShape = 64;
+constexpr uint32_t kCombineShape = 128;
+constexpr uint32_t kTokens = 192;
+constexpr uint32_t kReplays = 196;
+// The dispatch flag {epoch, rows}, and beside it {epoch, digest of shape and replay}: one 16-byte load sees both.
+constexpr uint32_t kDispatchPair = 224;
+
+// Operations, in progress words and records.
+constexpr uint32_t kDispatch = 1, kCombine = 2, kRead = 3, kReplay = 4;
+
+// The generation of members; it stays 1 until membership can change.
+constexpr uint64_t kGeneration = 1;
+
+// States of a slot.
+constexpr uint32_t kIdle = 0, kDispatchSent = 1, kDispatched = 2, kCombineSent = 3;
+// A dispatch follows a dispatch, and every rank has read the former one.
+constexpr uint32_t kOpened = 4;
+
+// Statuses that a kernel can find (error.rs).
+constexpr uint32_t kInvalidArgument = 1, kTimeout = 16, kPeerLost = 17, kMismatch = 18, kAborted = 35;
+
+// Bits of status[0].
+constexpr int32_t kStepBadId = 1, kStepVoid = 4;
+
+// Why a step was given up; the host makes the sentence.
+enum Cause : uint32_t {
+  kCauseNone = 0,
+  kCauseBound = 1,         // expected, seen: max_tokens here and there
+  kCauseElsewhere = 2,     // expected, seen: operations; aux: steps ahead
+  kCauseGaveUp = 3,        // origin: the rank that gave up first
+  kCauseGone = 4,          // detail: 1 destroyed its comm, 2 aborted, 3 its process ended
+  kCauseLate = 5,          // aux: the deadline in ns
+  kCauseDispatchShape = 6, // detail: the word
+  kCauseCombineShape = 7,  // detail: the word
+  kCauseReplay = 8,        // expected, seen: REUSE here and there
+  kCauseTold = 9,          // expected, seen: tokens as told, as dispatched
+  kCauseOrder = 10,        // detail: the state the slot was in
+};
+
+// Pinned, one a comm. dead[r]: rank r's process is gone.
+struct Control {
+  uint32_t aborted;
+  uint32_t reserved;
+  uint64_t first_step_ns;
+  uint64_t step_ns;
+  uint32_t dead[kMaxRanks];
+};
+static_assert(sizeof(Control) == 24 + 4 * kMaxRanks);
+
+// Pinned, two a slot: why it is closed; what its state did not allow.
+struct Record {
+  uint32_t valid;
+  // Among the comm's records.
+  uint32_t order;
+  uint32_t status;
+  uint32_t cause;
+  uint32_t operation;
+  uint32_t peer;
+  uint32_t detail;
+  uint32_t origin;
+  uint64_t sequence;
+  uint64_t expected;
+  uint64_t seen;
+  uint64_t aux;
+  uint32_t lost[kMaxRanks / 32];
+};
+static_assert(sizeof(Record) == 64 + kMaxRanks / 8);
+
+// Device memory, one a slot.
+struct Slot {
+  uint32_t state;
+  // Of the current step, as flags carry it.
+  uint32_t epoch;
+  uint64_t sequence;
+  uint64_t routing;
+  // When the call's first wait began.
+  uint64_t started;
+  // The status of the loss that closed the slot.
+  uint32_t closed;
+  // Blocks of the kernel in flight that are done.
+  uint32_t arrived;
+  uint32_t bad_ids;
+  // The half before this kernel went through: what follows it may hand out or sum.
+  uint32_t whole;
+  uint32_t lost[kMaxRanks / 32];
+};
+static_assert(sizeof(Slot) == 48 + kMaxRanks / 8);
+
+// Device memory, one a comm. The counters are those of a2a_stats_t, in its order.
+enum Counter : uint32_t {
+  kDispatches,
+  kCombines,
+  kRowsPushed,
+  kBytesPushed,
+  kRowsPulled,
+  kBytesPulled,
+  kRowsGathered,
+  kBytesGathered,
+  kRowsFifo,
+  kBytesFifo,
+  kRowsCopied,
+  kBytesCopied,
+  kBytesRemote,
+  kHops,
+  kBadIds,
+  kStepsLost,
+  kCounters
+};
+struct Shared {
+  uint64_t counters[kCounters];
+  uint32_t first_step_done;
+  uint32_t dispatched;
+  uint32_t records;
+  uint32_t reserved;
+};
+static_assert(sizeof(Shared) == 8 * kCounters + 16);
+
+// Who runs a kernel, and what it can reach.
+struct Seat {
+  // [ranks]
+  uint8_t* const* windows;
+  const Control* control;
+  // Of the slot.
+  Record* record;
+  Slot* slot;
+  Shared* shared;
+  // Offsets in every window, of the slot.
+  uint64_t mailboxes;
+  uint64_t loss_masks;
+  uint64_t routing;
+  uint32_t rank;
+  uint32_t ranks;
+  // M of the step.
+  uint32_t bound;
+  // REUSE.
+  uint32_t replays;
+  uint8_t* near[kNearRanks];
+};
+static_assert(sizeof(Seat) == 80 + 8 * kNearRanks);
+
+// Which rank owns an expert: by division where experts are contiguous and few, else by a table.
+struct Owners {
+  // [experts]: the owner; the place among this rank's own, or -1.
+  const int32_t* owner;
+  const int32_t* place;
+  uint32_t experts;
+  // The first `larger` ranks own `quotient + 1` experts. Reciprocals are ceil(2^32 / n); 0: use the table.
+  uint32_t larger;
+  uint32_t split;
+  uint32_t reciprocal_larger;
+  uint32_t reciprocal;
+  uint32_t reserved;
+};
+static_assert(sizeof(Owners) == 40);
+
+// The routing of a step: the caller's ids and weights, and the routing's private memory.
+struct Route {
+  Owners owners;
+  // [tokens, topk] int32 or int64, rows ids_stride bytes apart. Null in a replay.
+  const uint8_t* ids_in;
+  const uint8_t* weights_in;
+  uint64_t ids_stride;
+  uint64_t weights_stride;
+  // Lists of RoutingMap.
+  int32_t* ids;
+  float* weights;
+  int32_t* target_ranks;
+  int32_t* target_rows;
+  int32_t* rows_for;
+  // [chunks, ranks]: tokens of each chunk that go to each rank; null where blocks count all earlier tokens.
+  uint32_t* chunks;
+  uint32_t tokens;
+  uint32_t topk;
+  uint32_t fanout;
+  // 1: int64 ids; 2: ids are read in 16-byte vectors; 4: weights are the caller's; 8: ids are the caller's.
+  uint32_t flags;
+};
+constexpr uint32_t kIdsAre64 = 1, kIdsAreVectors = 2, kHasWeights = 4, kHasIds = 8;
+static_assert(sizeof(Route) == 136);
+
+// A plane of rows beside the tokens.
+struct Side {
+  const uint8_t* from;
+  uint64_t stride;
+  // Where the plane's region starts in a window.
+  uint64_t to;
+  uint32_t bytes;
+  // The widest access that every row allows: 16, 8, 4, 2 or 1.
+  uint32_t unit;
+  // Not 0: rows from column to column, each of 4-byte elements.
+  uint32_t pitch;
+  uint32_t reserved;
+};
+static_assert(sizeof(Side) == 40);
+
+// What the end of a dispatch hands out.
+struct Receive {
+  // [4 + ranks], or null.
+  int32_t* status;
+  // [ranks]: the caller's (or null), and the routing's.
+  int32_t* rank_counts;
+  int32_t* kept_counts;
+  // [local experts], to be zeroed for the kernel that counts, or null.
+  int32_t* expert_counts;
+  uint32_t local;
+  // 1: every rank has this rank's number of tokens; 2: told is set; 4: rows are published, not pushed.
+  uint32_t flags;
+  // The rows of a dispatch as a copy moves them; bytes of all planes.
+  uint64_t wire_bytes;
+  // Received rows, for a host that waits: pinned, or null.
+  uint64_t* rows;
+  // Of `shape` and of the replay.
+  uint32_t digest;
+  uint32_t tokens;
+  uint32_t shape[kShapeWords];
+  int32_t told[kToldRanks];
+  // [ranks], for more ranks than `told` has room for, or null.
+  const int32_t* told_more;
+};
+constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;
+static_assert(sizeof(Receive) == 64 + 64 + 256 + 8);
+
+// a2a_route: tokens counted by rank in chunks, where they are many; and the "rows read" words of a dispatch that follows
+// a dispatch.
+struct RouteParams {
+  Seat seat;
+  Route route;
+  // 1: opens; 2: routes.
+  uint32_t flags;
+  uint32_t reserved;
+};
+constexpr uint32_t kOpens = 1, kRoutes = 2;
+static_assert(sizeof(RouteParams) == sizeof(Seat) + 144);
+
+// a2a_push_*: rows into peers' windows (or the own one, when it publishes), padding, flags, and the wait for the
+// peers' if nothing else comes between.
+struct PushParams {
+  Seat seat;
+  Route route;
+  Receive receive;
+  const uint8_t* tokens;
+  uint64_t token_stride;
+  // Regions in a window.
+  uint64_t to_tokens;
+  uint64_t to_ids;
+  uint64_t to_weights;
+  uint64_t to_source;
+  // The first row of this rank's, in any window.
+  uint64_t row_base;
+  // 16-byte vectors of a token, and of a piece of it, which is a warp's job.
+  uint32_t vectors;
+  uint32_t piece;
+  // Jobs of a token: its pieces, then the rows beside it.
+  uint32_t jobs;
+  // Blocks that write padding; the first also ends the dispatch.
+  uint32_t pad_blocks;
+  uint32_t sides;
+  // Jobs of a block.
+  uint32_t block_jobs;
+  // 1: waits; 2: follows a2a_route; 4: places rows (a replay's have places); 8: into the own window, at a token's number; 16: the slot was
+  // opened by a2a_route.
+  uint32_t flags;
+  uint32_t reserved;
+  Side side[kSides];
+};
+constexpr uint32_t kWaits = 1, kFollows = 2, kPlaces = 4, kPublishes = 8, kWasOpened = 16;
+static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 56 + 32 + 40 * kSides);
+
+// a2a_receive: the second half of a split dispatch.
+// It waits for peers, in one block.
+struct ReceiveParams {
+  Seat seat;
+  Receive receive;
+};
+static_assert(sizeof(ReceiveParams) == sizeof(Seat) + sizeof(Receive));
+
+// A plane as it is handed out.
+struct Out {
+  // The region in a window (pulled), or in this rank's own (landed).
+  uint64_t region;
+  uint8_t* to;
+  uint64_t stride;
+  uint32_t bytes;
+  uint32_t unit;
+  // Columns at the destination: 4-byte elements, rows from column to column, block to block; 0: rows.
+  uint64_t pitch;
+  uint64_t block_stride;
+  // The same of the source, which has rows if it is 0.
+  uint32_t from_pitch;
+  // 1 tokens, 2 ids, 3 weights, 4 source, 0 else; + 8: rows are in place, only padding is written.
+  uint32_t kind;
+};
+static_assert(sizeof(Out) == 56);
+
+// a2a_land: rows from where they arrived (or from the peers, gathered) to where they are wanted, padding, experts
+// counted.
+struct LandParams {
+  Seat seat;
+  Owners owners;
+  // [ranks]
+  const int32_t* kept_counts;
+  // The ids' region, for counting.
+  uint64_t ids_region;
+  int32_t* expert_counts;
+  unsigned long long* expert_stats;
+  // Rows of the outputs.
+  uint64_t rows;
+  uint32_t topk;
+  uint32_t outs;
+  // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64
+  uint32_t flags;
+  uint32_t splits;
+  Out out[4 + kSides];
+};
+constexpr uint32_t kGathered = 1, kZeroPadding = 2, kWideIds = 4;
+constexpr uint32_t kOutOther = 0, kOutTokens = 1, kOutIds = 2, kOutWeights = 3, kOutSource = 4,
+                   kInPlace = 8;
+static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 40 + 16 + 56 * (4 + kSides));
+
+// a2a_stage: the experts' rows to where peers can read them.
+struct StageParams {
+  Seat seat;
+  // [ranks]
+  const int32_t* kept_counts;
+  const uint8_t* rows;
+  uint64_t stride;
+  uint64_t to_rows;
+  const uint8_t* weights;
+  uint64_t weights_stride;
+  uint64_t to_weights;
+  uint32_t vectors;
+  uint32_t weight_bytes;
+  // 1: gathered
+  uint32_t flags;
+  uint32_t reserved;
+};
+static_assert(sizeof(StageParams) == sizeof(Seat) + 72);
+
+// a2a_meet: the flags of a combine, out and in.
+struct MeetParams {
+  Seat seat;
+  int32_t* status;
+  const int32_t* rows_for;
+  const int32_t* kept_counts;
+  // Bytes of a result; of a row that is staged; of the values beside a result.
+  uint64_t result_bytes;
+  uint64_t staged_bytes;
+  uint64_t weight_bytes;
+  uint32_t shape[4];
+  // The shape in 32 bits, none lost: what a combine flag carries as its number.
+  uint32_t digest;
+  uint32_t tokens;
+  // 1: sends; 2: waits; 4: every rank has a result for every token; 8: follows a2a_stage; 16: nothing sums behind it
+  uint32_t flags;
+  uint32_t reserved;
+};
+constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16;
+static_assert(sizeof(MeetParams) == sizeof(Seat) + 80);
+
+// a2a_reduce_*: each token's results, summed.
+struct ReduceParams {
+  // Where few blocks sum, each waits for itself and nothing goes before.
+  MeetParams meet;
+  Owners owners;
+  const int32_t* target_ranks;
+  const int32_t* target_rows;
+  const int32_t* kept_counts;
+  const int32_t* ids;
+  uint64_t from_rows;
+  uint64_t from_weights;
+  uint8_t* out;
+  uint64_t out_stride;
+  // [tokens, topk] float32, or null.
+  uint8_t* out_weights;
+  uint64_t out_weights_stride;
+  uint64_t row_bytes;
+  uint32_t tokens;
+  uint32_t fanout;
+  uint32_t topk;
+  // 16-byte vectors of a result.
+  uint32_t vectors;
+  uint32_t splits;
+  // 1: gathered; 2: every rank has a result; 4: adds what stands in out
+  uint32_t flags;
+};
+constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4;
+static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 88 + 24);
+
+// a2a_tell: every rank's tokens as the host was told, where they do not fit into a kernel's own parameters.
+struct TellParams {
+  int32_t* to;
+  uint32_t first;
+  uint32_t count;
+  int32_t values[512];
+};
+static_assert(sizeof(TellParams) == 16 + 2048);
+
+// a2a_quantise: tokens to e4m3 with scales, in private memory.
+struct QuantParams {
+  const uint8_t* from;
+  uint64_t stride;
+  uint8_t* to;
+  uint8_t* scales;
+  uint32_t tokens;
+  uint32_t hidden;
+  uint32_t scale_bytes;
+  // 0 bf16, 1 f16, 2 f32; 4: UE8M0 scales
+  uint32_t flags;
+};
+static_assert(sizeof(QuantParams) == 48);
+
+}  // namespace a2a

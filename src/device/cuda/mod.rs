@@ -1,0 +1,683 @@
+//! The ops on CUDA memory: kernels on the caller's stream.
+//!
+//! An op here only takes note; the last one of a half launches what the half needs, so that what can be one kernel is
+//! one. A half that is not split is launched with the next: `dispatch` is a push whose last block waits, `combine` a
+//! meeting and a sum. What decides (sequence, state, epoch) lives in device memory, where a replayed graph finds it;
+//! what the host keeps of a slot is good for sentences, and only as long as nothing on it was captured.
+
+mod combine;
+mod dispatch;
+pub mod driver;
+mod failure;
+mod module;
+mod params;
+
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use super::map::{FIRST_EPOCH, List, Map, RoutingMap, mail};
+use super::order::State;
+use super::{
+    Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Stream as CallersStream,
+    Target,
+};
+use crate::config::Experts;
+use crate::error::{Error, Result, Status};
+use crate::log::{Level, log};
+use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
+use module::Kernels;
+use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot};
+
+pub use driver::probe;
+pub use module::check_kernels;
+
+/// What the host knows of one slot.
+#[derive(Default)]
+struct HostSlot {
+    state: State,
+    routing: u64,
+    /// Work on the slot was captured, so that the host cannot know its state any more.
+    captured: bool,
+    /// The capture that the last half belongs to, if it was captured.
+    capture: Option<u64>,
+    /// The dispatch in flight must look if one came before it.
+    opens: bool,
+    /// Why the slot is closed, once known.
+    closed: Option<Error>,
+}
+
+/// A device as this process uses it: made once and kept, since making and releasing streams and modules may wait for
+/// kernels, and (seen with driver 580) dead-locks with a thread that synchronises the context.
+struct Station {
+    context: Arc<Context>,
+    kernels: Kernels,
+    pool: Arc<Pool>,
+    /// For what the host writes into windows.
+    stream: Stream,
+}
+
+impl Station {
+    fn of(ordinal: i32) -> Result<Arc<Station>> {
+        static STATIONS: Mutex<Vec<(i32, Arc<Station>)>> = Mutex::new(Vec::new());
+        let mut stations = lock(&STATIONS);
+        if let Some((_, station)) = stations.iter().find(|(known, _)| *known == ordinal) {
+            return Ok(station.clone());
+        }
+        let context = Context::retain(ordinal)?;
+        let station = Arc::new(Station {
+            kernels: Kernels::load(&context)?,
+            pool: Pool::new(&context)?,
+            stream: Stream::new(&context)?,
+            context,
+        });
+        stations.push((ordinal, station.clone()));
+        Ok(station)
+    }
+}
+
+impl Station {
+    fn sms(&self) -> u32 {
+        self.context.abilities().sm_count
+    }
+}
+
+/// What destroyed ranks of a group leave behind in this process, for work on its way may still use it, and freeing may
+/// wait for the kernels of those that go on. The last one out waits for the device and frees it all.
+#[derive(Default)]
+pub struct Attic {
+    items: Mutex<Vec<Left>>,
+}
+
+/// Something of a device's, to be freed.
+type Left = (Arc<Station>, Box<dyn Any + Send + Sync>);
+
+impl Drop for Attic {
+    fn drop(&mut self) {
+        let items = std::mem::take(&mut *lock(&self.items));
+        let mut stations: Vec<Arc<Station>> = Vec::new();
+        for (station, _) in &items {
+            if !stations.iter().any(|other| Arc::ptr_eq(other, station)) {
+                stations.push(station.clone());
+            }
+        }
+        let told = |what: &str, result: Result<()>| {
+            if let Err(error) = result {
+                log(Level::Debug, || format!("{what}: {error}"));
+            }
+        };
+        stations.iter().for_each(|station| told("a group's last work", station.context.synchronize()));
+        drop(items);
+        stations.iter().for_each(|station| told("private memory", station.pool.trim()));
+    }
+}
+
+/// What a rank needs before it has windows: its device, and the memory that host and kernels share.
+pub struct Ground {
+    station: Arc<Station>,
+    pinned: Arc<Pinned>,
+    /// Blocks of sums that may wait by themselves.
+    waiting_blocks: u32,
+    sharing: u32,
+}
+
+/// Grids that a device runs at a time, by CUDA's table of compute capabilities: a waiting kernel takes one of them.
+const RESIDENT_GRIDS: u32 = 128;
+
+impl Ground {
+    /// `sharing`: the ranks on this device.
+    pub fn new(ordinal: i32, slots: u32, sharing: u32) -> Result<Ground> {
+        let station = Station::of(ordinal)?;
+        // A call has at most one waiting kernel at a time, of one block; all of them must find a place beside those
+        // that move rows.
+        let most = RESIDENT_GRIDS - 1;
+        if sharing.saturating_mul(slots) > most {
+            return Err(Error::unsupported(format!(
+                "ranks_per_device * num_slots is {}, {} runs at most {most} waiting kernels beside others",
+                sharing as u64 * slots as u64,
+                station.context.describe()
+            )));
+        }
+        let pinned = Arc::new(Pinned::new(&station.context, pinned_bytes(slots))?);
+        let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
+        Ok(Ground { station, pinned, waiting_blocks, sharing })
+    }
+    pub fn context(&self) -> &Arc<Context> {
+        &self.station.context
+    }
+}
+
+/// Control, then two records a slot, then a word a slot for hosts that wait, then what a rank that leaves writes.
+fn pinned_bytes(slots: u32) -> usize {
+    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8) + 16
+}
+
+/// Private device memory of a comm, routings apart.
+pub fn private_bytes(map: &Map) -> u64 {
+    let sizes = &map.sizes;
+    Layout::new(map).bytes + sizes.slots as u64 * scratch_bytes(map)
+}
+
+/// A slot's quantised tokens and their scales.
+fn scratch_bytes(map: &Map) -> u64 {
+    map.sizes.scratch_bytes() * map.sizes.grid.bound as u64
+}
+
+/// What lies where in the comm's private memory.
+#[derive(Clone, Copy)]
+struct Layout {
+    windows: u64,
+    owner: u64,
+    place: u64,
+    told: u64,
+    chunks: u64,
+    slot_chunks: u64,
+    shared: u64,
+    slots: u64,
+    bytes: u64,
+}
+
+impl Layout {
+    fn new(map: &Map) -> Layout {
+        let (ranks, experts) = (map.sizes.ranks() as u64, map.sizes.num_experts as u64);
+        let mut end = 0u64;
+        let mut take = |bytes: u64| {
+            let at = end;
+            end = (end + bytes).next_multiple_of(256);
+            at
+        };
+        let slots = map.sizes.slots as u64;
+        let slot_chunks = map.sizes.grid.bound.div_ceil(dispatch::CHUNK) as u64 * ranks * 4;
+        Layout {
+            windows: take(ranks * 8),
+            owner: take(experts * 4),
+            place: take(experts * 4),
+            told: take(slots * ranks * 4),
+            chunks: take(slots * slot_chunks),
+            slot_chunks,
+            shared: take(size_of::<Shared>() as u64),
+            slots: take(slots * size_of::<Slot>() as u64),
+            bytes: end,
+        }
+    }
+}
+
+impl Layout {
+    /// A slot's tokens by chunk and rank.
+    fn chunks(&self, slot: u32) -> u64 {
+        self.chunks + slot as u64 * self.slot_chunks
+    }
+}
+
+/// A rank on a CUDA device.
+pub struct Cuda {
+    rank: u32,
+    ranks: u32,
+    map: Map,
+    routing: RoutingMap,
+    experts: Experts,
+    health: Arc<Health>,
+    private: Arc<DeviceMemory>,
+    layout: Layout,
+    /// A slot's quantised tokens.
+    scratch: Arc<Vec<DeviceMemory>>,
+    owners: Owners,
+    waiting_blocks: u32,
+    /// Ranks on this device.
+    sharing: u32,
+    pinned: Arc<Pinned>,
+    slots: Vec<Mutex<HostSlot>>,
+    stats: Stats,
+    /// By slot: memory of routings that are gone, for those to come. It never goes back while the comm lives, since
+    /// work that uses it may still be on its way; the work of a slot is in order.
+    spare: Arc<Vec<Mutex<Vec<DeviceMemory>>>>,
+    aborted: AtomicBool,
+    /// Goes after what it keeps too, and before the windows: the last one waits for what may still use any of them.
+    attic: Arc<Attic>,
+    bases: Bases,
+    station: Arc<Station>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn bytes_of<T>(values: &[T]) -> &[u8] {
+    // SAFETY: integers; as many bytes as they have.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// ceil(2^32 / n): the high half of a product with it is a quotient, as long as dividend * n < 2^32. 0 for 1, which
+/// has no such reciprocal of 32 bits.
+fn reciprocal(n: u32) -> u32 {
+    (1u64 << 32).div_ceil(n as u64) as u32
+}
+
+impl Cuda {
+    /// Puts this rank's own window into its first state: no peer may step before that.
+    pub fn new(
+        rank: u32,
+        map: Map,
+        experts: Experts,
+        bases: Bases,
+        health: Arc<Health>,
+        ground: Ground,
+        attic: Arc<Attic>,
+    ) -> Result<Cuda> {
+        let Ground { station, pinned, waiting_blocks, sharing } = ground;
+        let layout = Layout::new(&map);
+        let private = Arc::new(DeviceMemory::zeroed(&station.pool, layout.bytes)?);
+        let (ranks, slots) = (map.sizes.ranks(), map.sizes.slots);
+
+        let windows: Vec<u64> = (0..ranks).map(|r| bases.at(r, 0, 0) as u64).collect();
+        private.write(layout.windows, bytes_of(&windows))?;
+        let places: Vec<(u32, u32)> = (0..experts.num()).map(|e| experts.place(e as usize)).collect();
+        let owner: Vec<i32> = places.iter().map(|(owner, _)| *owner as i32).collect();
+        let place: Vec<i32> =
+            places.iter().map(|(owner, place)| if *owner == rank { *place as i32 } else { -1 }).collect();
+        private.write(layout.owner, bytes_of(&owner))?;
+        private.write(layout.place, bytes_of(&place))?;
+        let idle = Slot { epoch: FIRST_EPOCH.wrapping_sub(1), ..Slot::default() };
+        let idle: Vec<Slot> = vec![idle; slots as usize];
+        private.write(layout.slots, bytes_of(&idle))?;
+        let address = private.address();
+        let owners = Owners {
+            owner: address + layout.owner,
+            place: address + layout.place,
+            experts: experts.num(),
+            ..divisions(&owner, ranks)
+        };
+        let scratch = match scratch_bytes(&map) {
+            0 => Vec::new(),
+            bytes => (0..slots).map(|_| DeviceMemory::new(&station.pool, bytes)).collect::<Result<_>>()?,
+        };
+        let control: *const Control = pinned.as_ptr().cast();
+        // SAFETY: the pinned memory begins with a Control, and lives as long as the Arc.
+        unsafe {
+            let keep: Arc<dyn Any + Send + Sync> = pinned.clone();
+            health.mirror((&raw const (*control).aborted).cast(), (&raw const (*control).dead).cast(), keep);
+        }
+        let cuda = Cuda {
+            rank,
+            ranks,
+            routing: RoutingMap::new(&map.sizes),
+            slots: (0..slots).map(|_| Mutex::default()).collect(),
+            spare: Arc::new((0..slots).map(|_| Mutex::default()).collect()),
+            map,
+            experts,
+            attic,
+            bases,
+            health,
+            station,
+            private,
+            layout,
+            scratch: Arc::new(scratch),
+            owners,
+            waiting_blocks,
+            sharing,
+            pinned,
+            stats: Stats::default(),
+            aborted: AtomicBool::new(false),
+        };
+        cuda.reset_window()?;
+        Ok(cuda)
+    }
+
+    /// Control words are zero, and no flag of the first epoch has come.
+    fn reset_window(&self) -> Result<()> {
+        let window = |offset, bytes| self.bases.at(self.rank, offset, bytes) as u64;
+        let gone = self.ranks as u64 * 4;
+        self.write(window(0, gone), &vec![0; gone as usize])?;
+        let before = FIRST_EPOCH.wrapping_sub(1);
+        for slot in 0..self.map.sizes.slots {
+            let start = self.map.mailbox(slot, 0);
+            let mut control = vec![0u8; self.map.control_bytes_of_slot() as usize];
+            for source in 0..self.ranks {
+                let mailbox = (self.map.mailbox(slot, source) - start) as usize;
+                let pair = [mail::DISPATCH_PAIR, mail::DISPATCH_PAIR + 8];
+                for flag in pair.into_iter().chain([mail::COMBINE_FLAG, mail::READ_FLAG]) {
+                    let word = (before as u64) << 32;
+                    control[mailbox + flag as usize..][..8].copy_from_slice(&word.to_le_bytes());
+                }
+                // As a progress word has it: no operation, no bound.
+                let word = (before & 0x0fff_ffff) as u64;
+                control[mailbox + mail::PROGRESS as usize..][..8].copy_from_slice(&word.to_le_bytes());
+            }
+            self.write(window(start, control.len() as u64), &control)?;
+        }
+        Ok(())
+    }
+
+    /// Copies into device memory and returns when that is done; on a stream of our own.
+    fn write(&self, at: u64, from: &[u8]) -> Result<()> {
+        // SAFETY: callers give addresses of windows and of outputs that comm checked, and as many bytes.
+        unsafe { self.station.stream.copy_in(at, from) }
+    }
+
+    /// Where a region of this rank's own window lies.
+    fn own(&self, offset: u64) -> u64 {
+        self.bases.at(self.rank, offset, 0) as u64
+    }
+
+    fn stream_of(&self, stream: CallersStream) -> RawStream {
+        // SAFETY: the caller of the ABI vouches for it.
+        unsafe { RawStream::new(stream.0) }
+    }
+
+    fn control(&self) -> u64 {
+        self.pinned.address()
+    }
+    fn record_offset(slot: u32) -> usize {
+        size_of::<Control>() + slot as usize * 2 * size_of::<Record>()
+    }
+    /// The word that a host waits for, of a slot.
+    fn rows_word(&self, slot: u32) -> usize {
+        Self::record_offset(self.map.sizes.slots) + slot as usize * 8
+    }
+
+    fn seat(&self, call: &Call, bound: u32, replays: bool) -> Seat {
+        let private = self.private.address();
+        let mut near = [0; NEAR_RANKS];
+        for (rank, window) in near.iter_mut().enumerate().take(self.ranks as usize) {
+            *window = self.bases.at(rank as u32, 0, 0) as u64;
+        }
+        Seat {
+            near,
+            windows: private + self.layout.windows,
+            control: self.control(),
+            record: self.control() + Self::record_offset(call.slot) as u64,
+            slot: private + self.layout.slots + call.slot as u64 * size_of::<Slot>() as u64,
+            shared: private + self.layout.shared,
+            mailboxes: self.map.mailbox(call.slot, 0),
+            loss_masks: self.map.loss_mask(call.slot, 0),
+            routing: call.routing,
+            rank: self.rank,
+            ranks: self.ranks,
+            bound,
+            replays: replays as u32,
+        }
+    }
+
+    /// The address of a list of a routing; 0 if it is empty.
+    fn list(&self, memory: &Block, list: List) -> u64 {
+        if list.len == 0 { 0 } else { memory.list(list) as u64 }
+    }
+
+    /// # Safety
+    /// As `driver::launch`, but for the context.
+    unsafe fn launch<P: Copy>(
+        &self,
+        kernel: &driver::Kernel,
+        shape: Launch,
+        call: &Call,
+        params: &P,
+    ) -> Result<()> {
+        let _entered = self.station.context.enter()?;
+        // SAFETY: forwarded; the context is current.
+        unsafe { launch(kernel, &shape, self.stream_of(call.stream), params) }
+            .map_err(|e| e.context(format!("rank {}", self.rank)))
+    }
+
+    fn check_half(&self, slot: &mut HostSlot, call: &Call, half: Half) -> Result<()> {
+        if slot.closed.is_none() {
+            slot.closed = self.loss_of(call.slot);
+        }
+        if let Some(error) = &slot.closed {
+            return Err(error.clone());
+        }
+        if slot.captured {
+            // Replays may have moved it on; the kernels know, and say so in the status.
+            return Ok(());
+        }
+        slot.state.check(self.rank, slot.routing, call, half)
+    }
+
+    /// The capture that a call's stream is in.
+    fn capture_of(&self, call: &Call) -> Result<Option<u64>> {
+        let _entered = self.station.context.enter()?;
+        self.stream_of(call.stream).capture_id().map_err(|e| e.context(format!("rank {}", self.rank)))
+    }
+}
+
+/// How owners follow from experts by division; all zero where they do not.
+fn divisions(owner: &[i32], ranks: u32) -> Owners {
+    let (experts, ranks) = (owner.len() as u32, ranks.max(1));
+    let (quotient, larger) = (experts / ranks, experts % ranks);
+    let split = larger * (quotient + 1);
+    let by_division =
+        |e: u32| if e < split { e / (quotient + 1) } else { larger + (e - split) / quotient.max(1) };
+    // Past 2^16 the product with a reciprocal is no longer exact; a quotient of 1 has no reciprocal.
+    let fits = experts <= 1 << 16 && quotient > 1;
+    if !fits || (0..experts).any(|e| owner[e as usize] != by_division(e) as i32) {
+        return Owners::default();
+    }
+    Owners {
+        larger,
+        split,
+        reciprocal_larger: reciprocal(quotient + 1),
+        reciprocal: reciprocal(quotient),
+        ..Owners::default()
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // Kernels that wait end at the abort.
+        self.health.abort();
+        let left = (self.pinned.clone(), self.private.clone(), self.scratch.clone(), self.spare.clone());
+        lock(&self.attic.items).push((self.station.clone(), Box::new(left)));
+    }
+}
+
+impl Device for Cuda {
+    fn alloc(&self, slot: u32, bytes: u64) -> Result<Block> {
+        let used = lock(&self.spare[slot as usize]).pop();
+        let memory = match used {
+            Some(memory) => memory,
+            None => DeviceMemory::zeroed(&self.station.pool, bytes)?,
+        };
+        let (ptr, spare) = (memory.address(), self.spare.clone());
+        let free = move |_, _| lock(&spare[slot as usize]).push(memory);
+        Ok(Block {
+            ptr: std::ptr::without_provenance_mut(ptr as usize),
+            bytes: bytes as usize,
+            free: Some(Box::new(free)),
+        })
+    }
+    fn view(&self, slot: u32, region: Region) -> usize {
+        let offset = match region {
+            Region::Plane(plane) => self.map.received(slot, plane),
+            Region::ExpertCounts => self.map.expert_counts(slot),
+            Region::ExpertOffsets => self.map.expert_offsets(slot),
+            Region::RankCounts => self.map.rank_counts(slot),
+            Region::Status => self.map.status(slot),
+            Region::Combine => self.map.combine(slot),
+        };
+        self.own(offset) as usize
+    }
+    fn is_inside(&self, address: usize, bytes: usize) -> bool {
+        let window = self.own(0) as usize;
+        address < window + self.map.window_bytes() as usize && address + bytes > window
+    }
+
+    fn check(&self, call: &Call, half: Half) -> Result<()> {
+        if call.host_waits && self.capture_of(call)?.is_some() {
+            return Err(Error::invalid(format!(
+                "rank {}: flags has A2A_DISPATCH_HOST_COUNTS, which waits on the host, and stream is being captured",
+                self.rank
+            )));
+        }
+        self.check_half(&mut lock(&self.slots[call.slot as usize]), call, half)
+    }
+    fn open(&self, call: &Call, half: Half) -> Result<()> {
+        let capture = self.capture_of(call)?;
+        let mut slot = lock(&self.slots[call.slot as usize]);
+        self.check_half(&mut slot, call, half)?;
+        if half == Half::DispatchSend {
+            // Inside one capture the order is known; past it only the kernels know what came before.
+            let known = if capture.is_some() { slot.capture == capture } else { !slot.captured };
+            slot.opens = !known || slot.state != State::Idle;
+            slot.routing = call.routing;
+        }
+        slot.capture = capture;
+        slot.captured |= capture.is_some();
+        Ok(())
+    }
+    fn close(&self, call: &Call, half: Half) {
+        lock(&self.slots[call.slot as usize]).state = State::after(half);
+    }
+    fn fail(&self, _call: &Call) {}
+
+    // Taken note of by what `Dispatch` and `Uses` say; launched by the last op of a half.
+    fn route(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn renew(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn push_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn publish_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
+        if d.split { self.launch_push(d, false) } else { Ok(()) }
+    }
+    fn wait_dispatch(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn land_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn gather_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn settle_rows(&self, d: &Dispatch) -> Result<()> {
+        if d.split {
+            self.launch_receive(d)?
+        } else {
+            self.launch_push(d, true)?
+        };
+        self.launch_land(d)
+    }
+
+    fn stage_rows(&self, c: &Combine) -> Result<()> {
+        self.launch_stage(c)
+    }
+    fn signal_combine(&self, c: &Combine) -> Result<()> {
+        if c.split { self.launch_send(c) } else { Ok(()) }
+    }
+    fn wait_combine(&self, _c: &Combine) -> Result<()> {
+        Ok(())
+    }
+    fn reduce_rows(&self, c: &Combine) -> Result<()> {
+        self.launch_sums(c)
+    }
+
+    fn tell_counts(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("tell_counts")
+    }
+    fn wait_counts(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("wait_counts")
+    }
+    fn place_rows(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("place_rows")
+    }
+    fn push_first_rows(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("push_first_rows")
+    }
+    fn push_banks(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("push_banks")
+    }
+    fn offer_rows(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("offer_rows")
+    }
+    fn stream_rows(&self, _d: &Dispatch) -> Result<()> {
+        self.not_yet("stream_rows")
+    }
+    fn offer_results(&self, _c: &Combine) -> Result<()> {
+        self.not_yet("offer_results")
+    }
+    fn stream_results(&self, _c: &Combine) -> Result<()> {
+        self.not_yet("stream_results")
+    }
+
+    fn received_rows(&self, d: &Dispatch) -> Result<u64> {
+        {
+            let _entered = self.station.context.enter()?;
+            self.stream_of(d.call.stream).synchronize()?;
+        }
+        if let Some(error) = self.loss_of(d.call.slot) {
+            return Err(error);
+        }
+        // SAFETY: one word of the pinned memory, which the kernels that wrote it have left.
+        Ok(unsafe { self.pinned.as_ptr().add(self.rows_word(d.call.slot)).cast::<u64>().read_volatile() })
+    }
+    fn void_status(&self, target: Target, slot: u32, lost: &[u32]) {
+        let mut words = vec![0i32; 4 + self.ranks as usize];
+        words[0] = 4;
+        for rank in lost {
+            words[4 + *rank as usize] = 1;
+        }
+        let at = match target {
+            Target::View => self.view(slot, Region::Status) as u64,
+            Target::Into(rows) => rows.ptr as u64,
+            Target::Nothing | Target::Columns(_) => return,
+        };
+        if let Err(error) = self.write(at, bytes_of(&words)) {
+            log(Level::Error, || format!("rank {}: a status could not be written: {error}", self.rank));
+        }
+    }
+    fn async_error(&self) -> Option<Error> {
+        self.first_failure()
+    }
+    fn stats(&self) -> &Stats {
+        let mut bytes = [0u8; size_of::<Shared>()];
+        if self.private.read(self.layout.shared, &mut bytes).is_ok() {
+            let words = bytes.chunks_exact(8).map(|word| {
+                let mut bytes = [0; 8];
+                bytes.copy_from_slice(word);
+                u64::from_le_bytes(bytes)
+            });
+            for (counter, word) in self.stats.all().zip(words) {
+                counter.store(word, Ordering::Relaxed);
+            }
+        }
+        &self.stats
+    }
+    fn set_timeout(&self, first_step: Duration, step: Duration) {
+        let control: *mut Control = self.pinned.as_ptr().cast();
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        // SAFETY: the pinned memory begins with a Control; kernels read these words whole.
+        unsafe {
+            (&raw mut (*control).first_step_ns).write_volatile(nanoseconds(first_step));
+            (&raw mut (*control).step_ns).write_volatile(nanoseconds(step));
+        }
+    }
+    fn leave(&self, aborted: bool) {
+        // An abort stays an abort when the comm is destroyed afterwards.
+        if self.aborted.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let word = if aborted { 2u32 } else { 1 };
+        // SAFETY: the last word of the pinned memory, which only this call writes.
+        let from = unsafe {
+            let at = self.pinned.as_ptr().add(pinned_bytes(self.map.sizes.slots) - 16);
+            (*at.cast::<AtomicU32>()).store(word, Ordering::Release);
+            std::slice::from_raw_parts(at, 4)
+        };
+        for peer in 0..self.ranks {
+            let at = self.bases.at(peer, self.map.gone(self.rank), 4) as u64;
+            // SAFETY: a word of a window; the source lives as long as the stream's work, which drop waits for.
+            let _ = unsafe { self.station.stream.start_copy_in(at, from) };
+        }
+    }
+}
+
+impl Cuda {
+    fn not_yet(&self, op: &str) -> Result<()> {
+        Err(Error::new(Status::Internal, format!("rank {}: {op} has no kernel", self.rank)))
+    }
+}

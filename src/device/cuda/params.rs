@@ -1,0 +1,171 @@
+//! What host and kernels share: twins of the structs in kernels/window.cuh, which says what the fields are. Both sides
+//! assert sizes and offsets.
+
+use std::mem::offset_of;
+
+use crate::device::map::mail;
+
+pub const MAX_RANKS: usize = 1024;
+pub const SHAPE_WORDS: usize = 16;
+pub const TOLD_RANKS: usize = 64;
+pub const SIDES: usize = 9;
+pub const OUTS: usize = 4 + SIDES;
+pub const TELL: usize = 512;
+pub const NEAR_RANKS: usize = 16;
+
+const SEAT: usize = 80 + 8 * NEAR_RANKS;
+const MEET: usize = SEAT + 80;
+
+/// Addresses in device memory, or 0.
+pub type Address = u64;
+
+/// Declares a twin: `repr(C)`, zero as its default, its size and the offset of its last field asserted.
+macro_rules! twins {
+    ($($(#[$doc:meta])* $name:ident: $size:expr, $last:ident at $offset:expr => {
+        $($field:ident: $ty:ty),+ $(,)?
+    })+) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        pub struct $name { $(pub $field: $ty),+ }
+        const _: () = assert!(size_of::<$name>() == $size && offset_of!($name, $last) == $offset);
+        impl Default for $name {
+            fn default() -> $name {
+                // SAFETY: integers, and arrays and structs of them.
+                unsafe { std::mem::zeroed() }
+            }
+        }
+    )+};
+}
+
+twins! {
+    /// Pinned, one a comm, written by the host.
+    Control: 24 + 4 * MAX_RANKS, dead at 24 => {
+        aborted: u32, reserved: u32, first_step_ns: u64, step_ns: u64, dead: [u32; MAX_RANKS],
+    }
+    /// Pinned, two a slot, written by kernels: why it is closed; what its state did not allow.
+    Record: 64 + MAX_RANKS / 8, lost at 64 => {
+        valid: u32, order: u32, status: u32, cause: u32, operation: u32, peer: u32, detail: u32, origin: u32,
+        sequence: u64, expected: u64, seen: u64, aux: u64, lost: [u32; MAX_RANKS / 32],
+    }
+    /// Device memory, one a slot.
+    Slot: 48 + MAX_RANKS / 8, lost at 48 => {
+        state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, arrived: u32, bad_ids: u32,
+        whole: u32, lost: [u32; MAX_RANKS / 32],
+    }
+    /// Device memory, one a comm; the counters in the order of `Stats`.
+    Shared: 144, first_step_done at 128 => {
+        counters: [u64; 16], first_step_done: u32, dispatched: u32, records: u32, reserved: u32,
+    }
+    Seat: SEAT, near at 80 => {
+        windows: Address, control: Address, record: Address, slot: Address, shared: Address, mailboxes: u64,
+        loss_masks: u64, routing: u64, rank: u32, ranks: u32, bound: u32, replays: u32,
+        near: [Address; NEAR_RANKS],
+    }
+    Owners: 40, reciprocal at 32 => {
+        owner: Address, place: Address, experts: u32, larger: u32, split: u32, reciprocal_larger: u32,
+        reciprocal: u32, reserved: u32,
+    }
+    Route: 136, flags at 132 => {
+        owners: Owners, ids_in: Address, weights_in: Address, ids_stride: u64, weights_stride: u64, ids: Address,
+        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, chunks: Address, tokens: u32, topk: u32,
+        fanout: u32, flags: u32,
+    }
+    Side: 40, pitch at 32 => { from: Address, stride: u64, to: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32 }
+    Receive: 392, told_more at 384 => {
+        status: Address, rank_counts: Address, kept_counts: Address, expert_counts: Address, local: u32, flags: u32,
+        wire_bytes: u64, rows: Address, digest: u32, tokens: u32, shape: [u32; SHAPE_WORDS], told: [i32; TOLD_RANKS], told_more: Address,
+    }
+    RouteParams: SEAT + 144, flags at SEAT + 136 => { seat: Seat, route: Route, flags: u32, reserved: u32 }
+    PushParams: SEAT + 616 + 40 * SIDES, side at SEAT + 616 => {
+        seat: Seat, route: Route, receive: Receive, tokens: Address, token_stride: u64, to_tokens: u64, to_ids: u64,
+        to_weights: u64, to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, pad_blocks: u32,
+        sides: u32, block_jobs: u32, flags: u32, reserved: u32, side: [Side; SIDES],
+    }
+    ReceiveParams: SEAT + 392, receive at SEAT => { seat: Seat, receive: Receive }
+    Out: 56, kind at 52 => {
+        region: u64, to: Address, stride: u64, bytes: u32, unit: u32, pitch: u64, block_stride: u64, from_pitch: u32,
+        kind: u32,
+    }
+    LandParams: SEAT + 96 + 56 * OUTS, out at SEAT + 96 => {
+        seat: Seat, owners: Owners, kept_counts: Address, ids_region: u64, expert_counts: Address,
+        expert_stats: Address, rows: u64, topk: u32, outs: u32, flags: u32, splits: u32, out: [Out; OUTS],
+    }
+    StageParams: SEAT + 72, flags at SEAT + 64 => {
+        seat: Seat, kept_counts: Address, rows: Address, stride: u64, to_rows: u64, weights: Address,
+        weights_stride: u64, to_weights: u64, vectors: u32, weight_bytes: u32, flags: u32, reserved: u32,
+    }
+    MeetParams: MEET, flags at MEET - 8 => {
+        seat: Seat, status: Address, rows_for: Address, kept_counts: Address, result_bytes: u64, staged_bytes: u64,
+        weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, reserved: u32,
+    }
+    ReduceParams: MEET + 152, flags at MEET + 148 => {
+        meet: MeetParams, owners: Owners, target_ranks: Address, target_rows: Address, kept_counts: Address, ids: Address,
+        from_rows: u64, from_weights: u64, out: Address, out_stride: u64, out_weights: Address,
+        out_weights_stride: u64, row_bytes: u64, tokens: u32, fanout: u32, topk: u32, vectors: u32, splits: u32,
+        flags: u32,
+    }
+    TellParams: 16 + 4 * TELL, values at 16 => { to: Address, first: u32, count: u32, values: [i32; TELL] }
+    QuantParams: 48, flags at 44 => {
+        from: Address, stride: u64, to: Address, scales: Address, tokens: u32, hidden: u32, scale_bytes: u32,
+        flags: u32,
+    }
+}
+
+/// Flags of the parameters, as window.cuh names them.
+pub mod flag {
+    pub const IDS_ARE_64: u32 = 1;
+    pub const IDS_ARE_VECTORS: u32 = 2;
+    pub const HAS_WEIGHTS: u32 = 4;
+    pub const HAS_IDS: u32 = 8;
+
+    pub const UNIFORM: u32 = 1;
+    pub const TOLD: u32 = 2;
+    pub const GATHERS: u32 = 4;
+
+    pub const OPENS: u32 = 1;
+    pub const ROUTES: u32 = 2;
+
+    pub const WAITS: u32 = 1;
+    pub const FOLLOWS: u32 = 2;
+    pub const PLACES: u32 = 4;
+    pub const PUBLISHES: u32 = 8;
+    pub const WAS_OPENED: u32 = 16;
+
+    pub const GATHERED: u32 = 1;
+    pub const ZERO_PADDING: u32 = 2;
+    pub const WIDE_IDS: u32 = 4;
+
+    pub const SENDS: u32 = 1;
+    pub const MEET_WAITS: u32 = 2;
+    pub const EVERYONE: u32 = 4;
+    pub const STAGED: u32 = 8;
+    pub const SETTLES: u32 = 16;
+
+    pub const REDUCE_GATHERED: u32 = 1;
+    pub const REDUCE_EVERYONE: u32 = 2;
+    pub const ACCUMULATE: u32 = 4;
+
+    pub const UE8M0: u32 = 4;
+}
+
+/// Kinds of outputs that kernels treat apart.
+pub mod kind {
+    pub const OTHER: u32 = 0;
+    pub const TOKENS: u32 = 1;
+    pub const IDS: u32 = 2;
+    pub const WEIGHTS: u32 = 3;
+    pub const SOURCE: u32 = 4;
+    pub const IN_PLACE: u32 = 8;
+}
+
+// The mailbox that kernels know is the one of map.rs.
+const _: () = {
+    assert!(
+        mail::BYTES == 256 && mail::DISPATCH_PAIR == 224 && mail::COMBINE_FLAG == 8 && mail::READ_FLAG == 16
+    );
+    assert!(
+        mail::PROGRESS == 24 && mail::LOSS == 32 && mail::LOSS_ORIGIN == 48 && mail::DISPATCH_SHAPE == 64
+    );
+    assert!(mail::COMBINE_SHAPE == 128 && mail::TOKENS == 192 && mail::REPLAYS == 196);
+};

@@ -458,9 +458,8 @@ impl Member {
             Ok(())
         });
         if let Some(info) = info {
-            let text: Vec<u8> = info.message.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
             outcome.status = info.status;
-            outcome.text = String::from_utf8_lossy(&text).into_owned();
+            outcome.text = message(&info);
             outcome.words = vec![
                 info.operation.into(),
                 info.slot.into(),

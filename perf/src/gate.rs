@@ -5,7 +5,7 @@
 
 use crate::conformance::common::{DispatchIn, DispatchOut, F32, I32, Seat, Tensor};
 use crate::conformance::oracle::{
-    self, Dropped, Input, Received, Row, Rows, Source, Step, Weights, quantise,
+    self, Dropped, Input, Received, Row, Rows, Scale, Source, Step, Weights, quantise,
 };
 use crate::routing::{Routing, hash};
 use crate::shape::{Kind, Pair, Shape};
@@ -30,14 +30,7 @@ fn element(kind: Kind, random: u64) -> u32 {
     if kind == Kind::F32 { bits } else { bits >> 16 }
 }
 
-/// A row of a compact tensor. The whole may be too large to copy.
-fn row_of(tensor: &Tensor, row: usize) -> &[u8] {
-    let size = tensor.row_bytes();
-    // SAFETY: received tensors have as many rows as the layout's capacity, which is what callers ask for.
-    unsafe { std::slice::from_raw_parts((tensor.address() + row * size) as *const u8, size) }
-}
-
-/// A row's bytes.
+/// A row's numbers.
 fn fill(kind: Kind, hidden: usize, words: &[u64]) -> Vec<u8> {
     let start = hash(words);
     let size = kind.float().bytes();
@@ -48,6 +41,17 @@ fn fill(kind: Kind, hidden: usize, words: &[u64]) -> Vec<u8> {
         row.extend_from_slice(&element(kind, state ^ state >> 29).to_le_bytes()[..size]);
     }
     row
+}
+
+/// A row of e4m3 numbers, of which none is a NaN.
+fn fill_f8(hidden: usize, words: &[u64]) -> Vec<u8> {
+    let mut state = hash(words);
+    let byte = |_| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let bits = (state >> 56) as u8;
+        if bits & 0x7f == 0x7f { bits ^ 1 } else { bits }
+    };
+    (0..hidden).map(byte).collect()
 }
 
 impl Gate {
@@ -84,7 +88,26 @@ impl Gate {
 
     /// A token as it is given.
     fn token(&self, source: Source) -> Vec<u8> {
-        fill(self.kind, self.hidden, &[self.seed, 1, source.rank as u64, source.token as u64])
+        let words = [self.seed, 1, source.rank as u64, source.token as u64];
+        if self.kind == Kind::F8 {
+            fill_f8(self.hidden, &words)
+        } else {
+            fill(self.kind, self.hidden, &words)
+        }
+    }
+    /// Its scales, where they are given with it.
+    fn scales(&self, source: Source, scale: Scale) -> Vec<u8> {
+        let words = [self.seed, 3, source.rank as u64, source.token as u64];
+        fill(Kind::F32, scale.row_bytes(self.hidden) / 4, &words)
+    }
+    /// A token as it arrives, and what arrives as its scales.
+    fn arriving(&self, source: Source) -> (Vec<u8>, Vec<u8>) {
+        let token = self.token(source);
+        match self.kind.scale() {
+            None => (token, Vec::new()),
+            Some(scale) if self.kind == Kind::F8 => (token, self.scales(source, scale)),
+            Some(scale) => quantise(&token, self.kind.float(), scale),
+        }
     }
     /// Rank `rank`'s result for a row.
     fn result(&self, rank: usize, row: Row) -> Vec<u8> {
@@ -97,14 +120,20 @@ impl Gate {
     pub fn input(&self) -> DispatchIn {
         let mine = &self.step.ranks[self.rank];
         let (tokens, topk) = (mine.tokens, self.step.topk);
-        let rows: Vec<u8> =
-            (0..tokens).flat_map(|token| self.token(Source { rank: self.rank, token })).collect();
+        let own = |token| Source { rank: self.rank, token };
+        let rows: Vec<u8> = (0..tokens).flat_map(|token| self.token(own(token))).collect();
+        let given = self.kind.scale().filter(|_| self.kind == Kind::F8);
+        let scales = given.map(|scale| {
+            let rows: Vec<u8> = (0..tokens).flat_map(|token| self.scales(own(token), scale)).collect();
+            Tensor::of(F32, &[tokens, scale.row_bytes(self.hidden) / 4], &rows)
+        });
         let ids: Vec<u8> = mine.ids.iter().flatten().flat_map(|id| (*id as i32).to_le_bytes()).collect();
         let weights: Vec<u8> = mine.weights.iter().flatten().flat_map(|word| word.to_le_bytes()).collect();
         DispatchIn {
-            tokens: Some(Tensor::of(self.kind.dtype(), &[tokens, self.hidden], &rows)),
+            tokens: Some(Tensor::of(self.kind.given(), &[tokens, self.hidden], &rows)),
             topk_ids: Some(Tensor::of(I32, &[tokens, topk], &ids)),
             topk_weights: Some(Tensor::of(F32, &[tokens, topk], &weights)),
+            scales,
             ..Default::default()
         }
     }
@@ -121,38 +150,55 @@ impl Gate {
         (sent, received)
     }
 
+    /// Rows of the layout that came from `source`.
+    pub fn rows_from(&self, source: usize) -> u64 {
+        self.received.rows.iter().flatten().filter(|row| row.source.rank == source).count() as u64
+    }
+
+    /// Compares every output that was asked for.
     pub fn check_received(&self, output: &DispatchOut) -> Result<(), String> {
         let tokens = output.tokens.as_ref().expect("wanted");
-        let source = output.row_source.as_ref().expect("wanted").read_i32();
+        let source = output.row_source.as_ref().map(Tensor::read_i32);
         for (at, row) in self.received.rows.iter().enumerate() {
             let pair = row.map_or([-1, -1], |row| [row.source.rank as i32, row.source.token as i32]);
-            if source[at * 2..at * 2 + 2] != pair {
+            if let Some(source) = &source
+                && source[at * 2..at * 2 + 2] != pair
+            {
                 return Err(format!(
                     "row_source: row {at} is {:?}, expected {pair:?}",
                     &source[at * 2..][..2]
                 ));
             }
             let Some(row) = row else { continue };
-            let mut want = self.token(row.source);
-            if let (Some(scale), Some(scales)) = (self.kind.scale(), &output.scales) {
-                let (values, factors) = quantise(&want, self.kind.float(), scale);
-                want = values;
-                if row_of(scales, at) != factors {
-                    return Err(format!("scales: row {at} ({row:?}) differs"));
-                }
+            let (want, factors) = self.arriving(row.source);
+            if let Some(scales) = &output.scales
+                && scales.read_row(at) != factors
+            {
+                return Err(format!("scales: row {at} ({row:?}) differs"));
             }
-            if row_of(tokens, at) != want {
+            if tokens.read_row(at) != want {
                 return Err(format!("tokens: row {at} ({row:?}) differs"));
             }
         }
-        let counts = output.expert_counts.as_ref().expect("wanted").read_i32();
-        if counts != self.received.expert_counts {
-            return Err(format!("expert_counts are {counts:?}, expected {:?}", self.received.expert_counts));
+        let counts = [
+            ("expert_counts", &output.expert_counts, &self.received.expert_counts),
+            ("rank_counts", &output.rank_counts, &self.received.rank_counts),
+        ];
+        for (name, got, want) in counts {
+            let Some(got) = got.as_ref().map(Tensor::read_i32) else { continue };
+            if &got != want {
+                return Err(format!("{name} are {got:?}, expected {want:?}"));
+            }
         }
-        let weights = output.topk_weights.as_ref().expect("wanted").read();
-        let want: Vec<u8> = self.received.weights.iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        if weights[..want.len()] != want {
-            return Err("topk_weights differ".into());
+        let ids = self.received.ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>();
+        let weights = self.received.weights.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        for (name, got, want) in
+            [("topk_ids", &output.topk_ids, ids), ("topk_weights", &output.topk_weights, weights)]
+        {
+            // A caller's tensor may have more rows than the step.
+            if got.as_ref().is_some_and(|got| got.read()[..want.len()] != want) {
+                return Err(format!("{name} differ"));
+            }
         }
         Ok(())
     }
@@ -161,16 +207,13 @@ impl Gate {
     pub fn write_results(&self, results: &mut Tensor) {
         for (at, row) in self.received.rows.iter().enumerate() {
             if let Some(row) = row {
-                let result = self.result(self.rank, *row);
-                let to = results.address() + at * results.row_bytes();
-                // SAFETY: the tensor is compact and has as many rows as the layout's capacity.
-                unsafe { std::ptr::copy_nonoverlapping(result.as_ptr(), to as *mut u8, result.len()) };
+                results.write_row(at, &self.result(self.rank, *row));
             }
         }
     }
 
     pub fn check_sums(&self, sums: &Tensor) -> Result<(), String> {
-        let (got, size) = (sums.read(), self.hidden * self.kind.float().bytes());
+        let size = self.hidden * self.kind.float().bytes();
         let tokens = self.step.ranks[self.rank].tokens;
         let topk = self.step.topk;
         // A step of the sampled tokens alone: a token's sum depends on no other.
@@ -199,7 +242,7 @@ impl Gate {
         let want =
             step.combine(self.rank, self.hidden, floats, Weights::Dispatched, &Dropped::new(), result, None);
         for (at, token) in samples.iter().enumerate() {
-            if got[token * size..][..size] != want[at * size..][..size] {
+            if sums.read_row(*token) != want[at * size..][..size] {
                 return Err(format!("combine: token {token} ({}) differs", self.pair.name));
             }
         }
@@ -216,20 +259,23 @@ mod tests {
     use crate::shape::PAIRS;
 
     /// A whole step of one rank; `spoil` says which row's tokens, and which token's sum, are changed by a bit.
-    fn step(pair: Pair, spoil: (Option<usize>, Option<usize>)) -> Result<(), String> {
+    fn step(pair: Pair, kind: Kind, spoil: (Option<usize>, Option<usize>)) -> Result<(), String> {
         threads(1, std::time::Duration::from_secs(60), move |seat| {
             let shape = Shape {
                 pair: pair.name.into(),
+                ranks: 1,
                 tokens: 3,
                 hidden: 16,
                 experts: 4,
                 topk: 2,
-                kind: Kind::Bf16,
+                kind,
                 routing: "hash".into(),
                 seed: 5,
                 warmup: 0,
                 iterations: 1,
                 caches: Vec::new(),
+                scopes: Vec::new(),
+                graph: false,
                 staged: true,
                 max_recv_rows: 0,
                 directory: String::new(),
@@ -237,23 +283,27 @@ mod tests {
             let mut config = config(seat);
             (config.backend, config.layout) = (pair.backend, pair.layout);
             (config.num_experts, config.max_topk, config.max_hidden, config.max_tokens) = (4, 2, 16, 3);
+            kind.configure(&mut config);
             let comm = Comm::create(&config)?;
             let routing = comm.routing(0)?;
             let gate = Gate::new(seat, &shape, pair, &Routing::Hash)?;
             let mut output = DispatchOut {
                 tokens: Some(Tensor::view()),
+                scales: kind.scale().map(|_| Tensor::view()),
                 topk_weights: Some(Tensor::view()),
+                rank_counts: Some(Tensor::view()),
                 row_source: Some(Tensor::view()),
                 expert_counts: Some(Tensor::view()),
                 ..Default::default()
             };
             comm.dispatch(&routing, A2A_PHASE_BOTH, &gate.input(), &mut output)?;
-            let flip = |tensor: &Tensor, row: usize| {
-                // SAFETY: a row of a tensor of this test, which nobody else touches.
-                unsafe { *((tensor.address() + row * tensor.row_bytes()) as *mut u8) ^= 1 };
+            let flip = |tensor: &mut Tensor, row: usize| {
+                let mut bytes = tensor.read_row(row);
+                bytes[0] ^= 1;
+                tensor.write_row(row, &bytes);
             };
             if let Some(row) = spoil.0 {
-                flip(output.tokens.as_ref().expect("wanted"), row);
+                flip(output.tokens.as_mut().expect("wanted"), row);
             }
             gate.check_received(&output)?;
             let mut results = comm.combine_buffer(&routing, Kind::Bf16.dtype())?;
@@ -261,9 +311,9 @@ mod tests {
             let mut sums =
                 CombineOut { tokens: Some(Tensor::new(Kind::Bf16.dtype(), &[3, 16])), ..Default::default() };
             comm.combine(&routing, A2A_PHASE_BOTH, 0, Some(&results), &mut sums)?;
-            let sums = sums.tokens.expect("wanted");
+            let mut sums = sums.tokens.expect("wanted");
             if let Some(token) = spoil.1 {
-                flip(&sums, token);
+                flip(&mut sums, token);
             }
             gate.check_sums(&sums)
         })
@@ -272,9 +322,13 @@ mod tests {
     #[test]
     fn a_single_wrong_bit_has_no_time() {
         for pair in PAIRS.into_iter().filter(|pair| pair.keeps_rows()) {
-            step(pair, (None, None)).unwrap();
-            assert!(step(pair, (Some(0), None)).unwrap_err().contains("tokens: row 0"), "{}", pair.name);
-            assert!(step(pair, (None, Some(2))).unwrap_err().contains("token 2"), "{}", pair.name);
+            for kind in [Kind::Bf16, Kind::Fp8, Kind::F8] {
+                step(pair, kind, (None, None)).unwrap();
+                let why = step(pair, kind, (Some(0), None)).unwrap_err();
+                assert!(why.contains("tokens: row 0"), "{}: {why}", pair.name);
+                let why = step(pair, kind, (None, Some(2))).unwrap_err();
+                assert!(why.contains("token 2"), "{}: {why}", pair.name);
+            }
         }
     }
 }

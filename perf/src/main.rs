@@ -1,16 +1,21 @@
 //! a2a-perf: measures and checks liba2a, beside its peers, in one run.
 //!
-//! A rank is a process of this program (`measure`); the parent starts the ranks of one shape after another, collects
-//! what they measured (`sweep`) and reports it. `--check` is the conformance tests themselves.
+//! A rank is a process of this program (`measure`), on CUDA a stream of one process (`one_gpu`); the parent starts the
+//! ranks of one shape after another, collects what they measured (`sweep`) and reports it. `--check` is the conformance
+//! tests themselves.
 
 #[path = "../../tests/conformance.rs"]
 #[allow(dead_code, reason = "the tests' tools are used in part")]
 mod conformance;
+mod data_plane;
 mod gate;
+mod gpu;
 mod machine;
 mod measure;
+mod one_gpu;
 mod peers;
 mod plot;
+mod reference;
 mod report;
 mod routing;
 mod row;
@@ -24,8 +29,11 @@ use clap::{Parser, Subcommand};
 
 use conformance::common::Job;
 use report::Format;
+use shape::Device;
 
 const MEASURE: (&str, Job) = ("measure_shape", measure::job);
+const ONE_GPU: (&str, Job) = ("measure_on_one_gpu", one_gpu::job);
+const FLOORS: (&str, Job) = ("measure_floors", one_gpu::floors);
 
 const LONG_ABOUT: &str = "\
 Measures a2a_dispatch and a2a_combine: every rank a process (or a thread) of this program, the same routing for every \
@@ -45,20 +53,43 @@ FIGURES
                       included, of the busiest rank
   warm, cold          cold: each rank touches 64 MiB before each operation
 
+ON CUDA
+  All ranks share one GPU: each is a comm of one process with a stream of its
+  own. Such figures are of protocol, launches and the GPU's memory, not of
+  NVLink. Times are of device events behind a gate, a kernel that spins until
+  the host has made all calls; p10, p50 and p90 over the iterations.
+  scope all           every rank at once, from the first event to the moment
+                      when all are done
+  scope rank0         rank 0 alone, after all others have sent and are done
+  combine, pair       the experts wrote into a2a_combine_buffer; combine_staged
+                      and pair_staged: from the caller's tensor (--staged)
+  pair_graph          replays of a captured pair (--graph)
+  floor               nothing, one and two empty kernels of each rank
+  GB/s                rows read and written, of all ranks of the scope
+  bare                our rate as a part of the bare data plane's (--peers)
+  FlashInfer          its time on an H100, where card and shape are the same
+                      (perf/reference/flashinfer-h100.csv), and how many times
+                      as fast ours is
+  Dispatch is asked for views of tokens, scales, ids, weights and rank_counts.
+
 EXAMPLES
   a2a-perf --tokens 1,8,32,128,512,2048 --output sweep.csv --format csv
   a2a-perf --backends ht_flat,two_sided --routing zipf --cache warm,cold
   a2a-perf --tokens 128,2048 --peers
+  a2a-perf --device cuda --ranks 8 --experts 256 --tokens 1,128,4096 --peers
   a2a-perf plot sweep.csv --directory plots
   a2a-perf --check                the whole conformance matrix
   a2a-perf --check low_latency    what has low_latency in its name
+  a2a-perf --check --device cuda  all of it on CUDA memory, and what only a GPU has
 
 FILES
   target/peers/mpi_alltoallv      the MPI peer, built by perf/peers/build.sh
+  target/peers/data_plane         the bare data plane, built by
+                                  perf/peers/build_data_plane.sh
 
 EXIT STATUS
-  0  all was measured; a shape that there is no memory for is named, and
-     left out
+  0  all was measured; a shape that there is no memory for, or that the
+     library does not have, is named, and left out
   1  a check failed
   2  usage";
 
@@ -73,6 +104,9 @@ struct Arguments {
     /// Run the conformance matrix instead, or the part of it whose names contain FILTER
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     check: Option<String>,
+    /// cpu, cuda (the first GPU) or cuda:N; with --check also cuda:rank (rank r has GPU r % the number of GPUs)
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// table, csv or json
     #[arg(long, default_value = "table", value_parser = Format::parse)]
     format: Format,
@@ -94,11 +128,15 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let jobs: Vec<(&str, Job)> = conformance::JOBS.into_iter().chain([MEASURE]).collect();
+    let jobs: Vec<(&str, Job)> = conformance::JOBS.into_iter().chain([MEASURE, ONE_GPU, FLOORS]).collect();
     conformance::common::worker(&jobs);
     let arguments = Arguments::parse();
     if let Some(filter) = &arguments.check {
         let filter = (!filter.is_empty()).then(|| filter.clone());
+        if let Err(error) = conformance::common::choose_device(&arguments.device) {
+            eprintln!("a2a-perf: {error}");
+            return ExitCode::from(2);
+        }
         return conformance::run(&libtest_mimic::Arguments { filter, ..Default::default() });
     }
     let outcome = match &arguments.command {
@@ -130,8 +168,10 @@ fn run(arguments: &Arguments) -> Result<bool, String> {
         None => Box::new(std::io::stdout()),
     };
     let mut header = machine::describe();
-    header.push(arguments.sweep.describe());
-    let (rows, refused) = arguments.sweep.run()?;
-    report::write(arguments.format, &header, &rows, &refused, &mut out)?;
-    Ok(!refused.iter().any(|refused| refused.wrong))
+    let device = Device::parse(&arguments.device)?;
+    header.push(arguments.sweep.describe(device));
+    let outcome = arguments.sweep.run(device)?;
+    header.extend(outcome.about.iter().cloned());
+    report::write(arguments.format, &header, &outcome, &mut out)?;
+    Ok(!outcome.refused.iter().any(|refused| refused.wrong))
 }

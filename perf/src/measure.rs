@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::conformance::common::*;
 use crate::gate::Gate;
 use crate::routing::Routing as Choices;
-use crate::shape::{Kind, Pair, Shape};
+use crate::shape::{Pair, Shape};
 
 /// What a rank measured of one shape.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -95,10 +95,7 @@ fn measure(seat: &Seat, shape: &Shape) -> Result<Measured, String> {
     config.num_experts = shape.experts as i32;
     (config.max_topk, config.max_hidden, config.max_tokens) =
         (topk as i32, hidden as i32, tokens.max(1) as i32);
-    config.token_dtype = if shape.kind == Kind::F32 { A2A_DTYPE_F32 } else { A2A_DTYPE_BF16 };
-    if shape.kind.scale().is_some() {
-        config.quant = A2A_QUANT_FP8_F32_SCALES;
-    }
+    shape.kind.configure(&mut config);
     config.max_recv_rows = shape.max_recv_rows;
     let meeting = Meeting::new(seat)?;
     let comm = Comm::create(&config)?;

@@ -51,7 +51,7 @@ impl Shape<'_> {
     }
 
     /// The (token, destination rank) rows of `source`, by token, then by rank.
-    fn rows_of(&self, source: usize) -> Vec<(usize, usize)> {
+    pub fn rows_of(&self, source: usize) -> Vec<(usize, usize)> {
         let mut rows = Vec::new();
         for token in 0..self.tokens {
             let at = (source * self.tokens + token) * self.topk;
@@ -98,6 +98,10 @@ impl Shape<'_> {
             p99_us: timed.p99_us,
             logical_bytes: timed.logical_bytes,
             wire_bytes: timed.wire_bytes,
+            scope: String::new(),
+            p10_us: timed.p10_us,
+            p90_us: timed.p90_us,
+            memory_bytes: 0,
         }
     }
 }
@@ -115,6 +119,18 @@ const SETTINGS: [(&str, &[&str]); 2] =
 /// libfabric is installed, Open MPI may take its TCP through eth0 for ranks of one host, which is twice as slow.
 const COMMON: &str = "--allow-run-as-root --oversubscribe --bind-to none --mca pml ob1 --mca btl vader,self";
 
+/// Where a peer's program lies: `peers/` of the target folder that this executable was built into.
+pub fn folder_of(program: &str, script: &str) -> Result<PathBuf, String> {
+    let exe = env::current_exe().map_err(|error| format!("where is this executable? {error}"))?;
+    let mut folders = exe.ancestors().skip(1).map(|above| above.join("peers"));
+    folders.find(|peers| peers.join(program).exists()).ok_or_else(|| {
+        format!(
+            "a peer is not built (no peers/{program} above {}); perf/peers/{script} builds it",
+            exe.display()
+        )
+    })
+}
+
 /// The MPI program as perf/peers/build.sh left it.
 #[derive(Debug)]
 pub struct Peers {
@@ -130,7 +146,11 @@ pub struct Peers {
 /// One operation, as the program reports it.
 #[derive(Deserialize)]
 struct Timed {
+    #[serde(default)]
+    p10_us: Option<f64>,
     p50_us: f64,
+    #[serde(default)]
+    p90_us: Option<f64>,
     p99_us: f64,
     logical_bytes: u64,
     wire_bytes: u64,
@@ -147,22 +167,9 @@ struct Answer {
 }
 
 impl Peers {
-    /// The program lies in `peers/` of the target folder that this executable was built into. The error says how to
-    /// build it.
+    /// The error says how to build it.
     pub fn find() -> Result<Peers, String> {
-        let exe = env::current_exe().map_err(|error| format!("where is this executable? {error}"))?;
-        let folder = exe
-            .ancestors()
-            .skip(1)
-            .map(|above| above.join("peers"))
-            .find(|peers| peers.join(PROGRAM).exists())
-            .ok_or_else(|| {
-                format!(
-                    "the MPI peer is not built (no peers/{PROGRAM} above {}); perf/peers/build.sh builds it",
-                    exe.display()
-                )
-            })?;
-        Self::at(&folder)
+        Self::at(&folder_of(PROGRAM, "build.sh")?)
     }
 
     fn at(folder: &Path) -> Result<Peers, String> {
@@ -226,39 +233,49 @@ impl Peers {
         Ok(operations.map(|(operation, timed)| shape.row(name, "processes", operation, &timed)).into())
     }
 
-    /// What mpirun writes to its output. Output goes to files, so that no full pipe holds a rank up while it is timed.
+    /// What mpirun writes to its output. A shell script, which sets what a relocated MPI needs and becomes the real one.
     fn run(&self, arguments: &[String]) -> Result<String, String> {
-        let system = |error: std::io::Error| format!("cannot run mpirun: {error}");
-        let folder = tempfile::tempdir().map_err(system)?;
-        let (out, err) = (folder.path().join("out"), folder.path().join("err"));
-        // A shell script, which sets what a relocated MPI needs and becomes the real one.
-        let mut child = Command::new("sh")
-            .arg(self.folder.join("mpirun"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(File::create(&out).map_err(system)?)
-            .stderr(File::create(&err).map_err(system)?)
-            .spawn()
-            .map_err(system)?;
-
-        let end = Instant::now() + self.limit + self.grace;
-        let status = loop {
-            if let Some(status) = child.try_wait().map_err(system)? {
-                break status;
-            }
-            if Instant::now() >= end {
-                // Ranks whose mpirun has gone end themselves.
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(format!("killed after {} s{}", self.limit.as_secs_f64(), tail(&err)));
-            }
-            thread::sleep(Duration::from_millis(50));
-        };
-        if !status.success() {
-            return Err(format!("{status}{}", tail(&err)));
-        }
-        Ok(String::from_utf8_lossy(&fs::read(&out).map_err(system)?).into_owned())
+        let mut command = Command::new("sh");
+        command.arg(self.folder.join("mpirun")).args(arguments);
+        run_for(command, self.limit, self.grace)
     }
+}
+
+/// What a program writes to its output.
+pub fn run(command: Command, limit: Duration) -> Result<String, String> {
+    run_for(command, limit, Duration::ZERO)
+}
+
+/// Output goes to files, so that no full pipe holds a rank up while it is timed.
+fn run_for(mut command: Command, limit: Duration, grace: Duration) -> Result<String, String> {
+    let name = PathBuf::from(command.get_program());
+    let system = |error: std::io::Error| format!("cannot run {}: {error}", name.display());
+    let folder = tempfile::tempdir().map_err(system)?;
+    let (out, err) = (folder.path().join("out"), folder.path().join("err"));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(File::create(&out).map_err(system)?)
+        .stderr(File::create(&err).map_err(system)?)
+        .spawn()
+        .map_err(system)?;
+
+    let end = Instant::now() + limit + grace;
+    let status = loop {
+        if let Some(status) = child.try_wait().map_err(system)? {
+            break status;
+        }
+        if Instant::now() >= end {
+            // Ranks whose mpirun has gone end themselves.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(format!("killed after {} s{}", limit.as_secs_f64(), tail(&err)));
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    if !status.success() {
+        return Err(format!("{status}{}", tail(&err)));
+    }
+    Ok(String::from_utf8_lossy(&fs::read(&out).map_err(system)?).into_owned())
 }
 
 /// The last lines of what was written to the standard error stream, to stand behind a message.
@@ -321,7 +338,9 @@ pub fn memcpy(shape: &Shape, mode: &str) -> Result<Vec<Row>, String> {
     slowest.sort_by(f64::total_cmp);
     let bytes = (shape.busiest_rows() * hidden * size_of::<u16>()) as u64;
     let timed = Timed {
+        p10_us: Some(percentile(&slowest, 10)),
         p50_us: percentile(&slowest, 50),
+        p90_us: Some(percentile(&slowest, 90)),
         p99_us: percentile(&slowest, 99),
         logical_bytes: bytes,
         wire_bytes: bytes,

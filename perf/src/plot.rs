@@ -9,7 +9,8 @@ use plotters::prelude::*;
 use crate::row::Row;
 
 /// Panels from left to right; an operation that was not measured has none.
-const OPERATIONS: [&str; 3] = ["dispatch", "combine", "pair"];
+const OPERATIONS: [&str; 7] =
+    ["dispatch", "combine", "combine_staged", "pair", "pair_staged", "pair_graph", "pair_staged_graph"];
 
 const PANEL: (u32, u32) = (400, 400);
 const TITLE: u32 = 34;
@@ -47,6 +48,7 @@ struct Setting<'a> {
     topk: usize,
     routing: &'a str,
     cache: &'a str,
+    scope: &'a str,
 }
 
 impl<'a> Setting<'a> {
@@ -61,19 +63,22 @@ impl<'a> Setting<'a> {
             topk: row.topk,
             routing: &row.routing,
             cache: &row.cache,
+            scope: &row.scope,
         }
     }
 
     fn title(&self) -> String {
-        let Setting { device, mode, ranks, hidden, dtype, experts, topk, routing, cache } = self;
+        let Setting { device, mode, ranks, hidden, dtype, experts, topk, routing, cache, scope } = self;
+        let scope = if scope.is_empty() { String::new() } else { format!(", {scope}") };
         format!(
-            "{device}, {ranks} {mode}, hidden {hidden} {dtype}, top-{topk} of {experts}, {routing} routing, {cache}"
+            "{device}, {ranks} {mode}, hidden {hidden} {dtype}, top-{topk} of {experts}, {routing} routing, {cache}{scope}"
         )
     }
 
     fn file(&self) -> String {
-        let Setting { device, mode, ranks, hidden, dtype, experts, topk, routing, cache } = self;
-        format!("{device}-{ranks}-{mode}-h{hidden}-{dtype}-top{topk}of{experts}-{routing}-{cache}")
+        let Setting { device, mode, ranks, hidden, dtype, experts, topk, routing, cache, scope } = self;
+        let scope = if scope.is_empty() { String::new() } else { format!("-{scope}") };
+        format!("{device}-{ranks}-{mode}-h{hidden}-{dtype}-top{topk}of{experts}-{routing}-{cache}{scope}")
             .replace(|c: char| !c.is_ascii_alphanumeric() && !"-_.".contains(c), "_")
     }
 }
@@ -380,9 +385,11 @@ mod tests {
     fn each_setting_has_its_pictures() {
         let mut rows = table();
         rows.extend(table().into_iter().map(|row| Row { cache: "cold".into(), ..row }));
+        rows.extend(table().into_iter().map(|row| Row { scope: "all".into(), ..row }));
         rows.extend(table().into_iter().map(|row| Row { routing: "<a>&\"b\"/c".into(), ..row }));
         let pictures = drawn(&rows);
-        assert_eq!(pictures.len(), 6);
+        assert_eq!(pictures.len(), 8);
+        assert!(pictures.contains_key(&TIME.replace("-time", "-all-time")));
         let svg = &pictures["cpu-4-processes-h7168-bf16-top8of64-_a___b__c-warm-time.svg"];
         assert!(svg.contains("&lt;a&gt;&amp;") && !svg.contains("<a>"));
 

@@ -2,7 +2,10 @@
 
 use std::io::Write;
 
+use crate::data_plane;
+use crate::reference::flashinfer;
 use crate::row::Row;
+use crate::sweep::Outcome;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -36,6 +39,7 @@ fn rate(bytes: u64, us: f64) -> f64 {
     bytes as f64 / us / 1000.0
 }
 
+/// Of the CPU.
 fn table(rows: &[Row], out: &mut dyn Write) -> std::io::Result<()> {
     writeln!(
         out,
@@ -71,6 +75,74 @@ fn table(rows: &[Row], out: &mut dyn Write) -> std::io::Result<()> {
             row.logical_bytes,
             row.wire_bytes,
             rate(row.logical_bytes, row.p50_us)
+        )?;
+    }
+    Ok(())
+}
+
+/// Of rows measured on `card`.
+fn cuda_table(card: &str, rows: &[Row], out: &mut dyn Write) -> std::io::Result<()> {
+    let line = |cells: [String; 14]| {
+        let [backend, layout, tokens, dtype, routing, operation, scope, rest @ ..] = cells;
+        let [p10, p50, p90, rate, bare, theirs, times] = rest;
+        let line = format!(
+            "{backend:<24} {layout:<17} {tokens:>6} {dtype:<5} {routing:<9} {operation:<17} {scope:<6} \
+             {p10:>9} {p50:>9} {p90:>9} {rate:>7} {bare:>6} {theirs:>10} {times:>6}"
+        );
+        line.trim_end().to_string()
+    };
+    let names = [
+        "backend",
+        "layout",
+        "tokens",
+        "dtype",
+        "routing",
+        "op",
+        "scope",
+        "p10 us",
+        "p50 us",
+        "p90 us",
+        "GB/s",
+        "bare",
+        "FlashInfer",
+        "times",
+    ];
+    writeln!(out, "{}", line(names.map(String::from)))?;
+    for row in rows {
+        let floor = row.operation == "floor";
+        let us = |time: Option<f64>| time.map_or(String::new(), |us| format!("{us:.2}"));
+        let gbs = if row.memory_bytes > 0 {
+            format!("{:.0}", rate(row.memory_bytes, row.p50_us))
+        } else {
+            String::new()
+        };
+        let bare = rows.iter().find(|peer| {
+            peer.backend == data_plane::NAME
+                && (peer.tokens, peer.hidden, &peer.dtype, &peer.routing, &peer.scope, &peer.operation)
+                    == (row.tokens, row.hidden, &row.dtype, &row.routing, &row.scope, &row.operation)
+        });
+        // Its job is a row for each token and rank: other layouts have more.
+        let bare = bare.filter(|_| ["rank_major", "flat"].contains(&&*row.layout));
+        let theirs = flashinfer(card, row);
+        writeln!(
+            out,
+            "{}",
+            line([
+                row.backend.clone(),
+                row.layout.clone(),
+                if floor { String::new() } else { row.tokens.to_string() },
+                row.dtype.clone(),
+                row.routing.clone(),
+                row.operation.clone(),
+                row.scope.clone(),
+                us(row.p10_us),
+                us(Some(row.p50_us)),
+                us(row.p90_us),
+                gbs,
+                bare.map_or(String::new(), |bare| format!("{:.0} %", 100.0 * bare.p50_us / row.p50_us)),
+                us(theirs),
+                theirs.map_or(String::new(), |theirs| format!("{:.2}", theirs / row.p50_us)),
+            ])
         )?;
     }
     Ok(())
@@ -125,25 +197,34 @@ fn ratios(rows: &[Row], out: &mut dyn Write) -> std::io::Result<()> {
 pub fn write(
     format: Format,
     header: &[String],
-    rows: &[Row],
-    refused: &[Refused],
+    outcome: &Outcome,
     out: &mut dyn Write,
 ) -> Result<(), String> {
+    let Outcome { rows, refused, card, .. } = outcome;
     let failed = |error: std::io::Error| format!("cannot write the report: {error}");
     match format {
         Format::Table => (|| {
             for line in header {
                 writeln!(out, "{line}")?;
             }
-            writeln!(
-                out,
-                "times: of the slowest rank; logical B: one row per (token, destination rank), of the busiest rank; \
-                 wire B: moved between windows; GB/s: logical bytes over p50\n"
-            )?;
-            table(rows, out)?;
-            if rows.iter().any(|row| row.layout.is_empty()) {
-                writeln!(out)?;
-                ratios(rows, out)?;
+            if card.is_empty() {
+                writeln!(
+                    out,
+                    "times: of the slowest rank; logical B: one row per (token, destination rank), of the busiest rank; \
+                     wire B: moved between windows; GB/s: logical bytes over p50\n"
+                )?;
+                table(rows, out)?;
+                if rows.iter().any(|row| row.layout.is_empty()) {
+                    writeln!(out)?;
+                    ratios(rows, out)?;
+                }
+            } else {
+                writeln!(
+                    out,
+                    "times: device events behind a gate; GB/s: rows read and written over p50; bare: of the bare data \
+                     plane's rate; FlashInfer: its p50, and how many times as fast ours is\n"
+                )?;
+                cuda_table(card, rows, out)?;
             }
             for refused in refused {
                 writeln!(out, "no time for {}: {}", refused.what, refused.why)?;
@@ -192,10 +273,52 @@ mod tests {
         ];
         for format in [Format::Csv, Format::Json] {
             let mut out = Vec::new();
-            write(format, &["a, b".into()], &rows, &[], &mut out).unwrap();
+            let outcome = Outcome { rows: rows.clone(), ..Default::default() };
+            write(format, &["a, b".into()], &outcome, &mut out).unwrap();
             let again = read(std::str::from_utf8(&out).unwrap()).unwrap();
             assert_eq!(format!("{again:?}"), format!("{rows:?}"));
         }
+    }
+
+    /// Reports keep being read: this is one from before there were scopes.
+    #[test]
+    fn an_old_report_is_read() {
+        let old = "\
+# machine: a CPU
+device,backend,layout,ranks,mode,tokens,hidden,dtype,experts,topk,routing,operation,cache,iterations,p50_us,p99_us,\
+logical_bytes,wire_bytes
+cpu,memcpy,,4,processes,128,7168,bf16,64,8,hash,dispatch,warm,30,33.5,44.5,100,200
+";
+        let rows = read(old).unwrap();
+        let [row] = &rows[..] else { panic!("{rows:?}") };
+        assert_eq!((row.p50_us, row.wire_bytes, &*row.scope, row.p10_us), (33.5, 200, "", None));
+        assert_eq!(row.memory_bytes, 0);
+    }
+
+    #[test]
+    fn on_cuda_a_row_stands_beside_the_data_plane_and_flashinfer() {
+        let ours = Row {
+            device: "cuda".into(),
+            ranks: 8,
+            experts: 256,
+            scope: "all".into(),
+            memory_bytes: 50_000,
+            ..row("nvlink_one_sided", "rank_major", 1, "dispatch", 20.0)
+        };
+        let bare =
+            Row { backend: data_plane::NAME.into(), layout: String::new(), p50_us: 15.0, ..ours.clone() };
+        let other = Row { scope: "rank0".into(), p50_us: 1.0, ..bare.clone() };
+        let mut out = Vec::new();
+        cuda_table("NVIDIA H100", &[other, ours, bare], &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let cells = |line: &str| line.split_whitespace().map(String::from).collect::<Vec<_>>();
+        let lines: Vec<_> = text.lines().map(cells).collect();
+        assert_eq!(
+            lines[2][5..],
+            ["dispatch", "all", "10.00", "20.00", "2", "75", "%", "25.25", "1.26"],
+            "{text}"
+        );
+        assert_eq!(lines[3].last().unwrap(), "3", "{text}");
     }
 
     #[test]

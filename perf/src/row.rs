@@ -11,29 +11,41 @@ pub struct Row {
     /// Empty for a peer.
     pub layout: String,
     pub ranks: usize,
-    /// "threads" or "processes".
+    /// "threads" or "processes"; "streams": ranks of one process on one GPU, a stream each.
     pub mode: String,
     /// Tokens of each rank.
     pub tokens: usize,
     pub hidden: usize,
-    /// Of the tokens as they travel: "bf16", "f32", "fp8".
+    /// Of the tokens as they travel: "bf16", "f32", "fp8" (dispatch quantises), "f8" (given so, with scales).
     pub dtype: String,
     pub experts: usize,
     pub topk: usize,
     /// "hash", "zipf", "one_hot", or a recorded file's name.
     pub routing: String,
-    /// "dispatch", "combine", or "pair" (one after the other, chained).
+    /// "dispatch", "combine", or "pair" (one after the other, chained); on CUDA also "combine_staged" and "pair_staged"
+    /// (results from the caller's tensor), "pair_graph" and "pair_staged_graph" (replayed), and "floor".
     pub operation: String,
     /// "warm" or "cold" (caches emptied before each).
     pub cache: String,
     pub iterations: usize,
-    /// Of the slowest rank, microseconds.
+    /// CPU: of the slowest rank; CUDA: of the scope, by device events. Microseconds.
     pub p50_us: f64,
     pub p99_us: f64,
     /// Payload that the operation means, of the busiest rank: one row per (token, destination rank).
     pub logical_bytes: u64,
     /// Bytes that the strategy moved between ranks' memories, of the busiest rank, its own included.
     pub wire_bytes: u64,
+    /// What was timed on CUDA: "all" (every rank of the GPU at once) or "rank0" (it alone, its peers done). Else empty.
+    #[serde(default)]
+    pub scope: String,
+    /// None for a peer that does not say.
+    #[serde(default)]
+    pub p10_us: Option<f64>,
+    #[serde(default)]
+    pub p90_us: Option<f64>,
+    /// CUDA: bytes of rows that the operation has to read and to write in the GPU's memory, of all ranks of the scope.
+    #[serde(default)]
+    pub memory_bytes: u64,
 }
 
 /// The smallest of some sorted times that `percent` of them are not above.
@@ -67,6 +79,10 @@ pub mod tests {
             p99_us: 2.0 * p50_us,
             logical_bytes: (tokens * 7168 * 2) as u64,
             wire_bytes: (tokens * 7168 * 2) as u64,
+            scope: String::new(),
+            p10_us: Some(0.5 * p50_us),
+            p90_us: None,
+            memory_bytes: 0,
         }
     }
 

@@ -69,6 +69,28 @@ impl Pair {
     }
 }
 
+/// Where ranks and their memory are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Device {
+    Cpu,
+    /// All ranks on this GPU.
+    Cuda(i32),
+}
+
+impl Device {
+    pub fn parse(text: &str) -> Result<Device, String> {
+        let wrong = || format!("device {text:?} is not cpu, cuda or cuda:N");
+        match text {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => {
+                let ordinal = text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+                ordinal.filter(|ordinal| *ordinal >= 0).map(Device::Cuda).ok_or_else(wrong)
+            }
+        }
+    }
+}
+
 /// What tokens are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
@@ -76,6 +98,8 @@ pub enum Kind {
     F32,
     /// bf16, quantised to e4m3 with float32 scales by dispatch.
     Fp8,
+    /// e4m3 with a float32 scale for each 128 columns, given so: both travel as bytes.
+    F8,
 }
 
 impl Kind {
@@ -84,7 +108,8 @@ impl Kind {
             "bf16" => Ok(Kind::Bf16),
             "f32" => Ok(Kind::F32),
             "fp8" => Ok(Kind::Fp8),
-            _ => Err(format!("dtype {text:?} is not bf16, f32 or fp8")),
+            "f8" => Ok(Kind::F8),
+            _ => Err(format!("dtype {text:?} is not bf16, f32, fp8 or f8")),
         }
     }
     pub fn name(self) -> &'static str {
@@ -92,27 +117,50 @@ impl Kind {
             Kind::Bf16 => "bf16",
             Kind::F32 => "f32",
             Kind::Fp8 => "fp8",
+            Kind::F8 => "f8",
         }
     }
-    /// Of the tokens given, and of the results.
+    /// Of the results.
     pub fn float(self) -> Float {
         if self == Kind::F32 { Float::F32 } else { Float::Bf16 }
     }
     pub fn dtype(self) -> Dtype {
         if self == Kind::F32 { F32 } else { BF16 }
     }
+    /// Of the tokens given.
+    pub fn given(self) -> Dtype {
+        if self == Kind::F8 { F8 } else { self.dtype() }
+    }
     /// Of the tokens received.
     pub fn wire(self) -> Dtype {
-        if self == Kind::Fp8 { F8 } else { self.dtype() }
+        if self == Kind::Fp8 { F8 } else { self.given() }
     }
+    /// Of the scales that arrive beside the tokens.
     pub fn scale(self) -> Option<Scale> {
-        (self == Kind::Fp8).then_some(Scale::F32)
+        matches!(self, Kind::Fp8 | Kind::F8).then_some(Scale::F32)
     }
     /// Bytes of a token on its way, its scales included.
     pub fn wire_bytes(self, hidden: usize) -> usize {
         match self {
-            Kind::Fp8 => hidden + Scale::F32.row_bytes(hidden),
+            Kind::Fp8 | Kind::F8 => hidden + Scale::F32.row_bytes(hidden),
             _ => hidden * self.float().bytes(),
+        }
+    }
+    /// Bytes of a token as it is given, without scales.
+    pub fn given_bytes(self, hidden: usize) -> usize {
+        hidden * self.given().bits as usize / 8
+    }
+    /// Sets what a comm must know of the tokens.
+    pub fn configure(self, config: &mut a2a_config_t) {
+        config.token_dtype = match self {
+            Kind::F32 => A2A_DTYPE_F32,
+            Kind::F8 => A2A_DTYPE_F8_E4M3,
+            _ => A2A_DTYPE_BF16,
+        };
+        match self {
+            Kind::Fp8 => config.quant = A2A_QUANT_FP8_F32_SCALES,
+            Kind::F8 => config.max_scale_bytes = Scale::F32.row_bytes(config.max_hidden as usize) as i32,
+            _ => {}
         }
     }
 }
@@ -121,6 +169,7 @@ impl Kind {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Shape {
     pub pair: String,
+    pub ranks: usize,
     pub tokens: usize,
     pub hidden: usize,
     pub experts: usize,
@@ -132,9 +181,30 @@ pub struct Shape {
     pub warmup: usize,
     pub iterations: usize,
     pub caches: Vec<String>,
+    /// "all" and "rank0": what is timed on CUDA.
+    pub scopes: Vec<String>,
+    /// On CUDA, replays of a captured pair are timed too.
+    pub graph: bool,
     /// Results are staged from the caller's tensor.
     pub staged: bool,
     pub max_recv_rows: i64,
     /// Where each rank leaves what it measured.
     pub directory: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        let parsed = ["cpu", "cuda", "cuda:3"].map(|text| Device::parse(text).unwrap());
+        assert_eq!(parsed, [Device::Cpu, Device::Cuda(0), Device::Cuda(3)]);
+        for text in ["gpu", "cuda:", "cuda:-1", "cuda:rank"] {
+            assert_eq!(
+                Device::parse(text).unwrap_err(),
+                format!("device {text:?} is not cpu, cuda or cuda:N")
+            );
+        }
+    }
 }

@@ -4,20 +4,26 @@
 //!
 //! A test binary that launches processes has `harness = false` and calls `worker(JOBS)` first in `main`: its
 //! children are itself, told by environment variables which job to run for which ranks.
+//!
+//! Everything lies in host memory, or (`choose_device`) in a GPU's: tensors are then device memory, ranks have streams
+//! of their own, and a call of `Comm` waits for its stream and fails as it would have failed on the CPU.
 
 use std::alloc::Layout;
-use std::ffi::CStr;
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_void};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::ptr::{null, null_mut};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use a2a::abi::calls::*;
 use a2a::abi::types::*;
+
+pub mod cuda;
 
 // ------------------------------------------------------------------------------------------- results
 
@@ -78,26 +84,64 @@ fn size(dtype: Dtype) -> usize {
 /// Memory that starts on a 64-byte line, held by address so that the library may write it.
 struct Memory {
     start: *mut u8,
-    layout: Layout,
+    bytes: usize,
+    /// Of host memory; `None`: the arena's.
+    layout: Option<Layout>,
 }
 
 impl Memory {
     fn new(bytes: usize, fill: u8) -> Memory {
-        let layout = Layout::from_size_align(bytes.max(1), 64).expect("a buffer of less than 2^63 bytes");
+        let bytes = bytes.max(1);
+        if cuda::is_enabled() {
+            let start = cuda::allocate(bytes);
+            cuda::fill(start, bytes, fill);
+            return Memory { start: start as *mut u8, bytes, layout: None };
+        }
+        let layout = Layout::from_size_align(bytes, 64).expect("a buffer of less than 2^63 bytes");
         // SAFETY: the layout is not empty.
         let start = unsafe { std::alloc::alloc(layout) };
         assert!(!start.is_null(), "out of memory");
         // SAFETY: just allocated with this size.
-        unsafe { start.write_bytes(fill, layout.size()) };
-        Memory { start, layout }
+        unsafe { start.write_bytes(fill, bytes) };
+        Memory { start, bytes, layout: Some(layout) }
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, freed once.
-        unsafe { std::alloc::dealloc(self.start, self.layout) }
+        match self.layout {
+            // SAFETY: allocated in `new` with this layout, freed once.
+            Some(layout) => unsafe { std::alloc::dealloc(self.start, layout) },
+            None => cuda::release(self.start as usize, self.bytes),
+        }
     }
+}
+
+/// A copy of a GPU's bytes, from the first of some pieces to the last, what lies between them included.
+struct Copied {
+    start: usize,
+    bytes: Vec<u8>,
+}
+
+impl Copied {
+    fn of(pieces: &[*mut u8], length: usize) -> Copied {
+        let first = pieces.iter().min().map_or(0, |&piece| piece as usize);
+        let end = pieces.iter().max().map_or(0, |&piece| piece as usize + length);
+        let mut copied = Copied { start: first, bytes: vec![0; end - first] };
+        cuda::read(first, &mut copied.bytes);
+        copied
+    }
+    fn piece(&mut self, piece: *mut u8, length: usize) -> &mut [u8] {
+        &mut self.bytes[piece as usize - self.start..][..length]
+    }
+    fn write_back(&self) {
+        cuda::write(self.start, &self.bytes);
+    }
+}
+
+/// True if pieces follow each other without a gap.
+fn adjoin(pieces: &[*mut u8], length: usize) -> bool {
+    pieces.iter().enumerate().all(|(at, &piece)| piece as usize == pieces[0] as usize + at * length)
 }
 
 /// What stands between the rows of a strided tensor of ours: nobody may change it.
@@ -180,7 +224,7 @@ impl Tensor {
         let memory = Memory::new(offset + elements as usize * size(dtype), GAP);
         let raw = a2a_tensor_t {
             data: memory.start.cast(),
-            device: a2a_tensor_device_t { device_type: A2A_DEVICE_CPU, device_id: 0 },
+            device: tensor_device(),
             ndim: shape.len() as i32,
             dtype,
             shape: shape.as_mut_ptr(),
@@ -202,6 +246,9 @@ impl Tensor {
     }
     pub fn dtype(&self) -> Dtype {
         self.raw.dtype
+    }
+    pub fn device(&self) -> a2a_tensor_device_t {
+        self.raw.device
     }
     pub fn address(&self) -> usize {
         self.raw.data as usize + self.raw.byte_offset as usize
@@ -270,6 +317,13 @@ impl Tensor {
     /// The rows without what lies between them.
     pub fn read(&self) -> Vec<u8> {
         let (pieces, length) = self.pieces();
+        if cuda::is_enabled() {
+            let mut copied = Copied::of(&pieces, length);
+            if adjoin(&pieces, length) {
+                return copied.bytes;
+            }
+            return pieces.into_iter().flat_map(|piece| copied.piece(piece, length).to_vec()).collect();
+        }
         let mut bytes = Vec::with_capacity(pieces.len() * length);
         for piece in pieces {
             // SAFETY: our memory, or a view that the test knows to be valid.
@@ -282,10 +336,48 @@ impl Tensor {
     pub fn write(&mut self, bytes: &[u8]) {
         let (pieces, length) = self.pieces();
         assert_eq!(bytes.len(), pieces.len() * length, "bytes for a tensor of shape {:?}", self.shape());
+        if cuda::is_enabled() {
+            return self.write_to_device(&pieces, length, bytes);
+        }
         for (piece, bytes) in pieces.into_iter().zip(bytes.chunks_exact(length.max(1))) {
             // SAFETY: as in `read`.
             unsafe { piece.copy_from_nonoverlapping(bytes.as_ptr(), length) };
         }
+    }
+
+    fn write_to_device(&mut self, pieces: &[*mut u8], length: usize, bytes: &[u8]) {
+        if adjoin(pieces, length) {
+            return cuda::write(self.address(), bytes);
+        }
+        let mut copied = Copied::of(pieces, length);
+        for (&piece, bytes) in pieces.iter().zip(bytes.chunks_exact(length)) {
+            copied.piece(piece, length).copy_from_slice(bytes);
+        }
+        copied.write_back();
+    }
+
+    /// A row of a compact tensor, whatever its dimensions. The whole may be too large to copy.
+    pub fn read_row(&self, row: usize) -> Vec<u8> {
+        let length = self.row_bytes();
+        let from = self.address() + row * length;
+        if cuda::is_enabled() {
+            let mut bytes = vec![0; length];
+            cuda::read(from, &mut bytes);
+            return bytes;
+        }
+        // SAFETY: our memory, or a view that the test knows to be valid, of more than `row` rows.
+        unsafe { std::slice::from_raw_parts(from as *const u8, length) }.to_vec()
+    }
+
+    /// Fills a row of a compact tensor.
+    pub fn write_row(&mut self, row: usize, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.row_bytes(), "bytes for a row of shape {:?}", self.shape());
+        let to = self.address() + row * bytes.len();
+        if cuda::is_enabled() {
+            return cuda::write(to, bytes);
+        }
+        // SAFETY: as in `read_row`.
+        unsafe { (to as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
     /// Overwrites the rows of a tensor of our own.
@@ -294,6 +386,9 @@ impl Tensor {
             return;
         }
         let (pieces, length) = self.pieces();
+        if cuda::is_enabled() {
+            return self.write_to_device(&pieces, length, &vec![0xEE; pieces.len() * length]);
+        }
         for piece in pieces {
             // SAFETY: as in `read`.
             unsafe { piece.write_bytes(0xEE, length) };
@@ -315,14 +410,27 @@ impl Tensor {
         if strides.len() < 2 || self.raw.data.is_null() {
             return true;
         }
-        // SAFETY: all of our own memory.
-        let all = unsafe { std::slice::from_raw_parts(memory.start, memory.layout.size()) };
+        let copied = cuda::is_enabled().then(|| Copied::of(&[memory.start], memory.bytes));
+        let all = match &copied {
+            Some(copied) => &copied.bytes[..],
+            // SAFETY: all of our own memory.
+            None => unsafe { std::slice::from_raw_parts(memory.start, memory.bytes) },
+        };
         let mut gaps = vec![true; all.len()];
         let (pieces, length) = self.pieces();
         for piece in pieces {
             gaps[piece as usize - memory.start as usize..][..length].fill(false);
         }
         all.iter().zip(gaps).all(|(&byte, gap)| !gap || byte == GAP)
+    }
+}
+
+/// Where this thread's tensors lie, as they say it.
+pub fn tensor_device() -> a2a_tensor_device_t {
+    if cuda::is_enabled() {
+        a2a_tensor_device_t { device_type: A2A_DEVICE_CUDA, device_id: cuda::ordinal() }
+    } else {
+        a2a_tensor_device_t { device_type: A2A_DEVICE_CPU, device_id: 0 }
     }
 }
 
@@ -346,10 +454,10 @@ impl GroupId {
         check(unsafe { a2a_get_unique_id(&mut id) }).expect("a unique id");
         GroupId(id)
     }
-    fn to_hex(self) -> String {
+    pub fn to_hex(self) -> String {
         self.0.bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
-    fn from_hex(text: &str) -> GroupId {
+    pub fn from_hex(text: &str) -> GroupId {
         let mut id = a2a_unique_id_t { bytes: [0; 128] };
         for (at, byte) in id.bytes.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).expect("hex digits");
@@ -372,7 +480,25 @@ pub fn config(seat: &Seat) -> a2a_config_t {
     config.setup_timeout_ms = 20_000;
     config.first_step_timeout_ms = 20_000;
     config.timeout_ms = 20_000;
+    if cuda::is_enabled() {
+        config.device = A2A_DEVICE_CUDA;
+        config.device_ordinal = cuda::ordinal();
+        config.ranks_per_device = cuda::ranks_per_device(seat.world) as i32;
+        // Processes come when they have their contexts, which they get one after the other.
+        config.setup_timeout_ms = 60_000;
+    }
     config
+}
+
+/// The stream of this thread's calls.
+pub fn stream() -> *mut c_void {
+    if cuda::is_enabled() { cuda::stream() } else { null_mut() }
+}
+
+/// The sentence of a record.
+pub fn message(info: &a2a_error_info_t) -> String {
+    let text: Vec<u8> = info.message.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 pub fn query_memory(config: &a2a_config_t) -> Result<a2a_memory_t, Failure> {
@@ -457,12 +583,13 @@ impl Comm {
         } else {
             input.raw(phase)
         };
+        let known = self.known()?;
         let mut out = output.raw();
         // SAFETY: the structs' tensors are owned by `input` and `output`.
-        let status = unsafe { a2a_dispatch(self.0, routing.0, &raw, &mut out, null_mut()) };
+        let status = unsafe { a2a_dispatch(self.0, routing.0, &raw, &mut out, stream()) };
         check(status)?;
         output.num_rows = out.num_rows;
-        Ok(())
+        self.settle(known, routing, phase, &output.status)
     }
 
     pub fn combine(
@@ -474,9 +601,11 @@ impl Comm {
         output: &mut CombineOut,
     ) -> Result<(), Failure> {
         let raw = combine_in(phase, flags, rows);
+        let known = self.known()?;
         let mut out = output.raw();
         // SAFETY: the structs' tensors are owned by `rows` and `output`.
-        check(unsafe { a2a_combine(self.0, routing.0, &raw, &mut out, null_mut()) })
+        check(unsafe { a2a_combine(self.0, routing.0, &raw, &mut out, stream()) })?;
+        self.settle(known, routing, phase, &output.status)
     }
 
     /// Combine with all that it can be given; `input` may name tensors that only one phase needs.
@@ -493,9 +622,59 @@ impl Comm {
             raw.topk_weights = in_ptr(&input.topk_weights);
             raw.row_weights = in_ptr(&input.row_weights);
         }
+        let known = self.known()?;
         let mut out = output.raw();
         // SAFETY: the structs' tensors are owned by `input` and `output`.
-        check(unsafe { a2a_combine(self.0, routing.0, &raw, &mut out, null_mut()) })
+        check(unsafe { a2a_combine(self.0, routing.0, &raw, &mut out, stream()) })?;
+        self.settle(known, routing, phase, &output.status)
+    }
+
+    /// True if a call's work is to be waited for: a GPU's, and not put on the stream for later.
+    fn settles() -> bool {
+        cuda::is_enabled() && !cuda::is_deferred()
+    }
+
+    /// The failure that the comm has on record before a call.
+    fn known(&self) -> Result<a2a_status_t, Failure> {
+        if Comm::settles() { self.async_error().map(|record| record.status) } else { Ok(A2A_SUCCESS) }
+    }
+
+    /// On a GPU a call returns before its work is done. Waits for that, and makes of what it found the failure that
+    /// the call would have been on the CPU: the record's, if it is new, else the slot's.
+    fn settle(
+        &self,
+        known: a2a_status_t,
+        routing: &Routing,
+        phase: a2a_phase_t,
+        status: &Option<Tensor>,
+    ) -> Result<(), Failure> {
+        if !Comm::settles() {
+            return Ok(());
+        }
+        cuda::synchronize().map_err(|text| Failure { status: A2A_CUDA_ERROR, text })?;
+        let record = self.async_error()?;
+        if record.status != known {
+            return Err(Failure { status: record.status, text: message(&record) });
+        }
+        let written = status.as_ref().filter(|status| phase != A2A_PHASE_SEND && status.address() != 0);
+        let words = written.map_or(Vec::new(), Tensor::read_i32);
+        let bits = words.first().copied().unwrap_or(0);
+        if bits & A2A_STEP_OVERFLOW != 0 {
+            return Err(Failure { status: A2A_OVERFLOW, text: format!("out.status is {words:?}") });
+        }
+        let void = bits & A2A_STEP_VOID != 0;
+        if known == A2A_SUCCESS && !void {
+            return Ok(());
+        }
+        // The record has the comm's first failure alone. A slot that is closed says why.
+        match self.combine_buffer(routing, dtype(0, 0)) {
+            Err(failure) if failure.status >= A2A_TIMEOUT => Err(failure),
+            _ if void => {
+                let text = format!("out.status is {words:?}, and neither the comm nor the slot says why");
+                Err(Failure { status: A2A_INTERNAL, text })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The zero-copy target for results of this type.
@@ -800,6 +979,47 @@ const RANKS: &str = "A2A_TEST_RANKS";
 const WORLD: &str = "A2A_TEST_WORLD";
 const ID: &str = "A2A_TEST_ID";
 const ARGS: &str = "A2A_TEST_ARGS";
+/// Also of a program that is started by hand.
+const DEVICE: &str = "A2A_TEST_DEVICE";
+
+/// As `choose_device` was told; nothing is the CPU.
+static CHOSEN: OnceLock<String> = OnceLock::new();
+
+/// Where everything lies, here and in the children: "cpu", "cuda" (the first GPU), "cuda:N", or "cuda:rank" (rank r has
+/// GPU r % the number of GPUs). Once, before other threads exist.
+pub fn choose_device(device: &str) -> Result<(), String> {
+    use_device(device, &Vec::from_iter(0..A2A_MAX_RANKS as usize))
+}
+
+/// As A2A_TEST_DEVICE says; without it, on the CPU.
+pub fn choose_device_of_environment() -> Result<(), String> {
+    std::env::var(DEVICE).map_or(Ok(()), |device| choose_device(&device))
+}
+
+fn use_device(device: &str, ranks: &[usize]) -> Result<(), String> {
+    match device.split_once(':') {
+        None if device == "cpu" => return Ok(()),
+        None if device == "cuda" => cuda::enable(0),
+        Some(("cuda", "rank")) => cuda::enable_by_rank(ranks),
+        Some(("cuda", ordinal)) if ordinal.parse::<i32>().is_ok() => {
+            cuda::enable(ordinal.parse().expect("parsed before"))
+        }
+        _ => Err("no such device: cpu, cuda, cuda:N and cuda:rank are".into()),
+    }
+    .map_err(|error| format!("{device}: {error}"))?;
+    CHOSEN.set(device.into()).expect("a device is chosen once");
+    Ok(())
+}
+
+/// For each group with ranks that are threads of this process and share a GPU: where they meet.
+static MEETINGS: Mutex<BTreeMap<[u8; 128], Arc<Turn>>> = Mutex::new(BTreeMap::new());
+
+/// On a GPU, waits until the group's other ranks in this process have come here too: between what takes the GPU's
+/// memory and the first kernel that waits for a peer. Nothing on the CPU.
+pub fn meet(seat: &Seat) -> Result<(), String> {
+    let turn = MEETINGS.lock().unwrap().get(&seat.id.0.bytes).cloned();
+    turn.map_or(Ok(()), |turn| turn.wait())
+}
 
 /// Runs a child's job and exits; returns at once in the parent.
 pub fn worker(jobs: &[(&str, Job)]) {
@@ -813,6 +1033,9 @@ pub fn worker(jobs: &[(&str, Job)]) {
     let seat =
         Seat { rank: 0, world: var(WORLD).parse().expect("a size"), id: GroupId::from_hex(&var(ID)), args };
     let job = *job;
+    if let Ok(device) = std::env::var(DEVICE) {
+        use_device(&device, &ranks).unwrap_or_else(|error| panic!("{DEVICE}={error}"));
+    }
     // The parent keeps the time: it kills a child that is late.
     let outcome = join(start(&ranks, &seat, Arc::new(job)), Instant::now() + Duration::from_secs(3600));
     if let Err(errors) = &outcome {
@@ -827,13 +1050,23 @@ type Rank = (usize, JoinHandle<()>, Receiver<Result<(), String>>);
 type SharedJob = Arc<dyn Fn(&Seat) -> Result<(), String> + Send + Sync>;
 
 fn start(ranks: &[usize], seat: &Seat, job: SharedJob) -> Vec<Rank> {
+    if cuda::is_enabled() {
+        cuda::reserve(ranks);
+        MEETINGS.lock().unwrap().insert(seat.id.0.bytes, Arc::new(Turn::new(ranks.len())));
+    }
     ranks
         .iter()
         .map(|&rank| {
             let (job, seat) = (job.clone(), Seat { rank, ..seat.clone() });
             let (done, outcome) = channel();
             let body = move || {
-                let result = catch_unwind(AssertUnwindSafe(|| job(&seat))).unwrap_or_else(|payload| {
+                let run = || {
+                    if cuda::is_enabled() {
+                        cuda::enter_rank(rank);
+                    }
+                    job(&seat)
+                };
+                let result = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
                     let text = payload.downcast_ref::<String>().cloned();
                     let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| text.to_string()));
                     Err(format!("panicked: {}", text.unwrap_or_default()))
@@ -961,6 +1194,10 @@ impl Worker {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        match CHOSEN.get() {
+            Some(device) => command.env(DEVICE, device),
+            None => command.env_remove(DEVICE),
+        };
         let mut child = command.spawn().expect("a child process");
         let (send, lines) = channel();
         let stdout = BufReader::new(child.stdout.take().expect("piped"));

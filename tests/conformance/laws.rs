@@ -17,6 +17,12 @@ pub const OF_A_BACKEND: [(&str, OfABackend); 5] = [
     ("quantisation_that_is_refused", refused_quantisation),
 ];
 
+/// Why a law cannot be tried on the GPU that was chosen, though it has the backend.
+pub fn refused_here(law: &str, backend: Backend) -> Option<String> {
+    let quant = (law == "quantisation_that_is_refused").then_some((Scale::F32, false));
+    Cell { quant, ..Cell::plain(backend, 2) }.refused_here()
+}
+
 // ----------------------------------------------------------------------------------- steps that follow each other
 
 impl Cell {
@@ -175,10 +181,16 @@ impl Got {
 }
 
 /// Backends whose sums have the same terms in the same order.
-const CLASSES: [&[Backend]; 2] = [
+pub const CLASSES: [&[Backend]; 2] = [
     &[Backend::Gather, Backend::OneSided, Backend::HtFlat, Backend::TwoSided],
     &[Backend::HtContiguous, Backend::LowLatency],
 ];
+
+/// Why a class has nobody to be compared with on the GPU that was chosen.
+pub fn lonely(class: &[Backend]) -> Option<String> {
+    let refusals: Vec<String> = class.iter().filter_map(|backend| backend.refused_here()).collect();
+    (refusals.len() + 1 >= class.len()).then(|| refusals.join("; ")).filter(|_| cuda::is_enabled())
+}
 
 /// The same steps through every backend of a class: the same rows in the same order, the same bits back.
 pub fn classes(world: usize) -> Result<(), String> {
@@ -198,6 +210,10 @@ pub fn classes(world: usize) -> Result<(), String> {
             let mut before: Option<(Backend, BTreeMap<_, Got>)> = None;
             for &backend in class {
                 let mut cell = make(backend);
+                if let Some(reason) = cell.refused_here() {
+                    println!("{backend:?} with {quant:?} is not compared, not on cuda: {reason}");
+                    continue;
+                }
                 for step in &steps {
                     cell.alone(&mut Rng::new(&[step.seed]), step.clone());
                 }
@@ -239,6 +255,7 @@ fn got_by_threads(cell: Cell) -> Result<BTreeMap<(usize, usize), Got>, String> {
     threads(cell.world, LIMIT, move |seat| {
         let comm = cell.create(seat)?;
         let routing = comm.routing(0)?;
+        meet(seat)?;
         for (at, round) in cell.rounds.iter().enumerate() {
             let mut live = Live::new(&cell, round, &round.steps[0], seat.rank, &routing);
             // What a rank may choose for itself is the same with every backend, and its sums are new ones.
@@ -344,6 +361,7 @@ impl Global {
         };
         let comm = Comm::create(&config)?;
         let routing = comm.routing(0)?;
+        meet(seat)?;
         let share = EVERYBODY / seat.world;
         let from = seat.rank * share;
         let part = |bytes: &[u8], row_bytes: usize| bytes[from * row_bytes..][..share * row_bytes].to_vec();
@@ -455,6 +473,7 @@ pub fn too_many_rows(backend: Backend) -> Result<(), String> {
         config.max_recv_rows = LIMIT_ROWS as i64;
         let comm = Comm::create(&config)?;
         let (routing, other) = (comm.routing(0)?, comm.routing(0)?);
+        meet(seat)?;
         let rank = format!("rank {}", seat.rank);
 
         // All tokens of all ranks choose the experts of rank 1, one of them twice.
@@ -560,6 +579,7 @@ fn refused_reuse(backend: Backend) -> Result<(), String> {
     threads(2, LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let (routing, never, apart) = (comm.routing(0)?, comm.routing(0)?, comm.routing(1)?);
+        meet(seat)?;
         small_step(seat, backend, &comm, &routing)?;
         let rank = format!("rank {}", seat.rank);
         let output = || small_output(seat, backend);
@@ -663,6 +683,7 @@ fn refused_quantisation(backend: Backend) -> Result<(), String> {
             config.scale_layout = if by_column { A2A_SCALES_COLUMN } else { A2A_SCALES_ROW };
             let comm = Comm::create(&config)?;
             let routing = comm.routing(0)?;
+            meet(seat)?;
             let rows = small_rows(seat, backend);
             let shape = |columns: usize| [&rows[..], &[columns]].concat();
             let by_row = |dtype| Tensor::new(dtype, &shape(GROUPS));

@@ -623,8 +623,8 @@ fn killed(backend: Backend, at_rest: bool) -> Result<(), String> {
 
 // --------------------------------------------------------------------------------------------------- memory
 
-/// What the driver may round up to, and keep for later.
-const SLACK: u64 = 16 << 20;
+/// What the driver may round up to, and keep for later: a memory pool grows by pieces of 32 MiB.
+const SLACK: u64 = 40 << 20;
 
 /// The GPU's free memory sinks by what a2a_query_memory said, not by a step, and rises again.
 fn memory_is_what_was_said(backend: Backend) -> Result<(), String> {

@@ -431,16 +431,10 @@ impl Module {
         check(called("cuModuleGetFunction"), found)?;
         // SAFETY: a kernel of the module; so below.
         check(called("cuFuncLoad"), unsafe { sys::cuFuncLoad(raw) })?;
-        let parameter = |index: usize| {
-            let (mut offset, mut bytes) = (0, 0);
-            // SAFETY: writes two sizes; an index past the last is an error.
-            let asked = unsafe { sys::cuFuncGetParamInfo(raw, index, &mut offset, &mut bytes) };
-            (asked == CUresult::CUDA_SUCCESS).then_some(bytes)
-        };
-        let (Some(params), None) = (parameter(0), parameter(1)) else {
-            let text = format!("kernel {} does not take exactly one parameter", name.to_string_lossy());
-            return Err(Error::internal(text));
-        };
+        let (mut offset, mut params) = (0, 0);
+        // SAFETY: writes two sizes.
+        let asked = unsafe { sys::cuFuncGetParamInfo(raw, 0, &mut offset, &mut params) };
+        check(called("cuFuncGetParamInfo"), asked)?;
         Ok(Kernel { name, raw, params, module: self.clone() })
     }
 }

@@ -1216,7 +1216,9 @@ a2a_status_t a2a_abort(struct a2a_comm_t *comm);
 /**
  * Ends the comm and frees what it took, views included. Never waits for peers: those that still wait for this
  * rank get A2A_PEER_LOST, those that need nothing more from it notice nothing. A call in flight on another thread
- * is aborted first. Routings of the comm stay valid objects and are destroyed by a2a_routing_destroy.
+ * is aborted first, and so is work on a CUDA stream that waits for a peer: synchronise the stream before if its results
+ * are wanted. CUDA memory goes when the group's last rank in this process does. Routings of the comm stay valid objects
+ * and are destroyed by a2a_routing_destroy.
  *
  * comm: NULL is accepted and does nothing. Threads: any. Errors: INVALID_ARGUMENT (not a live comm).
  */
@@ -1248,7 +1250,9 @@ a2a_status_t a2a_routing_destroy(struct a2a_routing_t *routing);
  * routing: of this comm; its slot must be idle, or hold a received dispatch that is thereby given up.
  * in, out: see the structs; read and written during the call; out may be NULL in SEND. Fields of `in` but phase
  * and flags are ignored in RECV. Views are valid from RECV until this rank's combine SEND, or next dispatch, on
- * the slot. stream: the CUDA stream of the work; ignored on the CPU, where the call returns with the work done.
+ * the slot. stream: the CUDA stream of the work (NULL: the legacy default stream), on the comm's device; ignored on the
+ * CPU, where the call returns with the work done. On CUDA it returns with the work on the stream (HOST_COUNTS waits for
+ * it); what kernels find stands in out.status and in a2a_get_async_error, and later calls on the slot return it.
  * Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
  * Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
  * max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch); TIMEOUT, PEER_LOST, MISMATCH

@@ -83,31 +83,27 @@ __device__ __forceinline__ void end_dispatch(const Seat& seat, const Receive& re
     raised = true;
   };
   uint32_t bad = 0;
+  if (!raised) {
+    // What the blocks stored is acquired by one thread, ordered for all by the barrier, released by each of those that
+    // raise a flag.
+    while (!__syncthreads_or(from_end == 0 && ptx::ld_acquire_gpu(&slot.arrived) == blocks)) {
+    }
+    if (tid == 0) bad = slot.bad_ids;
+    raise();
+  }
+  if (!waits) return;
   for (uint32_t polls = 1;; ++polls) {
     bool here = true;
-    if (waits) {
-      for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
-        if (source == seat.rank) continue;
-        const ulonglong2 pair = ptx::ld_acquire_sys(
-            source == tid ? mine : reinterpret_cast<const ulonglong2*>(mailbox(seat, seat.rank, source) + kDispatchPair));
-        if (source == tid) first = pair;
-        here &= reached(pair.x, epoch) && reached(pair.y, epoch);
-      }
+    for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
+      if (source == seat.rank) continue;
+      const ulonglong2 pair = ptx::ld_acquire_sys(
+          source == tid ? mine
+                        : reinterpret_cast<const ulonglong2*>(mailbox(seat, seat.rank, source) + kDispatchPair));
+      if (source == tid) first = pair;
+      here &= reached(pair.x, epoch) && reached(pair.y, epoch);
     }
-    if (!raised) {
-      // What the blocks stored is acquired by one thread, ordered for all by the barrier, released by each of those
-      // that raise a flag.
-      if (__syncthreads_or(from_end == 0 && ptx::ld_acquire_gpu(&slot.arrived) == blocks)) {
-        if (tid == 0) bad = slot.bad_ids;
-        raise();
-      }
-    }
-    if (raised && !waits) return;
-    const bool all = __syncthreads_and(here);
-    if (raised && all) break;
-    if (raised && polls % 64 == 0 && !look_for_trouble(seat, wait, meeting, started)) {
-      return void_status(seat, receive.status);
-    }
+    if (__syncthreads_and(here)) break;
+    if (polls % 64 == 0 && !look_for_trouble(seat, wait, meeting, started)) return void_status(seat, receive.status);
   }
   if (tid == 0 && !raises) bad = slot.bad_ids;
 

@@ -23,9 +23,6 @@ const QUANT_THREADS: u32 = 256;
 /// Up to so many tokens each block counts all earlier ones itself; past it a kernel counts them by chunks first.
 const ROUTES_ITSELF: u32 = 256;
 
-/// Where places are known, a warp does so many jobs, so that a block's release is worth its while.
-const JOBS_OF_A_WARP: u32 = 2;
-
 /// Threads' worth of padding that a block writes.
 const PADS_OF_A_BLOCK: u64 = 16 * MOVE_THREADS as u64;
 const MOST_PAD_BLOCKS: u64 = 128;
@@ -230,7 +227,6 @@ impl Cuda {
         let piece = piece(tokens, vectors, self.station.sms() / self.sharing.max(1));
         // The last job of a token is what travels beside its row.
         let jobs = vectors.div_ceil(piece) + 1;
-        let block_jobs = if itself { MOVE_WARPS } else { JOBS_OF_A_WARP * MOVE_WARPS };
         let padding = match publishes {
             true => 0,
             false => self.ranks as u64 * d.grid.bound as u64 * d.grid.topk.max(1) as u64,
@@ -253,7 +249,8 @@ impl Cuda {
             jobs,
             pad_blocks,
             sides: 0,
-            block_jobs,
+            // A second job would wait for the first: 155 us against 148 for 4096 tokens of 8 ranks on an H100.
+            block_jobs: MOVE_WARPS,
             flags,
             reserved: 0,
             side: [Side::default(); SIDES],
@@ -273,7 +270,7 @@ impl Cuda {
             params.sides += 1;
         }
         let all = self.grid(tokens as u64 * jobs as u64)?;
-        let blocks = all.div_ceil(block_jobs) as u64;
+        let blocks = all.div_ceil(MOVE_WARPS) as u64;
         let grid = self.grid(pad_blocks as u64 + blocks)?;
         let after_previous = flags & flag::FOLLOWS != 0;
         let shape = Launch { grid, block: MOVE_THREADS, shared, after_previous };

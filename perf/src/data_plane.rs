@@ -110,20 +110,8 @@ fn rows(said: &str, shape: &Shape, kind: Kind, scopes: &[String]) -> Result<Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peers::tests::SHAPE;
 
-    /// 2 ranks, 2 tokens, top-2 of 5: rank 0 owns 0, 1 and 2.
-    const SHAPE: Shape = Shape {
-        ranks: 2,
-        tokens: 2,
-        hidden: 8,
-        topk: 2,
-        experts: 5,
-        ids: &[0, 2, 2, 3, -1, 5, 4, 4],
-        routing: "hash",
-        cold: false,
-        warmup: 1,
-        iterations: 3,
-    };
     const SAID: &str = "\
 # NVIDIA H100, 2 ranks share it: not NVLink timings
 operation,kernel,scope,rows,memory_bytes,p10_us,p50_us,p90_us,p99_us

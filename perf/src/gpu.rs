@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 
+use crate::conformance::common::cuda::ok;
+
 /// The gate and an empty kernel; the driver compiles them for whatever GPU it has. A gate that nobody opens ends by
 /// itself after 10 s.
 const KERNELS: &CStr = c"
@@ -47,19 +49,6 @@ const HELD_AT_MOST: Duration = Duration::from_secs(5);
 const SETTLING: Duration = Duration::from_micros(50);
 
 pub type Stream = sys::CUstream;
-
-fn ok(what: &str, result: sys::CUresult) -> Result<(), String> {
-    if result == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut name = std::ptr::null();
-    // SAFETY: a valid out-pointer; it receives a static string, or NULL for a number that the driver does not know.
-    let name = unsafe {
-        let known = sys::cuGetErrorName(result, &mut name) == sys::CUresult::CUDA_SUCCESS;
-        (known && !name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy())
-    };
-    Err(format!("{what}: {}", name.as_deref().unwrap_or("an error without a name")))
-}
 
 /// What there is for timing on the current context's GPU, for at least one rank. All of it is made before any rank's
 /// kernel runs: making something may wait for kernels that wait for a peer. It lives as long as the process.

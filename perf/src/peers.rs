@@ -391,11 +391,11 @@ fn copy(
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     /// 2 ranks, 2 tokens, top-2 of 5: rank 0 owns 0, 1 and 2.
-    const SHAPE: Shape = Shape {
+    pub const SHAPE: Shape = Shape {
         ranks: 2,
         tokens: 2,
         hidden: 8,

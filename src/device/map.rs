@@ -9,6 +9,7 @@
 //! A mailbox is what one source rank writes into another's window. Which regions of rows exist is the strategy's to
 //! say (`Uses`). A step packs its own rows from a region's start.
 
+use super::Region;
 use super::grid::Grid;
 use crate::config::LayoutKind;
 use crate::error::{Error, Result};
@@ -281,6 +282,17 @@ impl Map {
         self.slots + self.control_bytes * self.sizes.slots as u64
     }
 
+    /// Where what a view can show starts.
+    pub fn region(&self, slot: u32, region: Region) -> u64 {
+        match region {
+            Region::Plane(plane) => self.received(slot, plane),
+            Region::ExpertCounts => self.expert_counts(slot),
+            Region::ExpertOffsets => self.expert_offsets(slot),
+            Region::RankCounts => self.rank_counts(slot),
+            Region::Status => self.status(slot),
+            Region::Combine => self.combine(slot),
+        }
+    }
     /// Of one slot.
     pub fn control_bytes_of_slot(&self) -> u64 {
         self.control_bytes

@@ -7,6 +7,7 @@
 pub mod cuda;
 pub mod grid;
 pub mod host;
+mod loss;
 pub mod map;
 mod order;
 

@@ -194,7 +194,7 @@ impl Lane {
     }
 }
 
-fn ok(what: &str, result: sys::CUresult) -> Result<(), String> {
+pub fn ok(what: &str, result: sys::CUresult) -> Result<(), String> {
     if result == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::Cuda;
 use super::params::Record;
 use crate::device::Shape;
+use crate::device::loss::{list, operation_name, result_word};
 use crate::device::order::State;
 use crate::error::{Error, Loss, Status};
 
@@ -45,9 +46,9 @@ impl Cuda {
             ),
             2 => format!(
                 "rank {rank} is in {} of sequence {}, rank {peer} went to {} of sequence {} without it",
-                operation_name(r.expected),
+                operation_name(r.expected as u32),
                 r.sequence,
-                operation_name(r.seen),
+                operation_name(r.seen as u32),
                 (r.sequence as i64).wrapping_add(r.aux as i64)
             ),
             3 => format!("rank {} gave up on {names}", r.origin),
@@ -65,12 +66,7 @@ impl Cuda {
             6 | 7 => {
                 let name = match r.cause {
                     6 => Shape::name(r.detail as usize),
-                    _ => [
-                        "the hidden size of the experts' rows",
-                        "the element type of the experts' rows (0 bf16, 1 f16, 2 f32)",
-                        "the presence of row_weights (0 absent, 1 present)",
-                    ][(r.detail as usize).min(2)]
-                    .into(),
+                    _ => result_word((r.detail as usize).min(2)).into(),
                 };
                 format!("{name} is {} on rank {rank} and {} on rank {peer}", r.expected, r.seen)
             }
@@ -91,7 +87,7 @@ impl Cuda {
                 };
                 return Error::invalid(format!(
                     "rank {rank}: {} on slot {slot}, after sequence {}, is out of order: the slot {}; it was left out",
-                    operation_name(r.operation as u64),
+                    operation_name(r.operation),
                     r.sequence,
                     state.describe()
                 ));
@@ -100,7 +96,7 @@ impl Cuda {
         let status = Status::from_code(r.status as i32).unwrap_or(Status::Internal);
         let text = format!(
             "rank {rank}: {} on slot {slot}, sequence {}, is void: {what} (expected {}, seen {})",
-            operation_name(r.operation as u64),
+            operation_name(r.operation),
             r.sequence,
             r.expected,
             r.seen
@@ -116,19 +112,4 @@ impl Cuda {
             lost,
         })
     }
-}
-
-fn operation_name(operation: u64) -> &'static str {
-    match operation {
-        1 => "dispatch",
-        2 => "combine",
-        3 => "the end of a dispatch without combine",
-        4 => "a dispatch that replays a routing (REUSE)",
-        _ => "nothing yet",
-    }
-}
-
-fn list(ranks: &[u32]) -> String {
-    let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
-    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
 }

@@ -1,7 +1,7 @@
 //! The ops on CUDA memory: kernels on the caller's stream.
 //!
 //! An op here only takes note; the last one of a half launches what the half needs, so that what can be one kernel is
-//! one. A half that is not split is launched with the next: `dispatch` is a push whose last block waits, `combine` a
+//! one. A half that is not split is launched with the next: `dispatch` is a push of which one block waits, `combine` a
 //! meeting and a sum. What decides (sequence, state, epoch) lives in device memory, where a replayed graph finds it;
 //! what the host keeps of a slot is good for sentences, and only as long as nothing on it was captured.
 
@@ -75,9 +75,7 @@ impl Station {
         stations.push((ordinal, station.clone()));
         Ok(station)
     }
-}
 
-impl Station {
     fn sms(&self) -> u32 {
         self.context.abilities().sm_count
     }
@@ -486,15 +484,7 @@ impl Device for Cuda {
         })
     }
     fn view(&self, slot: u32, region: Region) -> usize {
-        let offset = match region {
-            Region::Plane(plane) => self.map.received(slot, plane),
-            Region::ExpertCounts => self.map.expert_counts(slot),
-            Region::ExpertOffsets => self.map.expert_offsets(slot),
-            Region::RankCounts => self.map.rank_counts(slot),
-            Region::Status => self.map.status(slot),
-            Region::Combine => self.map.combine(slot),
-        };
-        self.own(offset) as usize
+        self.own(self.map.region(slot, region)) as usize
     }
     fn is_inside(&self, address: usize, bytes: usize) -> bool {
         let window = self.own(0) as usize;

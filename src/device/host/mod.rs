@@ -82,15 +82,7 @@ impl Device for Host {
     }
 
     fn view(&self, slot: u32, region: Region) -> usize {
-        let offset = match region {
-            Region::Plane(plane) => self.map.received(slot, plane),
-            Region::ExpertCounts => self.map.expert_counts(slot),
-            Region::ExpertOffsets => self.map.expert_offsets(slot),
-            Region::RankCounts => self.map.rank_counts(slot),
-            Region::Status => self.map.status(slot),
-            Region::Combine => self.map.combine(slot),
-        };
-        self.bases.at(self.rank, offset, 0) as usize
+        self.bases.at(self.rank, self.map.region(slot, region), 0) as usize
     }
 
     fn is_inside(&self, address: usize, bytes: usize) -> bool {

@@ -13,6 +13,7 @@ use super::fifo::Fifos;
 use super::reduce::Pull;
 use super::route::{DEMAND, DROPPED, END};
 use crate::config::{LayoutKind, MAX_TOPK};
+use crate::device::loss::{list, operation_name, result_word};
 #[cfg(debug_assertions)]
 use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map, mail, mask_words};
@@ -135,16 +136,6 @@ impl Flag {
 /// A peer in one of the two kinds of dispatch waits for a peer in the other.
 fn replay_differs(mine: u32, theirs: u32) -> bool {
     matches!((mine, theirs), (DISPATCH, REPLAY) | (REPLAY, DISPATCH))
-}
-
-fn operation_name(operation: u32) -> &'static str {
-    match operation {
-        1 => "dispatch",
-        2 => "combine",
-        3 => "the end of a dispatch without combine",
-        4 => "a dispatch that replays a routing (REUSE)",
-        _ => "nothing yet",
-    }
 }
 
 /// Bit of a dispatch flag's number: the rows stand in the source's bank.
@@ -420,12 +411,7 @@ impl Host {
         for peer in 0..self.ranks {
             let words = combine_words(c);
             self.compare_shape(&c.call, &mut slot, Flag::Combine, peer, &words, |word| {
-                [
-                    "the hidden size of the experts' rows",
-                    "the element type of the experts' rows (0 bf16, 1 f16, 2 f32)",
-                    "the presence of row_weights (0 absent, 1 present)",
-                ][word]
-                    .into()
+                result_word(word).into()
             })?;
         }
         Ok(())
@@ -716,11 +702,6 @@ fn combine_words(c: &Combine) -> [u32; 3] {
         Float::F32 => 2,
     };
     [c.hidden, code, c.has_row_weights as u32]
-}
-
-pub(super) fn list(ranks: &[u32]) -> String {
-    let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
-    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use super::driver::Launch;
 use super::params::{
     LandParams, OUTS, Out, PushParams, QuantParams, Receive, ReceiveParams, Route, RouteParams, SIDES, Side,
-    TELL, TOLD_RANKS, TellParams, flag, kind,
+    TELL, TOLD_DIRECTLY, TellParams, flag, kind,
 };
 use super::{Cuda, lock};
 use crate::config::{QUANT_GROUP, QuantKind};
@@ -20,8 +20,9 @@ const LAND_THREADS: u32 = 128;
 pub(super) const CHUNK: u32 = 128;
 const QUANT_THREADS: u32 = 256;
 
-/// Up to so many tokens each block counts all earlier ones itself; past it a kernel counts them by chunks first.
-const ROUTES_ITSELF: u32 = 256;
+/// Up to so many tokens each block counts all earlier ones itself; past it a kernel counts them by chunks first,
+/// in a jitter build of small steps too.
+const ROUTES_ITSELF: u32 = if cfg!(feature = "jitter") { 8 } else { 256 };
 
 /// Threads' worth of padding that a block writes.
 const PADS_OF_A_BLOCK: u64 = 16 * MOVE_THREADS as u64;
@@ -123,7 +124,7 @@ impl Cuda {
         receive.shape.copy_from_slice(&d.send.shape.words());
         if let Some(told) = d.rank_tokens {
             flags |= flag::TOLD;
-            if told.len() <= TOLD_RANKS {
+            if told.len() <= TOLD_DIRECTLY {
                 receive.told[..told.len()].copy_from_slice(told);
             } else {
                 let to = self.private.address() + self.layout.told + (slot * self.ranks) as u64 * 4;

@@ -8,6 +8,8 @@ use crate::device::map::mail;
 pub const MAX_RANKS: usize = 1024;
 pub const SHAPE_WORDS: usize = 16;
 pub const TOLD_RANKS: usize = 64;
+/// Up to so many ranks' tokens are told in a kernel's own parameters. In a jitter build small groups go the other way too.
+pub const TOLD_DIRECTLY: usize = if cfg!(feature = "jitter") { 2 } else { TOLD_RANKS };
 pub const SIDES: usize = 9;
 pub const OUTS: usize = 4 + SIDES;
 pub const TELL: usize = 512;

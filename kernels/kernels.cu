@@ -8,3 +8,5 @@
 #include "combine.cu"
 
 #include "quant.cu"
+
+#include "poison.cu"

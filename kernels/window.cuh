@@ -439,4 +439,17 @@ struct QuantParams {
 };
 static_assert(sizeof(QuantParams) == 48);
 
+// a2a_poison, of a jitter build.
+struct PoisonParams {
+  const Slot* slot;
+  uint8_t* to;
+  uint64_t vectors;
+  // The routing that the slot must be at, or 0 for any.
+  uint64_t routing;
+  // A bit for each state in which nobody uses the memory.
+  uint32_t states;
+  uint32_t word;
+};
+static_assert(sizeof(PoisonParams) == 40);
+
 }  // namespace a2a

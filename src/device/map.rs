@@ -352,10 +352,14 @@ impl Map {
     pub fn combine_weights(&self, slot: u32) -> u64 {
         self.slot(slot) + self.combine_weights
     }
+    /// What lies behind all other rows.
+    pub fn fifos(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.fifos
+    }
     /// An entry of the FIFO that `source` writes, by the number of rows before it.
     pub fn fifo_entry(&self, slot: u32, source: u32, number: u64) -> u64 {
         let rows = self.sizes.fifo_rows as u64;
-        self.slot(slot) + self.fifos + (source as u64 * rows + number % rows) * self.entry_bytes
+        self.fifos(slot) + (source as u64 * rows + number % rows) * self.entry_bytes
     }
 }
 

@@ -9,6 +9,8 @@ mod combine;
 mod dispatch;
 pub mod driver;
 mod failure;
+#[cfg(feature = "jitter")]
+mod jitter;
 mod module;
 mod params;
 
@@ -533,6 +535,8 @@ impl Device for Cuda {
         Ok(())
     }
     fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
+        #[cfg(feature = "jitter")]
+        self.poison_before_dispatch(d)?;
         if d.split { self.launch_push(d, false) } else { Ok(()) }
     }
     fn wait_dispatch(&self, _d: &Dispatch) -> Result<()> {
@@ -550,20 +554,28 @@ impl Device for Cuda {
         } else {
             self.launch_push(d, true)?
         };
-        self.launch_land(d)
+        self.launch_land(d)?;
+        #[cfg(feature = "jitter")]
+        self.poison_results(d)?;
+        Ok(())
     }
 
     fn stage_rows(&self, c: &Combine) -> Result<()> {
         self.launch_stage(c)
     }
     fn signal_combine(&self, c: &Combine) -> Result<()> {
+        #[cfg(feature = "jitter")]
+        self.poison_received(c)?;
         if c.split { self.launch_send(c) } else { Ok(()) }
     }
     fn wait_combine(&self, _c: &Combine) -> Result<()> {
         Ok(())
     }
     fn reduce_rows(&self, c: &Combine) -> Result<()> {
-        self.launch_sums(c)
+        self.launch_sums(c)?;
+        #[cfg(feature = "jitter")]
+        self.poison_published(c)?;
+        Ok(())
     }
 
     fn tell_counts(&self, _d: &Dispatch) -> Result<()> {

@@ -32,6 +32,8 @@ pub struct Kernels {
     pub stage: Kernel,
     pub meet: Kernel,
     pub quantise: Kernel,
+    #[cfg(feature = "jitter")]
+    pub poison: Kernel,
     /// By the type of the results, then of the sums: bf16, f16, f32. `few`: of blocks that meet by themselves.
     reduce: [[Kernel; 3]; 3],
     few: [[Kernel; 3]; 3],
@@ -51,6 +53,8 @@ impl Kernels {
             stage: load(c"a2a_stage")?,
             meet: load(c"a2a_meet")?,
             quantise: load(c"a2a_quantise")?,
+            #[cfg(feature = "jitter")]
+            poison: load(c"a2a_poison")?,
             reduce: [
                 [
                     load(c"a2a_reduce_bf16_bf16")?,

@@ -114,6 +114,13 @@ twins! {
     }
 }
 
+#[cfg(feature = "jitter")]
+twins! {
+    PoisonParams: 40, word at 36 => {
+        slot: Address, to: Address, vectors: u64, routing: u64, states: u32, word: u32,
+    }
+}
+
 /// Flags of the parameters, as window.cuh names them.
 pub mod flag {
     pub const IDS_ARE_64: u32 = 1;

@@ -111,8 +111,10 @@ endif
 	A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/cpu-only cargo build --lib
 	$(PYTHON) -B tests/cpu_only.py target/cpu-only/debug/liba2a.so
 
+# The second time with what only a jitter build has (CONTRIBUTING.md).
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
 
 test-rust:
 	cargo test --release

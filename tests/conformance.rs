@@ -26,6 +26,8 @@ mod graphs;
 #[path = "conformance/laws.rs"]
 mod laws;
 pub(crate) mod oracle;
+#[path = "conformance/soak.rs"]
+mod soak;
 
 use common::*;
 use oracle::{Dropped, Float, Input, Layout, Received, Row, Rows, Scale, Source};
@@ -3332,6 +3334,7 @@ pub fn run(args: &Arguments) -> std::process::ExitCode {
     let mut args = args.clone();
     if cuda::is_enabled() {
         graphs::add(&mut add);
+        soak::add(&mut add);
         // Ranks of two tests would wait for each other's kernels.
         args.test_threads = Some(1);
     }

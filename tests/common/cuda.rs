@@ -425,13 +425,17 @@ pub fn write(address: usize, from: &[u8]) {
 
 /// Sets device memory, in the order of this thread's stream, and waits for it.
 pub fn fill(address: usize, bytes: usize, value: u8) {
+    start_fill(address, bytes, value).and_then(|()| synchronize()).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// As `fill`, without the wait; may be captured.
+pub fn start_fill(address: usize, bytes: usize, value: u8) -> Result<(), String> {
     if bytes == 0 {
-        return;
+        return Ok(());
     }
     let (_, lane) = entered();
     // SAFETY: the caller's device memory.
-    let filled = unsafe { sys::cuMemsetD8Async(address as sys::CUdeviceptr, value, bytes, lane.stream) };
-    ok("a fill", filled).and_then(|()| lane.synchronize()).unwrap_or_else(|e| panic!("{e}"));
+    ok("a fill", unsafe { sys::cuMemsetD8Async(address as sys::CUdeviceptr, value, bytes, lane.stream) })
 }
 
 /// Puts a copy inside the device's memory on this thread's stream; may be captured.

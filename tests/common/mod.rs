@@ -199,6 +199,21 @@ impl Tensor {
         tensor
     }
 
+    /// A compact tensor in memory that somebody else keeps.
+    pub fn inside(dtype: Dtype, shape: &[usize], address: usize) -> Tensor {
+        let mut shape: Box<[i64]> = shape.iter().map(|&n| n as i64).collect();
+        let raw = a2a_tensor_t {
+            data: address as *mut c_void,
+            device: tensor_device(),
+            ndim: shape.len() as i32,
+            dtype,
+            shape: shape.as_mut_ptr(),
+            strides: null_mut(),
+            byte_offset: 0,
+        };
+        Tensor { raw: Box::new(raw), _shape: shape, strides: None, memory: None }
+    }
+
     /// Rows whose elements stand `step` elements apart, next to those of the rows beside them; a third dimension is
     /// `gap` elements more than compact. What the scales of A2A_SCALES_COLUMN look like.
     pub fn columns(dtype: Dtype, shape: &[usize], step: usize, gap: usize) -> Tensor {

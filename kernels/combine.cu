@@ -2,8 +2,8 @@
 // a2a_meet raises this rank's flags and waits for the peers', a2a_reduce reads and sums each token's rows.
 //
 // One block meets, so the blocks that sum wait for nobody: they are launched behind it, and it lets them onto the device
-// only when every flag has come. Sums are as the header says: float32, from +0.0, separate additions in rank order, one
-// rounding at the end.
+// only when every flag has come. Where few blocks sum they wait for themselves, behind one that meets (a2a_combine). Sums
+// are as the header says: float32, from +0.0, separate additions in rank order, one rounding at the end.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -58,52 +58,75 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
   const Seat& seat = p.seat;
   Slot& slot = *seat.slot;
   const uint32_t tid = threadIdx.x;
-  const uint32_t closed = slot.closed, state = slot.state, epoch = slot.epoch;
-  const uint64_t sequence = slot.sequence;
+  const Standing at = standing_of(slot);
+  const uint32_t epoch = at.epoch;
   const bool sends = p.flags & kSends, waits = p.flags & kMeetWaits;
   // The first look is on its way while the slot is looked at.
   uint64_t early = 0;
-  if (waits && tid < seat.ranks) early = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, tid), kCombineFlag));
-  const bool goes = closed == 0 && state == (sends ? kDispatched : kCombineSent) && slot.routing == seat.routing;
-  __syncthreads();
+  const auto look = [&](uint32_t source) {
+    return ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
+  };
+  const Roles role = roles_of(seat.ranks);
+  if (waits && role.looks && role.looker < seat.ranks) early = look(role.looker);
+  const bool goes =
+      at.closed == 0 & at.state == (sends ? kDispatched : kCombineSent) & at.routing == seat.routing;
   if (!goes) {
-    if (closed == 0 && tid == 0) refuse_order(seat, kCombine, state);
+    // All have read where the slot stands before that changes.
+    __syncthreads();
+    if (at.closed == 0 && tid == 0) refuse_order(seat, kCombine, at.state);
     if (tid == 0) slot.whole = 0;
     if (waits) void_status(seat, p.status);
     return false;
   }
-  // The last warps send while the others look.
-  if (sends) {
-    const uint32_t senders = min(blockDim.x, (seat.ranks + 31) / 32 * 32);
-    for (uint32_t peer = tid - (blockDim.x - senders); peer < seat.ranks; peer += senders) {
+  const Wait wait{kCombine, epoch, at.sequence, true};
+  const uint64_t started = ptx::globaltimer();
+  bool here = true;
+  unsigned long long key = ~0ull;
+  const auto take = [&](uint32_t source, uint64_t flag) {
+    here &= reached(flag, epoch);
+    if (reached(flag, epoch) && static_cast<uint32_t>(flag) != p.digest && key == ~0ull) key = source;
+  };
+  if (role.raises) {
+#pragma unroll 1
+    for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) {
       uint8_t* box = mailbox(seat, peer, seat.rank);
       *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
       ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
       ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
     }
+  } else if (waits && role.looks) {
+    for (uint32_t looks = 0; looks < kFirstLooks; ++looks) {
+      here = true;
+#pragma unroll 1
+      for (uint32_t source = role.looker; source < seat.ranks; source += role.lookers) {
+        if (source == seat.rank && sends) continue;
+        take(source, looks != 0 || source != role.looker ? look(source) : early);
+      }
+      if (ptx::all_of(role.lookers, here)) {
+        // What sums may have the device, whether or not this rank's flags are up.
+        ptx::launch_dependents();
+        break;
+      }
+    }
   }
   if (!waits) {
+    __syncthreads();
     if (tid == 0) slot.state = kCombineSent;
     return true;
   }
-  const Wait wait{kCombine, epoch, sequence, true};
-  const uint64_t started = ptx::globaltimer();
-  unsigned long long key = ~0ull;
-  for (uint32_t polls = 1;; ++polls) {
-    bool here = true;
-    for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
-      if (source == seat.rank && sends) continue;
-      const uint64_t flag = polls == 1 && source == tid
-                                ? early
-                                : ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
-      here &= reached(flag, epoch);
-      if (reached(flag, epoch) && static_cast<uint32_t>(flag) != p.digest && key == ~0ull) key = source;
-    }
-    if (__syncthreads_and(here)) break;
-    if (polls % 64 == 0 && !look_for_trouble(seat, wait, meeting, started)) {
-      if (tid == 0) slot.whole = 0;
-      void_status(seat, p.status);
-      return false;
+  if (!__syncthreads_and(here)) {
+    for (uint32_t polls = 1;; ++polls) {
+      here = true;
+#pragma unroll 1
+      for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
+        if (source != seat.rank || !sends) take(source, look(source));
+      }
+      if (__syncthreads_and(here)) break;
+      if (polls % 64 == 0 && !look_for_trouble(seat, wait, meeting, started)) {
+        if (tid == 0) slot.whole = 0;
+        void_status(seat, p.status);
+        return false;
+      }
     }
   }
   if (__syncthreads_or(key != ~0ull)) {
@@ -152,9 +175,8 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
 extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __grid_constant__ MeetParams p) {
   __shared__ Meeting meeting;
   if (p.flags & kStaged) ptx::wait_prerequisites();
+  // What sums waits for this kernel's end, so the rest is left to it.
   const bool went = meet(p, meeting);
-  // What sums may have the device: every flag has come. It waits for this kernel's end, so the rest is left to it.
-  ptx::launch_dependents();
   if (went && p.flags & kSettles) settle(p);
 }
 
@@ -254,19 +276,18 @@ __device__ void pull_weights(const ReduceParams& p, uint32_t token, const Target
   }
 }
 
-// Few blocks: each waits for the flags itself; block 0 raises this rank's own, looks for trouble, and owns the outcome.
+// Few blocks: each waits for the flags itself; the first raises this rank's own, looks for trouble, and owns the outcome.
 // True if the sums may be made.
-__device__ __forceinline__ bool meet_itself(const ReduceParams& p, Meeting& meeting) {
-  const Seat& seat = p.meet.seat;
-  if (blockIdx.x == 0) return meet(p.meet, meeting);
+__device__ __forceinline__ bool await_flags(const Seat& seat) {
   const uint32_t epoch = *reinterpret_cast<volatile uint32_t*>(&seat.slot->epoch);
   for (;;) {
     bool here = true;
     for (uint32_t source = threadIdx.x; source < seat.ranks; source += blockDim.x) {
+      if (source == seat.rank) continue;
       here &= reached(ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag)), epoch);
     }
     if (__syncthreads_and(here)) return true;
-    // Block 0 says so if nothing will come of it.
+    // The first block says so if nothing will come of it.
     const bool over = threadIdx.x == 0 && (*reinterpret_cast<volatile uint32_t*>(&seat.slot->closed) != 0 ||
                                            *reinterpret_cast<volatile uint32_t*>(&seat.slot->whole) == 0);
     if (__syncthreads_or(over)) return false;
@@ -289,7 +310,7 @@ __device__ __forceinline__ void add_rows(const uint8_t* const* rows, uint64_t at
   }
 }
 
-// `few`: the blocks meet by themselves.
+// `few`: the blocks wait for themselves, behind one that meets.
 template <class From, class To, bool few>
 __device__ __forceinline__ void reduce(const ReduceParams& p) {
   constexpr uint32_t kElements = 16 / From::kBytes;
@@ -298,7 +319,15 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
   extern __shared__ const uint8_t* rows[];
   __shared__ Targets targets;
   const Seat& seat = p.meet.seat;
-  const uint32_t token = blockIdx.x / p.splits, part = blockIdx.x % p.splits;
+  if constexpr (few) {
+    __shared__ Meeting meeting;
+    if (blockIdx.x == 0) {
+      if (meet(p.meet, meeting)) settle(p.meet);
+      return;
+    }
+  }
+  const uint32_t block = few ? blockIdx.x - 1 : blockIdx.x;
+  const uint32_t token = block / p.splits, part = block - token * p.splits;
   const uint32_t lane = threadIdx.x % 32;
   const bool gathered = p.flags & kReduceGathered, everyone = p.flags & kReduceEveryone;
 
@@ -327,8 +356,7 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
   const uint32_t n = everyone ? seat.ranks : targets.count;
   bool whole;
   if constexpr (few) {
-    __shared__ Meeting meeting;
-    whole = meet_itself(p, meeting);
+    whole = await_flags(seat);
   } else {
     ptx::wait_prerequisites();
     whole = seat.slot->whole != 0;
@@ -362,7 +390,7 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
     store_out<To, kElements>(out, acc);
   }
   if (p.out_weights != nullptr && part == 0 && whole) pull_weights(p, token, targets, base, gathered);
-  if (blockIdx.x == 0 && whole) settle(p.meet);
+  if (!few && blockIdx.x == 0 && whole) settle(p.meet);
 }
 
 #define A2A_REDUCE(name, From, To)                                                                   \

@@ -9,23 +9,6 @@ namespace a2a {
 
 constexpr uint32_t kLandThreads = 128;
 
-__device__ __forceinline__ void store_bytes(uint8_t* to, const uint8_t* from, uint32_t bytes, uint32_t unit,
-                                            uint32_t start, uint32_t step) {
-  switch (unit) {
-    case 16:
-      for (uint32_t i = start; i < bytes / 16; i += step) ptx::st_row(to + 16ull * i, ptx::ld_stream(from + 16ull * i));
-      break;
-    case 8:
-    case 4:
-      for (uint32_t i = start; i < bytes / 4; i += step) {
-        reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
-      }
-      break;
-    default:
-      for (uint32_t i = start; i < bytes; i += step) to[i] = from[i];
-  }
-}
-
 __device__ __forceinline__ void fill_bytes(uint8_t* to, uint32_t bytes, uint32_t unit, uint32_t value, uint32_t start,
                                            uint32_t step) {
   switch (unit) {
@@ -116,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
     } else if (pads) {
       fill_bytes(to, out.bytes, out.unit, value, begin, stride);
     } else {
-      store_bytes(to, from, out.bytes, out.unit, begin, stride);
+      copy_bytes(to, from, out.bytes, out.unit, begin, stride);
     }
   }
 

@@ -46,12 +46,6 @@ __device__ __forceinline__ ulonglong2 ld_acquire_sys(const ulonglong2* at) {
   asm volatile("ld.acquire.sys.global.v2.u64 {%0,%1}, [%2];" : "=l"(value.x), "=l"(value.y) : "l"(at) : "memory");
   return value;
 }
-__device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* at) {
-  A2A_JITTER_HERE;
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
 __device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* at) {
   A2A_JITTER_HERE;
   uint32_t value;
@@ -84,11 +78,6 @@ __device__ __forceinline__ void st_release_sys(uint32_t* at, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
-// One more block is done: releases what it stored, for whoever acquires the counter.
-__device__ __forceinline__ void arrive_gpu(uint32_t* counter) {
-  A2A_JITTER_HERE;
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
 // The number before it.
 __device__ __forceinline__ uint32_t count_gpu(uint32_t* counter) {
   uint32_t before;
@@ -121,6 +110,48 @@ __device__ __forceinline__ int4 ld_stream(const void* at) {
 __device__ __forceinline__ void st_row(void* at, int4 v) {
   asm volatile("st.global.v4.s32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+}
+
+// A barrier of some warps of a block, apart from that of all: true if all their `threads` threads say so.
+__device__ __forceinline__ bool all_of(uint32_t threads, bool mine) {
+  uint32_t all;
+  asm volatile(
+      "{\n\t.reg .pred mine, all;\n\t"
+      "setp.ne.u32 mine, %2, 0;\n\t"
+      "barrier.cta.red.and.pred all, 1, %1, mine;\n\t"
+      "selp.u32 %0, 1, 0, all;\n\t}"
+      : "=r"(all)
+      : "r"(threads), "r"(static_cast<uint32_t>(mine))
+      : "memory");
+  return all;
+}
+
+// A barrier for which one warp of a block waits while the others only say that they have come.
+__device__ __forceinline__ void have_come() { asm volatile("barrier.cta.arrive 2, %0;" ::"r"(blockDim.x) : "memory"); }
+__device__ __forceinline__ void wait_for_others() {
+  asm volatile("barrier.cta.sync 2, %0;" ::"r"(blockDim.x) : "memory");
+}
+
+// A barrier of all threads of a cluster's blocks; what they stored before it is seen after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ uint32_t cluster_block() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A word of another block's shared memory, at the place that `at` has in this one's.
+__device__ __forceinline__ uint32_t ld_cluster(const uint32_t* at, uint32_t block) {
+  uint32_t value;
+  asm volatile(
+      "{\n\t.reg .u32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %1, %2;\n\t"
+      "ld.shared::cluster.u32 %0, [there];\n\t}"
+      : "=r"(value)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(block)
+      : "memory");
+  return value;
 }
 
 // Programmatic dependent launch: the kernel behind may start; everything before it has ended and can be seen.

@@ -23,6 +23,21 @@ struct Loss {
   uint64_t aux;
 };
 
+// Where a slot stands: read at once, and before anything is waited for.
+struct Standing {
+  uint32_t closed;
+  uint32_t state;
+  uint32_t epoch;
+  uint64_t sequence;
+  uint64_t routing;
+  uint64_t started;
+  // A dispatch may begin.
+  __device__ bool opens() const { return closed == 0 & (state == kIdle | state == kOpened); }
+};
+__device__ __forceinline__ Standing standing_of(const Slot& slot) {
+  return Standing{slot.closed, slot.state, slot.epoch, slot.sequence, slot.routing, slot.started};
+}
+
 // What is being waited for.
 struct Wait {
   uint32_t operation;
@@ -287,6 +302,24 @@ __device__ __forceinline__ bool await(const Seat& seat, const Wait& wait, Meetin
   }
   if (threadIdx.x == 0) ptx::add_relaxed_gpu(&seat.shared->counters[kHops], 1);
   return true;
+}
+
+// So often those that look do so before they meet the others, and all before they look for trouble.
+constexpr uint32_t kFirstLooks = 64;
+
+// While a block's last warp raises this rank's flags, the warps before it look for those of the peers. A block has two warps
+// at least.
+struct Roles {
+  bool raises;
+  bool looks;
+  // Those that look: how many, and this one's number.
+  uint32_t lookers;
+  uint32_t looker;
+};
+__device__ __forceinline__ Roles roles_of(uint32_t ranks) {
+  const uint32_t lookers = min(blockDim.x - 32, (ranks + 31) / 32 * 32), first = blockDim.x - 32 - lookers;
+  const bool raises = threadIdx.x >= blockDim.x - 32;
+  return Roles{raises, !raises && threadIdx.x >= first, lookers, threadIdx.x - first};
 }
 
 // A loss for a difference that one peer's words show; the first peer's, if several threads found one. The whole block

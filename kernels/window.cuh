@@ -16,8 +16,9 @@ constexpr uint32_t kMaxTopk = 32;
 constexpr uint32_t kShapeWords = 16;
 constexpr uint32_t kToldRanks = 64;
 constexpr uint32_t kSides = 9;
-// Tokens that a2a_route counts together.
-constexpr uint32_t kChunk = 128;
+// Tokens that a block of a2a_route places, and blocks of a cluster that share the work.
+constexpr uint32_t kRouteTokens = 512;
+constexpr uint32_t kRouteBlocks = 8;
 // Windows that a kernel finds in its own parameters; a look into memory costs more than most kernels' arithmetic.
 constexpr uint32_t kNearRanks = 16;
 
@@ -107,8 +108,7 @@ struct Slot {
   uint64_t started;
   // The status of the loss that closed the slot.
   uint32_t closed;
-  // Blocks of the kernel in flight that are done.
-  uint32_t arrived;
+  uint32_t reserved;
   uint32_t bad_ids;
   // The half before this kernel went through: what follows it may hand out or sum.
   uint32_t whole;
@@ -197,11 +197,12 @@ struct Route {
   int32_t* target_ranks;
   int32_t* target_rows;
   int32_t* rows_for;
-  // [chunks, ranks]: tokens of each chunk that go to each rank; null where blocks count all earlier tokens.
-  uint32_t* chunks;
   uint32_t tokens;
   uint32_t topk;
   uint32_t fanout;
+  // Fours of a token's choices, the last perhaps not whole, and ceil(2^32 / fours), or 0 for one.
+  uint32_t fours;
+  uint32_t reciprocal;
   // 1: int64 ids; 2: ids are read in 16-byte vectors; 4: weights are the caller's; 8: ids are the caller's.
   uint32_t flags;
 };
@@ -250,24 +251,26 @@ struct Receive {
 constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;
 static_assert(sizeof(Receive) == 64 + 64 + 256 + 8);
 
-// a2a_route: tokens counted by rank in chunks, where they are many; and the "rows read" words of a dispatch that follows
-// a dispatch.
-struct RouteParams {
+// a2a_open: the "rows read" words of a dispatch that follows a dispatch.
+struct OpenParams {
   Seat seat;
-  Route route;
-  // 1: opens; 2: routes.
-  uint32_t flags;
-  uint32_t reserved;
 };
-constexpr uint32_t kOpens = 1, kRoutes = 2;
-static_assert(sizeof(RouteParams) == sizeof(Seat) + 144);
 
-// a2a_push_*: rows into peers' windows (or the own one, when it publishes), padding, flags, and the wait for the
-// peers' if nothing else comes between.
+// a2a_route: where each token's rows go, where tokens are many.
+struct RouteParams {
+  Route route;
+  const Slot* slot;
+  uint32_t ranks;
+  // 1: follows a kernel that it must wait for.
+  uint32_t flags;
+};
+constexpr uint32_t kFollows = 1;
+static_assert(sizeof(RouteParams) == sizeof(Route) + 16);
+
+// a2a_push: rows into peers' windows (or the own one, when they are published), and padding.
 struct PushParams {
   Seat seat;
   Route route;
-  Receive receive;
   const uint8_t* tokens;
   uint64_t token_stride;
   // Regions in a window.
@@ -280,29 +283,43 @@ struct PushParams {
   // 16-byte vectors of a token, and of a piece of it, which is a warp's job.
   uint32_t vectors;
   uint32_t piece;
-  // Jobs of a token: its pieces, then the rows beside it.
+  // Jobs of a token: its pieces, then what travels beside its row.
   uint32_t jobs;
-  // Blocks that write padding; the first also ends the dispatch.
-  uint32_t pad_blocks;
+  // The first so many tokens' blocks find out for themselves where rows go.
+  uint32_t counted;
   uint32_t sides;
-  // Jobs of a block.
-  uint32_t block_jobs;
-  // 1: waits; 2: follows a2a_route; 4: places rows (a replay's have places); 8: into the own window, at a token's number; 16: the slot was
-  // opened by a2a_route.
+  // 1: follows a kernel that it must wait for; 2: into the own window, at a token's number; 4: follows a2a_route, for which
+  // the other blocks wait.
   uint32_t flags;
-  uint32_t reserved;
   Side side[kSides];
 };
-constexpr uint32_t kWaits = 1, kFollows = 2, kPlaces = 4, kPublishes = 8, kWasOpened = 16;
-static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 56 + 32 + 40 * kSides);
+constexpr uint32_t kPublishes = 2, kRouted = 4;
+// Tokens that a block can count.
+constexpr uint32_t kMostCounted = 512;
+static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + 40 * kSides);
 
-// a2a_receive: the second half of a split dispatch.
-// It waits for peers, in one block.
-struct ReceiveParams {
+// a2a_finish: the end of a dispatch, or of either half.
+struct FinishParams {
   Seat seat;
+  Route route;
   Receive receive;
+  // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: rows are published;
+  // 8: counts tokens itself; 16: the slot was opened by a2a_open.
+  uint32_t flags;
+  uint32_t reserved;
 };
-static_assert(sizeof(ReceiveParams) == sizeof(Seat) + sizeof(Receive));
+constexpr uint32_t kRaises = 1, kWaits = 2, kPublished = 4, kCounts = 8, kWasOpened = 16;
+static_assert(sizeof(FinishParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 8);
+
+// a2a_dispatch: all of it by one block, where tokens are very few.
+struct DispatchParams {
+  PushParams push;
+  Receive receive;
+  // As FinishParams has it.
+  uint32_t flags;
+  uint32_t reserved;
+};
+static_assert(sizeof(DispatchParams) == sizeof(PushParams) + sizeof(Receive) + 8);
 
 // A plane as it is handed out.
 struct Out {

@@ -10,11 +10,7 @@ use crate::error::{Error, Result};
 /// Threads of a block, as the kernels have it.
 const STAGE_THREADS: u32 = 256;
 const MEET_THREADS: u32 = 128;
-const SUM_THREADS: u32 = 256;
-const FEW_THREADS: u32 = 128;
-
-/// Tokens for each SM from which a block takes a whole token.
-const MANY_TOKENS: u64 = 8;
+const SUM_THREADS: u32 = 128;
 
 impl Cuda {
     fn is_gathered(&self) -> bool {
@@ -102,13 +98,12 @@ impl Cuda {
         };
         let slot = c.call.slot;
         let vectors = (Self::result_bytes(c) / 16) as u32;
-        // A token keeps one block busy where there are many, several where there are few.
-        let many = c.tokens as u64 >= MANY_TOKENS * self.station.sms() as u64;
-        let (block, splits) =
-            if many { (SUM_THREADS, 1) } else { (FEW_THREADS, vectors.div_ceil(FEW_THREADS)) };
+        let splits = vectors.div_ceil(SUM_THREADS);
+        // As even as they can be; a block that meets has a warp that raises flags and one that looks.
+        let block = vectors.div_ceil(splits).next_multiple_of(32).max(64);
         let blocks = c.tokens as u64 * splits as u64;
         // So few blocks may wait by themselves, beside those of every slot and of every rank on this device.
-        let itself = meet.flags & flag::STAGED == 0 && blocks <= self.waiting_blocks as u64;
+        let itself = meet.flags & flag::STAGED == 0 && blocks < self.waiting_blocks as u64;
         if !itself {
             self.launch_meet(c, &meet)?;
         }
@@ -135,10 +130,12 @@ impl Cuda {
                 | if c.everyone { flag::REDUCE_EVERYONE } else { 0 }
                 | if c.accumulate { flag::ACCUMULATE } else { 0 },
         };
+        // One more meets for all.
+        let blocks = blocks + itself as u64;
         let grid = u32::try_from(blocks).map_err(|_| Error::internal("more blocks than a grid has"))?;
         // Where each row of a token starts.
         let shared = 8 * if c.everyone { self.ranks } else { self.routing.fanout.max(1) };
-        let shape = Launch { grid, block, shared, after_previous: !itself };
+        let shape = Launch { grid, block, shared, after_previous: !itself, ..Launch::default() };
         let kernel = self.station.kernels.sums(c.send_type, c.out_type, itself);
         // SAFETY: the caller's output, which comm checked, the routing's memory, the group's windows.
         unsafe { self.launch(kernel, shape, &c.call, &params) }
@@ -150,7 +147,7 @@ pub(super) fn waiting_blocks(kernels: &Kernels, sms: u32, sharing: u32, slots: u
     let mut fewest = u32::MAX;
     for from in [Float::Bf16, Float::F16, Float::F32] {
         for to in [Float::Bf16, Float::F16, Float::F32] {
-            fewest = fewest.min(kernels.sums(from, to, true).blocks_per_sm(FEW_THREADS, 0)?);
+            fewest = fewest.min(kernels.sums(from, to, true).blocks_per_sm(SUM_THREADS, 0)?);
         }
     }
     // Half of the device stays for what does not wait.

@@ -2,30 +2,37 @@
 
 use super::driver::Launch;
 use super::params::{
-    LandParams, OUTS, Out, PushParams, QuantParams, Receive, ReceiveParams, Route, RouteParams, SIDES, Side,
-    TELL, TOLD_DIRECTLY, TellParams, flag, kind,
+    DispatchParams, FinishParams, LandParams, OUTS, OpenParams, Out, PushParams, QuantParams, Receive, Route,
+    RouteParams, SIDES, Side, TELL, TOLD_DIRECTLY, TellParams, flag, kind,
 };
-use super::{Cuda, lock};
+use super::{Cuda, lock, reciprocal};
 use crate::config::{QUANT_GROUP, QuantKind};
 use crate::device::map::{COLUMN_PAD, IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Device, Dispatch, Float, Region, Rows, Target, column_shape};
 use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernels have it.
-const MOVE_THREADS: u32 = 256;
-const MOVE_WARPS: u32 = MOVE_THREADS / 32;
-const RECEIVE_THREADS: u32 = 128;
+const MOST_MOVE_WARPS: u32 = 8;
+const FINISH_THREADS: u32 = 128;
+const ONE_THREADS: u32 = 672;
+const OPEN_THREADS: u32 = 128;
+/// Vectors of the piece that its warps move.
+const ONE_PIECE: u32 = 64;
 const LAND_THREADS: u32 = 128;
-/// Tokens that a2a_route counts together, and its threads.
-pub(super) const CHUNK: u32 = 128;
+/// Tokens that a block of a2a_route places, which are its threads, and blocks of a cluster.
+const ROUTE_TOKENS: u32 = 512;
+const ROUTE_BLOCKS: u32 = 8;
 const QUANT_THREADS: u32 = 256;
+const TELL_THREADS: u32 = 256;
 
-/// Up to so many tokens each block counts all earlier ones itself; past it a kernel counts them by chunks first,
-/// in a jitter build of small steps too.
-const ROUTES_ITSELF: u32 = if cfg!(feature = "jitter") { 8 } else { 256 };
+/// The blocks of so many tokens find their places themselves; where there are more, a kernel places them all, in a jitter
+/// build in small steps too.
+const MOST_COUNTED: u32 = if cfg!(feature = "jitter") { 8 } else { 512 };
+/// Up to so many tokens one block does all of a dispatch.
+const FEWEST: u32 = 2;
 
-/// Threads' worth of padding that a block writes.
-const PADS_OF_A_BLOCK: u64 = 16 * MOVE_THREADS as u64;
+/// Choices of padding that a block writes.
+const PADS_OF_A_BLOCK: u64 = 4096;
 const MOST_PAD_BLOCKS: u64 = 128;
 
 /// The widest access, up to 16 bytes, that all of some addresses and sizes allow.
@@ -61,7 +68,7 @@ impl Cuda {
         i32::try_from(blocks).map(|blocks| blocks as u32).map_err(|_| Error::unsupported(text()))
     }
 
-    fn route_params(&self, d: &Dispatch, chunked: bool) -> Route {
+    fn route_params(&self, d: &Dispatch) -> Route {
         let memory = d.memory;
         let rows = |rows: &Option<Rows>| rows.map_or((0, 0), |rows| (rows.ptr as u64, rows.stride as u64));
         let (ids_in, ids_stride) = if d.reuse { (0, 0) } else { rows(&d.send.planes[IDS]) };
@@ -78,6 +85,7 @@ impl Cuda {
         if weights_in != 0 {
             flags |= flag::HAS_WEIGHTS;
         }
+        let fours = d.grid.topk.div_ceil(4).max(1);
         Route {
             owners: self.owners,
             ids_in,
@@ -89,10 +97,11 @@ impl Cuda {
             target_ranks: self.list(memory, self.routing.target_ranks),
             target_rows: self.list(memory, self.routing.target_rows),
             rows_for: self.list(memory, self.routing.rows_for),
-            chunks: if chunked { self.private.address() + self.layout.chunks(d.call.slot) } else { 0 },
             tokens: d.send.tokens,
             topk: d.grid.topk,
             fanout: self.routing.fanout,
+            fours,
+            reciprocal: reciprocal(fours),
             flags,
         }
     }
@@ -145,7 +154,7 @@ impl Cuda {
             let mut params =
                 TellParams { to, first: (i * TELL) as u32, count: part.len() as u32, values: [0; TELL] };
             params.values[..part.len()].copy_from_slice(part);
-            let shape = Launch { grid: 1, block: MOVE_THREADS, ..Launch::default() };
+            let shape = Launch { grid: 1, block: TELL_THREADS, ..Launch::default() };
             // SAFETY: the slot's own list.
             unsafe { self.launch(&self.station.kernels.tell, shape, &d.call, &params)? };
         }
@@ -186,7 +195,7 @@ impl Cuda {
         unsafe { self.launch(&self.station.kernels.quantise, shape, &d.call, &params) }
     }
 
-    /// The first half, and with `waits` the second one's wait.
+    /// What a call that sends puts on the stream: where rows go, the rows, the flags; with `waits` the second half too.
     pub(super) fn launch_push(&self, d: &Dispatch, waits: bool) -> Result<()> {
         let slot = d.call.slot;
         let opens = lock(&self.slots[slot as usize]).opens;
@@ -195,30 +204,77 @@ impl Cuda {
         if let Some((from, quant)) = d.send.quant {
             self.quantise(d, from, quant)?;
         }
-        let itself = !d.reuse && !opens && tokens <= ROUTES_ITSELF;
-        let routed = !d.reuse && !itself;
-        let seat = self.seat(&d.call, d.grid.bound, d.reuse);
-        let shared = self.ranks * 4;
-        let mut flags = if waits { flag::WAITS } else { 0 };
-        if opens || routed {
-            let params = RouteParams {
-                seat,
-                route: self.route_params(d, routed),
-                flags: if opens { flag::OPENS } else { 0 } | if routed { flag::ROUTES } else { 0 },
-                reserved: 0,
-            };
-            let grid = if routed { tokens.div_ceil(CHUNK).max(1) } else { 1 };
-            let shape = Launch { grid, block: CHUNK, shared, ..Launch::default() };
-            // SAFETY: the caller's ids and weights, the routing's memory, the group's windows.
-            unsafe { self.launch(&self.station.kernels.route, shape, &d.call, &params)? };
-            flags |= flag::FOLLOWS | if opens { flag::WAS_OPENED } else { 0 };
+        // A replay knows where rows go.
+        let routes = !d.reuse && tokens > MOST_COUNTED;
+        let counts = !d.reuse && !routes;
+        if opens {
+            self.launch_open(d)?;
         }
-        if !d.reuse {
-            flags |= flag::PLACES;
+        if routes {
+            self.launch_route(d, opens)?;
         }
-        if publishes {
-            flags |= flag::PUBLISHES;
+        let finish = if waits { flag::WAITS } else { 0 }
+            | if publishes { flag::PUBLISHED } else { 0 }
+            | if counts { flag::COUNTS } else { 0 }
+            | if opens { flag::WAS_OPENED } else { 0 };
+        let mut push = self.push_params(d, opens, routes)?;
+        let kernels = &self.station.kernels;
+        let pads = self.pad_blocks(d);
+        // Its block holds most of a multiprocessor while it waits.
+        let alone = 2 * self.sharing * self.map.sizes.slots <= self.station.sms();
+        if tokens <= FEWEST && pads <= 1 && alone {
+            (push.piece, push.jobs) = (ONE_PIECE, push.vectors.div_ceil(ONE_PIECE) + 1);
+            let receive = self.receive_params(d)?;
+            let params = DispatchParams { push, receive, flags: flag::RAISES | finish, reserved: 0 };
+            let shape = Launch { grid: 1, block: ONE_THREADS, after_previous: opens, ..Launch::default() };
+            // SAFETY: the caller's rows, which comm checked, the routing's memory, the group's windows.
+            return unsafe { self.launch(&kernels.dispatch, shape, &d.call, &params) };
         }
+        // A block for each token, with a warp for each of its jobs, as far as they go.
+        let parts = push.jobs.div_ceil(MOST_MOVE_WARPS);
+        let shape = Launch {
+            // Without tokens and without padding a block has nothing to do, and finish has a kernel before it.
+            grid: self.grid((tokens as u64 + pads).max(1))?,
+            parts,
+            block: 32 * push.jobs.div_ceil(parts),
+            after_previous: opens || routes,
+            ..Launch::default()
+        };
+        // SAFETY: as above.
+        unsafe { self.launch(&kernels.push, shape, &d.call, &push)? };
+        self.launch_finish(d, flag::RAISES | finish)
+    }
+
+    /// Blocks that write padding: none where rows are published.
+    fn pad_blocks(&self, d: &Dispatch) -> u64 {
+        if self.map.sizes.uses.published {
+            return 0;
+        }
+        let padding = self.ranks as u64 * d.grid.bound as u64 * d.grid.topk.max(1) as u64;
+        padding.div_ceil(PADS_OF_A_BLOCK).min(MOST_PAD_BLOCKS)
+    }
+
+    fn launch_open(&self, d: &Dispatch) -> Result<()> {
+        let params = OpenParams { seat: self.seat(&d.call, d.grid.bound, d.reuse) };
+        let shape = Launch { grid: 1, block: OPEN_THREADS, ..Launch::default() };
+        // SAFETY: the group's windows.
+        unsafe { self.launch(&self.station.kernels.open, shape, &d.call, &params) }
+    }
+
+    fn launch_route(&self, d: &Dispatch, follows: bool) -> Result<()> {
+        let flags = if follows { flag::FOLLOWS } else { 0 };
+        let slot = self.seat(&d.call, d.grid.bound, d.reuse).slot;
+        let params = RouteParams { route: self.route_params(d), slot, ranks: self.ranks, flags };
+        let grid = d.send.tokens.div_ceil(ROUTE_TOKENS).next_multiple_of(ROUTE_BLOCKS);
+        let shape = Launch { grid, block: ROUTE_TOKENS, after_previous: follows, ..Launch::default() };
+        // SAFETY: the caller's ids, and the routing's memory.
+        unsafe { self.launch(&self.station.kernels.route, shape, &d.call, &params) }
+    }
+
+    fn push_params(&self, d: &Dispatch, follows: bool, routed: bool) -> Result<PushParams> {
+        let slot = d.call.slot;
+        let publishes = self.map.sizes.uses.published;
+        let tokens = d.send.tokens;
         let bytes = d.send.shape.plane_bytes;
         let region = |plane| match publishes {
             true => self.map.published(slot, plane),
@@ -226,18 +282,10 @@ impl Cuda {
         };
         let vectors = bytes[TOKENS] / 16;
         let piece = piece(tokens, vectors, self.station.sms() / self.sharing.max(1));
-        // The last job of a token is what travels beside its row.
-        let jobs = vectors.div_ceil(piece) + 1;
-        let padding = match publishes {
-            true => 0,
-            false => self.ranks as u64 * d.grid.bound as u64 * d.grid.topk.max(1) as u64,
-        };
-        let pad_blocks = padding.div_ceil(PADS_OF_A_BLOCK).clamp(1, MOST_PAD_BLOCKS) as u32;
         let (from, stride) = self.source(d, TOKENS);
         let mut params = PushParams {
-            seat,
-            route: self.route_params(d, routed),
-            receive: self.receive_params(d)?,
+            seat: self.seat(&d.call, d.grid.bound, d.reuse),
+            route: self.route_params(d),
             tokens: from,
             token_stride: stride,
             to_tokens: region(TOKENS),
@@ -247,13 +295,13 @@ impl Cuda {
             row_base: if publishes { 0 } else { self.rank as u64 * d.grid.bound as u64 },
             vectors,
             piece,
-            jobs,
-            pad_blocks,
+            // The last job of a token is what travels beside its row.
+            jobs: vectors.div_ceil(piece) + 1,
+            counted: if d.reuse { 0 } else { tokens.min(MOST_COUNTED) },
             sides: 0,
-            // A second job would wait for the first: 155 us against 148 for 4096 tokens of 8 ranks on an H100.
-            block_jobs: MOVE_WARPS,
-            flags,
-            reserved: 0,
+            flags: if follows { flag::FOLLOWS } else { 0 }
+                | if publishes { flag::PUBLISHES } else { 0 }
+                | if routed { flag::ROUTED } else { 0 },
             side: [Side::default(); SIDES],
         };
         for (plane, &bytes) in bytes.iter().enumerate().skip(SCALES).filter(|(_, bytes)| **bytes > 0) {
@@ -270,22 +318,22 @@ impl Cuda {
             };
             params.sides += 1;
         }
-        let all = self.grid(tokens as u64 * jobs as u64)?;
-        let blocks = all.div_ceil(MOVE_WARPS) as u64;
-        let grid = self.grid(pad_blocks as u64 + blocks)?;
-        let after_previous = flags & flag::FOLLOWS != 0;
-        let shape = Launch { grid, block: MOVE_THREADS, shared, after_previous };
-        // SAFETY: the caller's rows, which comm checked, the routing's memory, the group's windows.
-        unsafe { self.launch(&self.station.kernels.push, shape, &d.call, &params) }
+        Ok(params)
     }
 
-    /// The second half on its own.
-    pub(super) fn launch_receive(&self, d: &Dispatch) -> Result<()> {
-        let seat = self.seat(&d.call, d.grid.bound, d.reuse);
-        let params = ReceiveParams { seat, receive: self.receive_params(d)? };
-        let shape = Launch { grid: 1, block: RECEIVE_THREADS, ..Launch::default() };
+    /// The flags: those of this rank, which go up when the kernel before is done, those of the peers, or both.
+    pub(super) fn launch_finish(&self, d: &Dispatch, flags: u32) -> Result<()> {
+        let params = FinishParams {
+            seat: self.seat(&d.call, d.grid.bound, d.reuse),
+            route: self.route_params(d),
+            receive: self.receive_params(d)?,
+            flags,
+            reserved: 0,
+        };
+        let after_previous = flags & flag::RAISES != 0;
+        let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous, ..Launch::default() };
         // SAFETY: as `launch_push`.
-        unsafe { self.launch(&self.station.kernels.receive, shape, &d.call, &params) }
+        unsafe { self.launch(&self.station.kernels.finish, shape, &d.call, &params) }
     }
 
     /// Rows to where they are wanted, if they are not there.

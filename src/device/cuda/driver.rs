@@ -488,6 +488,8 @@ impl Kernel {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Launch {
     pub grid: u32,
+    /// The grid's second dimension; 0 is 1.
+    pub parts: u32,
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
@@ -525,7 +527,7 @@ pub unsafe fn launch<P: Copy>(kernel: &Kernel, launch: &Launch, stream: RawStrea
     }
     let config = sys::CUlaunchConfig {
         gridDimX: launch.grid,
-        gridDimY: 1,
+        gridDimY: launch.parts.max(1),
         gridDimZ: 1,
         blockDimX: launch.block,
         blockDimY: 1,

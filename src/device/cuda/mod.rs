@@ -30,7 +30,7 @@ use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
-use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot};
+use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, flag};
 
 pub use driver::probe;
 pub use module::check_kernels;
@@ -171,8 +171,6 @@ struct Layout {
     owner: u64,
     place: u64,
     told: u64,
-    chunks: u64,
-    slot_chunks: u64,
     shared: u64,
     slots: u64,
     bytes: u64,
@@ -188,25 +186,15 @@ impl Layout {
             at
         };
         let slots = map.sizes.slots as u64;
-        let slot_chunks = map.sizes.grid.bound.div_ceil(dispatch::CHUNK) as u64 * ranks * 4;
         Layout {
             windows: take(ranks * 8),
             owner: take(experts * 4),
             place: take(experts * 4),
             told: take(slots * ranks * 4),
-            chunks: take(slots * slot_chunks),
-            slot_chunks,
             shared: take(size_of::<Shared>() as u64),
             slots: take(slots * size_of::<Slot>() as u64),
             bytes: end,
         }
-    }
-}
-
-impl Layout {
-    /// A slot's tokens by chunk and rank.
-    fn chunks(&self, slot: u32) -> u64 {
-        self.chunks + slot as u64 * self.slot_chunks
     }
 }
 
@@ -550,7 +538,7 @@ impl Device for Cuda {
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
         if d.split {
-            self.launch_receive(d)?
+            self.launch_finish(d, flag::WAITS)?
         } else {
             self.launch_push(d, true)?
         };

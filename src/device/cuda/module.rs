@@ -24,9 +24,11 @@ pub fn check_kernels() -> Result<()> {
 }
 
 pub struct Kernels {
+    pub open: Kernel,
     pub route: Kernel,
     pub push: Kernel,
-    pub receive: Kernel,
+    pub finish: Kernel,
+    pub dispatch: Kernel,
     pub tell: Kernel,
     pub land: Kernel,
     pub stage: Kernel,
@@ -45,9 +47,11 @@ impl Kernels {
         let module = Module::load(context, FATBIN)?;
         let load = |name| module.kernel(name);
         let kernels = Kernels {
+            open: load(c"a2a_open")?,
             route: load(c"a2a_route")?,
             push: load(c"a2a_push")?,
-            receive: load(c"a2a_receive")?,
+            finish: load(c"a2a_finish")?,
+            dispatch: load(c"a2a_dispatch")?,
             tell: load(c"a2a_tell")?,
             land: load(c"a2a_land")?,
             stage: load(c"a2a_stage")?,

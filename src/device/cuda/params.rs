@@ -16,6 +16,9 @@ pub const TELL: usize = 512;
 pub const NEAR_RANKS: usize = 16;
 
 const SEAT: usize = 80 + 8 * NEAR_RANKS;
+const ROUTE: usize = 136;
+const RECEIVE: usize = 392;
+const PUSH: usize = SEAT + ROUTE + 80 + 40 * SIDES;
 const MEET: usize = SEAT + 80;
 
 /// Addresses in device memory, or 0.
@@ -52,7 +55,7 @@ twins! {
     }
     /// Device memory, one a slot.
     Slot: 48 + MAX_RANKS / 8, lost at 48 => {
-        state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, arrived: u32, bad_ids: u32,
+        state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, reserved: u32, bad_ids: u32,
         whole: u32, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
@@ -68,23 +71,30 @@ twins! {
         owner: Address, place: Address, experts: u32, larger: u32, split: u32, reciprocal_larger: u32,
         reciprocal: u32, reserved: u32,
     }
-    Route: 136, flags at 132 => {
+    Route: ROUTE, flags at 132 => {
         owners: Owners, ids_in: Address, weights_in: Address, ids_stride: u64, weights_stride: u64, ids: Address,
-        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, chunks: Address, tokens: u32, topk: u32,
-        fanout: u32, flags: u32,
+        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, tokens: u32, topk: u32,
+        fanout: u32, fours: u32, reciprocal: u32, flags: u32,
     }
     Side: 40, pitch at 32 => { from: Address, stride: u64, to: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32 }
-    Receive: 392, told_more at 384 => {
+    Receive: RECEIVE, told_more at 384 => {
         status: Address, rank_counts: Address, kept_counts: Address, expert_counts: Address, local: u32, flags: u32,
-        wire_bytes: u64, rows: Address, digest: u32, tokens: u32, shape: [u32; SHAPE_WORDS], told: [i32; TOLD_RANKS], told_more: Address,
+        wire_bytes: u64, rows: Address, digest: u32, tokens: u32, shape: [u32; SHAPE_WORDS], told: [i32; TOLD_RANKS],
+        told_more: Address,
     }
-    RouteParams: SEAT + 144, flags at SEAT + 136 => { seat: Seat, route: Route, flags: u32, reserved: u32 }
-    PushParams: SEAT + 616 + 40 * SIDES, side at SEAT + 616 => {
-        seat: Seat, route: Route, receive: Receive, tokens: Address, token_stride: u64, to_tokens: u64, to_ids: u64,
-        to_weights: u64, to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, pad_blocks: u32,
-        sides: u32, block_jobs: u32, flags: u32, reserved: u32, side: [Side; SIDES],
+    OpenParams: SEAT, seat at 0 => { seat: Seat }
+    RouteParams: ROUTE + 16, flags at ROUTE + 12 => { route: Route, slot: Address, ranks: u32, flags: u32 }
+    PushParams: PUSH, side at SEAT + ROUTE + 80 => {
+        seat: Seat, route: Route, tokens: Address, token_stride: u64, to_tokens: u64, to_ids: u64, to_weights: u64,
+        to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, counted: u32, sides: u32, flags: u32,
+        side: [Side; SIDES],
     }
-    ReceiveParams: SEAT + 392, receive at SEAT => { seat: Seat, receive: Receive }
+    FinishParams: SEAT + ROUTE + RECEIVE + 8, flags at SEAT + ROUTE + RECEIVE => {
+        seat: Seat, route: Route, receive: Receive, flags: u32, reserved: u32,
+    }
+    DispatchParams: PUSH + RECEIVE + 8, flags at PUSH + RECEIVE => {
+        push: PushParams, receive: Receive, flags: u32, reserved: u32,
+    }
     Out: 56, kind at 52 => {
         region: u64, to: Address, stride: u64, bytes: u32, unit: u32, pitch: u64, block_stride: u64, from_pitch: u32,
         kind: u32,
@@ -132,13 +142,14 @@ pub mod flag {
     pub const TOLD: u32 = 2;
     pub const GATHERS: u32 = 4;
 
-    pub const OPENS: u32 = 1;
-    pub const ROUTES: u32 = 2;
+    pub const FOLLOWS: u32 = 1;
+    pub const PUBLISHES: u32 = 2;
+    pub const ROUTED: u32 = 4;
 
-    pub const WAITS: u32 = 1;
-    pub const FOLLOWS: u32 = 2;
-    pub const PLACES: u32 = 4;
-    pub const PUBLISHES: u32 = 8;
+    pub const RAISES: u32 = 1;
+    pub const WAITS: u32 = 2;
+    pub const PUBLISHED: u32 = 4;
+    pub const COUNTS: u32 = 8;
     pub const WAS_OPENED: u32 = 16;
 
     pub const GATHERED: u32 = 1;

@@ -139,11 +139,9 @@ enum Counter : uint32_t {
 struct Shared {
   uint64_t counters[kCounters];
   uint32_t first_step_done;
-  uint32_t dispatched;
   uint32_t records;
-  uint32_t reserved;
 };
-static_assert(sizeof(Shared) == 8 * kCounters + 16);
+static_assert(sizeof(Shared) == 8 * kCounters + 8);
 
 // Who runs a kernel, and what it can reach.
 struct Seat {

@@ -1,4 +1,101 @@
-//! The words in which a lost step is told, the same on every device.
+//! What a lost step is told as, the same on every device.
+
+use std::time::Duration;
+
+use crate::error::{Error, Loss, Status};
+
+/// Why a step was given up.
+pub enum Why {
+    /// max_tokens (the step's bound) differs.
+    Bound,
+    /// The peer went on to another operation: so many steps ahead.
+    Elsewhere { ahead: i64 },
+    /// Another rank gave up first.
+    GaveUp { origin: u32 },
+    /// Ranks that can send nothing more, and why.
+    Gone { whys: Vec<&'static str> },
+    /// Ranks that did not answer within the deadline.
+    Late { deadline: Duration },
+    /// A word of the rows' shape differs.
+    Word { name: String },
+    /// One rank replays a routing and the other does not.
+    Replay,
+    /// A rank has other tokens than the host was told.
+    Told,
+    /// What only one device knows.
+    Other(String),
+}
+
+/// A step that is void.
+pub struct Void {
+    pub rank: u32,
+    pub slot: u32,
+    pub sequence: u64,
+    /// By its number in progress words.
+    pub operation: u32,
+    pub status: Status,
+    /// The ranks that are given up on, the first to be named first.
+    pub lost: Vec<u32>,
+    pub expected: u64,
+    pub seen: u64,
+    pub why: Why,
+}
+
+impl Void {
+    fn peer(&self) -> u32 {
+        self.lost.first().copied().unwrap_or(self.rank)
+    }
+
+    fn reason(&self) -> String {
+        let Void { rank, sequence, expected, seen, lost, .. } = self;
+        let (peer, names) = (self.peer(), list(lost));
+        let differs = |name: &str| format!("{name} is {expected} on rank {rank} and {seen} on rank {peer}");
+        match &self.why {
+            Why::Bound => differs("max_tokens (the step's bound)"),
+            Why::Elsewhere { ahead } => format!(
+                "rank {rank} is in {} of sequence {sequence}, rank {peer} went to {} of sequence {} without it",
+                operation_name(*expected as u32),
+                operation_name(*seen as u32),
+                (*sequence as i64).wrapping_add(*ahead)
+            ),
+            Why::GaveUp { origin } => format!("rank {origin} gave up on {names}"),
+            Why::Gone { whys } => {
+                let each = lost.iter().zip(whys).map(|(peer, why)| format!("rank {peer} is gone ({why})"));
+                each.collect::<Vec<_>>().join(", ")
+            }
+            Why::Late { deadline } => format!("{names} did not answer within {} ms", deadline.as_millis()),
+            Why::Word { name } => differs(name),
+            Why::Replay => differs("A2A_DISPATCH_REUSE") + " (1 set, 0 not)",
+            Why::Told => format!(
+                "rank {peer} dispatched {seen} tokens, rank {rank} was told {expected} (rank_tokens or UNIFORM)"
+            ),
+            Why::Other(what) => what.clone(),
+        }
+    }
+
+    pub fn error(self) -> Error {
+        let Void { rank, slot, sequence, operation, expected, seen, .. } = self;
+        let text = format!(
+            "rank {rank}: {} on slot {slot}, sequence {sequence}, is void: {} (expected {expected}, seen {seen})",
+            operation_name(operation),
+            self.reason()
+        );
+        // A replay is a kind of dispatch, and what is asked for says dispatch.
+        let (operation, peer) = (if operation == 4 { 1 } else { operation as i32 }, self.peer());
+        let loss = Loss { operation, slot, sequence, rank, peer, expected, seen, lost: self.lost };
+        Error::new(self.status, text).with_loss(loss)
+    }
+}
+
+/// Why a peer can send nothing more, by its word (3: nobody is left to write one).
+pub fn why_gone(word: u32) -> Option<&'static str> {
+    match word {
+        0 => None,
+        1 => Some("destroyed its comm"),
+        2 => Some("aborted"),
+        _ => Some("its process ended"),
+    }
+}
 
 /// An operation, by its number in progress words and records.
 pub fn operation_name(operation: u32) -> &'static str {

@@ -1,13 +1,14 @@
 //! What a kernel found, as a sentence.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use super::Cuda;
 use super::params::Record;
 use crate::device::Shape;
-use crate::device::loss::{list, operation_name, result_word};
+use crate::device::loss::{Void, Why, operation_name, result_word, why_gone};
 use crate::device::order::State;
-use crate::error::{Error, Loss, Status};
+use crate::error::{Error, Status};
 
 impl Cuda {
     /// A slot's loss, or (`order`) what its state did not allow.
@@ -35,49 +36,19 @@ impl Cuda {
     }
 
     fn explain(&self, slot: u32, r: &Record) -> Error {
-        let (rank, peer) = (self.rank, r.peer);
+        let rank = self.rank;
         let lost: Vec<u32> =
             (0..self.ranks).filter(|rank| r.lost[(rank / 32) as usize] >> (rank % 32) & 1 == 1).collect();
-        let names = list(&lost);
-        let what = match r.cause {
-            1 => format!(
-                "max_tokens (the step's bound) is {} on rank {rank} and {} on rank {peer}",
-                r.expected, r.seen
-            ),
-            2 => format!(
-                "rank {rank} is in {} of sequence {}, rank {peer} went to {} of sequence {} without it",
-                operation_name(r.expected as u32),
-                r.sequence,
-                operation_name(r.seen as u32),
-                (r.sequence as i64).wrapping_add(r.aux as i64)
-            ),
-            3 => format!("rank {} gave up on {names}", r.origin),
-            4 => {
-                let why = match r.detail {
-                    1 => "destroyed its comm",
-                    2 => "aborted",
-                    _ => "its process ended",
-                };
-                let each: Vec<String> =
-                    lost.iter().map(|peer| format!("rank {peer} is gone ({why})")).collect();
-                each.join(", ")
-            }
-            5 => format!("{names} did not answer within {} ms", r.aux / 1_000_000),
-            6 | 7 => {
-                let name = match r.cause {
-                    6 => Shape::name(r.detail as usize),
-                    _ => result_word((r.detail as usize).min(2)).into(),
-                };
-                format!("{name} is {} on rank {rank} and {} on rank {peer}", r.expected, r.seen)
-            }
-            8 => format!(
-                "A2A_DISPATCH_REUSE is {} on rank {rank} and {} on rank {peer} (1 set, 0 not)",
-                r.expected, r.seen
-            ),
-            9 => format!(
-                "rank {peer} dispatched {} tokens, rank {rank} was told {} (rank_tokens or UNIFORM)",
-                r.seen, r.expected
-            ),
+        let why = match r.cause {
+            1 => Why::Bound,
+            2 => Why::Elsewhere { ahead: r.aux as i64 },
+            3 => Why::GaveUp { origin: r.origin },
+            4 => Why::Gone { whys: vec![why_gone(r.detail).unwrap_or("it left"); lost.len()] },
+            5 => Why::Late { deadline: Duration::from_nanos(r.aux) },
+            6 => Why::Word { name: Shape::name(r.detail as usize) },
+            7 => Why::Word { name: result_word((r.detail as usize).min(2)).into() },
+            8 => Why::Replay,
+            9 => Why::Told,
             _ => {
                 let state = match r.detail {
                     0 => State::Idle,
@@ -94,22 +65,8 @@ impl Cuda {
             }
         };
         let status = Status::from_code(r.status as i32).unwrap_or(Status::Internal);
-        let text = format!(
-            "rank {rank}: {} on slot {slot}, sequence {}, is void: {what} (expected {}, seen {})",
-            operation_name(r.operation),
-            r.sequence,
-            r.expected,
-            r.seen
-        );
-        Error::new(status, text).with_loss(Loss {
-            operation: r.operation as i32,
-            slot,
-            sequence: r.sequence,
-            rank,
-            peer,
-            expected: r.expected,
-            seen: r.seen,
-            lost,
-        })
+        let (sequence, operation) = (r.sequence, r.operation);
+        Void { rank, slot, sequence, operation, status, lost, expected: r.expected, seen: r.seen, why }
+            .error()
     }
 }

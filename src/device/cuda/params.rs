@@ -59,9 +59,7 @@ twins! {
         whole: u32, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
-    Shared: 144, first_step_done at 128 => {
-        counters: [u64; 16], first_step_done: u32, dispatched: u32, records: u32, reserved: u32,
-    }
+    Shared: 136, records at 132 => { counters: [u64; 16], first_step_done: u32, records: u32 }
     Seat: SEAT, near at 80 => {
         windows: Address, control: Address, record: Address, slot: Address, shared: Address, mailboxes: u64,
         loss_masks: u64, routing: u64, rank: u32, ranks: u32, bound: u32, replays: u32,

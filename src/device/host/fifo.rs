@@ -21,7 +21,7 @@ use super::reduce::{Pull, put_weight, sum_token};
 use super::sync::{Backoff, Flag, Slot};
 use crate::config::OverflowKind;
 use crate::device::grid::Grid;
-use crate::device::loss::list;
+use crate::device::loss::{Why, list};
 use crate::device::map::{PLANES, entry_part, mail};
 use crate::device::{Block, Call, Combine, Dispatch, Outbound, Rows};
 use crate::error::{Error, Result, Status};
@@ -509,7 +509,7 @@ impl Host {
         if lost != late {
             what += &format!(", for want of those of {}", list(&lost));
         }
-        Err(self.lose(call, slot, flag, Status::Timeout, &lost, (0, 0), what))
+        Err(self.lose(call, slot, flag, Status::Timeout, &lost, (0, 0), Why::Other(what)))
     }
 
     /// A RECV that fails leaves nothing on offer either: other slots' rows are none of its failure's business, and

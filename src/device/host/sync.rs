@@ -13,13 +13,13 @@ use super::fifo::Fifos;
 use super::reduce::Pull;
 use super::route::{DEMAND, DROPPED, END};
 use crate::config::{LayoutKind, MAX_TOPK};
-use crate::device::loss::{list, operation_name, result_word};
+use crate::device::loss::{Void, Why, operation_name, result_word, why_gone};
 #[cfg(debug_assertions)]
 use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map, mail, mask_words};
 use crate::device::order::State;
 use crate::device::{Call, Combine, Dispatch, Float, Half, Shape};
-use crate::error::{Error, Loss, Result, Status};
+use crate::error::{Error, Result, Status};
 
 /// The generation of members; it stays 1 until membership can change.
 const GENERATION: u64 = 1;
@@ -123,10 +123,6 @@ impl Flag {
             Flag::Combine | Flag::Results => COMBINE,
             Flag::Read => READ,
         }
-    }
-    /// The operation's number in error records, where a dispatch is a dispatch.
-    fn recorded(self) -> i32 {
-        if self == Flag::Replay { DISPATCH as i32 } else { self.operation() as i32 }
     }
     fn of_dispatch(d: &Dispatch) -> Flag {
         if d.reuse { Flag::Replay } else { Flag::Dispatch }
@@ -359,12 +355,8 @@ impl Host {
             let mailbox = self.map.mailbox(d.call.slot, peer);
             let replays = self.bases.half(self.rank, mailbox + mail::REPLAYS).load(Relaxed);
             if replays != d.reuse as u32 {
-                let what = format!(
-                    "A2A_DISPATCH_REUSE is {} on rank {} and {replays} on rank {peer} (1 set, 0 not)",
-                    d.reuse as u32, self.rank
-                );
                 let values = (d.reuse as u64, replays as u64);
-                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, what));
+                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Replay));
             }
             self.compare_shape(&d.call, slot, flag, peer, &words, Shape::name)?;
             let tokens = self.bases.half(self.rank, mailbox + mail::TOKENS).load(Relaxed);
@@ -374,12 +366,8 @@ impl Host {
                 None => None,
             };
             if let Some(told) = told.filter(|told| *told != tokens) {
-                let what = format!(
-                    "rank {peer} dispatched {tokens} tokens, rank {} was told {told} (rank_tokens or UNIFORM)",
-                    self.rank
-                );
                 let values = (told as u64, tokens as u64);
-                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, what));
+                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Told));
             }
             let word = self.bases.word(self.rank, mailbox + mail::DISPATCH_FLAG).load(Relaxed) as u32;
             // A count is what a peer wrote: bounded before it is an index.
@@ -431,9 +419,9 @@ impl Host {
         for (i, mine) in mine.iter().enumerate() {
             let theirs = self.bases.half(self.rank, mailbox + shape + i as u64 * 4).load(Relaxed);
             if theirs != *mine {
-                let what = format!("{} is {mine} on rank {} and {theirs} on rank {peer}", name(i), self.rank);
                 let values = (*mine as u64, theirs as u64);
-                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
+                let why = Why::Word { name: name(i) };
+                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, why));
             }
         }
         Ok(())
@@ -498,12 +486,8 @@ impl Host {
 
     /// Why a peer can send nothing more, if it cannot.
     pub(super) fn why_gone(&self, peer: u32) -> Option<&'static str> {
-        match self.bases.half(self.rank, self.map.gone(peer)).load(Acquire) {
-            1 => Some("destroyed its comm"),
-            2 => Some("aborted"),
-            _ if self.health.is_dead(peer) => Some("its process ended"),
-            _ => None,
-        }
+        let word = self.bases.half(self.rank, self.map.gone(peer)).load(Acquire);
+        why_gone(if word == 0 && self.health.is_dead(peer) { 3 } else { word })
     }
 
     /// True if a peer has given up on the slot's step or an earlier one.
@@ -543,28 +527,17 @@ impl Host {
             if let Some(mine) =
                 bound.filter(|mine| ahead == 0 && operation == flag.operation() && theirs != *mine)
             {
-                let what = format!(
-                    "max_tokens (the step's bound) is {mine} on rank {} and {theirs} on rank {peer}",
-                    self.rank
-                );
                 let values = (mine as u64, theirs as u64);
-                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
+                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, Why::Bound));
             }
             let mine = flag.operation();
             let elsewhere = matches!(operation, COMBINE | READ) && operation != mine;
             // One kind of dispatch beside the other is wrong whatever flags have come.
             let differs = !streams && ahead == 0 && replay_differs(mine, operation);
             if differs || here && (ahead > 0 || ahead == 0 && elsewhere) {
-                let what = format!(
-                    "rank {} is in {} of sequence {}, rank {peer} went to {} of sequence {} without it",
-                    self.rank,
-                    operation_name(flag.operation()),
-                    slot.sequence,
-                    operation_name(operation),
-                    slot.sequence as i64 + ahead as i64
-                );
                 let values = (flag.operation() as u64, operation as u64);
-                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, what));
+                let why = Why::Elsewhere { ahead: ahead as i64 };
+                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, why));
             }
         }
 
@@ -579,25 +552,18 @@ impl Host {
             // Word may have come through a third rank: the first is the one to ask.
             let origin = self.map.mailbox(call.slot, observer) + mail::LOSS_ORIGIN;
             let origin = self.bases.half(self.rank, origin).load(Relaxed);
-            let what = format!("rank {origin} gave up on {}", list(&lost));
             let values = goals(slot, lost.first().copied().unwrap_or(observer));
-            return Err(self.lose_after(call, slot, flag, status, &lost, values, what, origin));
+            return Err(self.lose(call, slot, flag, status, &lost, values, Why::GaveUp { origin }));
         }
 
         // Ranks that can send nothing more.
-        let gone: Vec<(u32, &str)> = (0..self.ranks)
+        let (lost, whys): (Vec<u32>, Vec<&str>) = (0..self.ranks)
             .filter_map(|peer| self.why_gone(peer).map(|why| (peer, why)))
             .filter(|(peer, _)| !self.has_come(call.slot, slot, flag, *peer))
-            .collect();
-        if let Some((first, _)) = gone.first() {
-            let what = gone
-                .iter()
-                .map(|(peer, why)| format!("rank {peer} is gone ({why})"))
-                .collect::<Vec<_>>()
-                .join(", ");
-            let lost: Vec<u32> = gone.iter().map(|(peer, _)| *peer).collect();
+            .unzip();
+        if let Some(first) = lost.first() {
             let values = goals(slot, *first);
-            return Err(self.lose(call, slot, flag, Status::PeerLost, &lost, values, what));
+            return Err(self.lose(call, slot, flag, Status::PeerLost, &lost, values, Why::Gone { whys }));
         }
 
         if call.started.elapsed() >= call.budget {
@@ -606,9 +572,9 @@ impl Host {
                 false => self.missing(call.slot, slot, flag).collect(),
             };
             if let Some(first) = late.first() {
-                let what = format!("{} did not answer within {} ms", list(&late), call.budget.as_millis());
                 let values = goals(slot, *first);
-                return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, what));
+                let why = Why::Late { deadline: call.budget };
+                return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, why));
             }
         }
         Ok(())
@@ -633,25 +599,10 @@ impl Host {
         flag: Flag,
         status: Status,
         lost: &[u32],
-        values: (u64, u64),
-        what: String,
-    ) -> Error {
-        self.lose_after(call, slot, flag, status, lost, values, what, self.rank)
-    }
-
-    /// `lose`, because `origin` did.
-    #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
-    fn lose_after(
-        &self,
-        call: &Call,
-        slot: &mut Slot,
-        flag: Flag,
-        status: Status,
-        lost: &[u32],
         (expected, seen): (u64, u64),
-        what: String,
-        origin: u32,
+        why: Why,
     ) -> Error {
+        let origin = if let Why::GaveUp { origin } = why { origin } else { self.rank };
         let epoch = slot.epoch();
         let mut mask = vec![0u64; mask_words(self.ranks)];
         for r in lost {
@@ -667,26 +618,18 @@ impl Host {
             let word = GENERATION << 48 | (status as u64) << 32 | epoch as u64;
             self.bases.word(peer, self.map.mailbox(call.slot, self.rank) + mail::LOSS).store(word, Release);
         }
-        let error = Error::new(
-            status,
-            format!(
-                "rank {}: {} on slot {}, sequence {}, is void: {what} (expected {expected}, seen {seen})",
-                self.rank,
-                operation_name(flag.operation()),
-                call.slot,
-                slot.sequence
-            ),
-        )
-        .with_loss(Loss {
-            operation: flag.recorded(),
+        let error = Void {
+            rank: self.rank,
             slot: call.slot,
             sequence: slot.sequence,
-            rank: self.rank,
-            peer: lost.first().copied().unwrap_or(self.rank),
+            operation: flag.operation(),
+            status,
+            lost: lost.to_vec(),
             expected,
             seen,
-            lost: lost.to_vec(),
-        });
+            why,
+        }
+        .error();
         self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_with(|| error.clone());
         slot.closed = Some(error.clone());
         slot.fifos.clear();

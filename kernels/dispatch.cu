@@ -221,7 +221,9 @@ struct Finish {
 
   // `ready` returns, in the warp that raises, when all is stored. `first`: what the first look saw.
   template <class Ready>
-  __device__ __forceinline__ void run(const Ready& ready, ulonglong2 first, uint64_t started) const {
+  __device__ __forceinline__ void run(const Ready& ready, ulonglong2 first) const {
+    // A call's first wait may have been a2a_open's.
+    const uint64_t started = at.state == kOpened ? at.started : ptx::globaltimer();
     Slot& slot = *seat.slot;
     const uint32_t tid = threadIdx.x;
     const bool goes = raises ? at.opens()
@@ -514,10 +516,10 @@ extern "C" __global__ void __launch_bounds__(kMoveThreads, 4) a2a_push(const __g
   const bool counts = pads ? !(p.flags & kRouted) && !p.seat.replays : token < p.counted;
   Job<kLaneVectors> job;
   if (!pads && part < p.jobs) job = take_job<kLaneVectors>(p, token, part);
-  if (p.flags & kFollows || (p.flags & kRouted && !counts)) ptx::wait_prerequisites();
-  ptx::launch_dependents();
   // A dispatch that the slot does not allow stores nothing.
-  const Standing at = standing_of(*p.seat.slot);
+  const Standing at = standing_of(*p.seat.slot, p.flags & kFollows);
+  if (p.flags & kRouted && !counts) ptx::wait_prerequisites();
+  ptx::launch_dependents();
   if (pads) {
     if (counts) count_before(route, p.seat.ranks, route.tokens, shared.count);
     if (at.opens()) pad_rows(p, counts ? shared.count : reinterpret_cast<const uint32_t*>(route.rows_for));
@@ -553,8 +555,7 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   }
   __syncthreads();
   const uint32_t* sent = p.flags & kRaises && !(p.flags & kPublished) ? count : nullptr;
-  const uint64_t started = p.flags & kWasOpened ? at.started : ptx::globaltimer();
-  Finish(seat, p.receive, p.flags, sent, at, end).run([] { ptx::wait_prerequisites(); }, first, started);
+  Finish(seat, p.receive, p.flags, sent, at, end).run([] { ptx::wait_prerequisites(); }, first);
 }
 
 extern "C" __global__ void __launch_bounds__(kOneThreads, 1) a2a_dispatch(const __grid_constant__ DispatchParams q) {
@@ -569,8 +570,7 @@ extern "C" __global__ void __launch_bounds__(kOneThreads, 1) a2a_dispatch(const 
   const Route& route = p.route;
   const bool publishes = p.flags & kPublishes, replays = seat.replays;
   const uint32_t tid = threadIdx.x, lane = tid % 32, warp = tid / 32, jobs = route.tokens * p.jobs;
-  if (p.flags & kFollows) ptx::wait_prerequisites();
-  const Standing at = standing_of(*seat.slot);
+  const Standing at = standing_of(*seat.slot, p.flags & kFollows);
   const ulonglong2 first = look_early(seat);
   if (warp < kMovers) {
 #pragma unroll 1
@@ -606,8 +606,7 @@ extern "C" __global__ void __launch_bounds__(kOneThreads, 1) a2a_dispatch(const 
   }
   const uint32_t* sent = publishes ? nullptr : count;
   if (tid < kOneThreads - 32) ptx::have_come();
-  const uint64_t started = q.flags & kWasOpened ? at.started : ptx::globaltimer();
-  Finish(seat, q.receive, q.flags, sent, at, end).run([] { ptx::wait_for_others(); }, first, started);
+  Finish(seat, q.receive, q.flags, sent, at, end).run([] { ptx::wait_for_others(); }, first);
 }
 
 extern "C" __global__ void a2a_tell(const __grid_constant__ TellParams p) {

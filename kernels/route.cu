@@ -40,11 +40,11 @@ extern "C" __global__ void __cluster_dims__(kRouteBlocks, 1, 1) __launch_bounds_
   __shared__ uint32_t counted[32];
   __shared__ uint32_t before[32];
   const Route& route = p.route;
+  const Standing at = standing_of(*p.slot, p.flags & kFollows);
   // What moves rows may come onto the device at once.
-  if (p.flags & kFollows) ptx::wait_prerequisites();
   ptx::launch_dependents();
   // What a dispatch goes by that the slot does not allow is that of another step.
-  if (!standing_of(*p.slot).opens()) return;
+  if (!at.opens()) return;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, here = ptx::cluster_block();
   const uint32_t token = blockIdx.x * kRouteTokens + threadIdx.x;
   const uint32_t share = (blockIdx.x - here) / kRouteBlocks * kRouteTokens;

@@ -38,6 +38,17 @@ __device__ __forceinline__ Standing standing_of(const Slot& slot) {
   return Standing{slot.closed, slot.state, slot.epoch, slot.sequence, slot.routing, slot.started};
 }
 
+// The same behind a2a_open (`follows`), which is waited for only if it may have something to wait for: it has read the slot
+// when what follows it starts, and leaves one that is idle as it is.
+__device__ __forceinline__ Standing standing_of(const Slot& slot, bool follows) {
+  Standing at = standing_of(slot);
+  if (follows && at.state != kIdle) {
+    ptx::wait_prerequisites();
+    at = standing_of(slot);
+  }
+  return at;
+}
+
 // What is being waited for.
 struct Wait {
   uint32_t operation;

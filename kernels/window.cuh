@@ -259,7 +259,7 @@ struct RouteParams {
   Route route;
   const Slot* slot;
   uint32_t ranks;
-  // 1: follows a kernel that it must wait for.
+  // 1: follows a2a_open.
   uint32_t flags;
 };
 constexpr uint32_t kFollows = 1;
@@ -286,7 +286,7 @@ struct PushParams {
   // The first so many tokens' blocks find out for themselves where rows go.
   uint32_t counted;
   uint32_t sides;
-  // 1: follows a kernel that it must wait for; 2: into the own window, at a token's number; 4: follows a2a_route, for which
+  // 1: follows a2a_open; 2: into the own window, at a token's number; 4: follows a2a_route, for which
   // the other blocks wait.
   uint32_t flags;
   Side side[kSides];
@@ -302,11 +302,11 @@ struct FinishParams {
   Route route;
   Receive receive;
   // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: rows are published;
-  // 8: counts tokens itself; 16: the slot was opened by a2a_open.
+  // 8: counts tokens itself.
   uint32_t flags;
   uint32_t reserved;
 };
-constexpr uint32_t kRaises = 1, kWaits = 2, kPublished = 4, kCounts = 8, kWasOpened = 16;
+constexpr uint32_t kRaises = 1, kWaits = 2, kPublished = 4, kCounts = 8;
 static_assert(sizeof(FinishParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 8);
 
 // a2a_dispatch: all of it by one block, where tokens are very few.

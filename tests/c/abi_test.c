@@ -763,6 +763,15 @@ static int32_t no_allgather(const void *send, void *recv, size_t bytes, void *us
     return 1;
 }
 
+/* On a host that can, a comm on CUDA memory is made; on any other all calls say alike that CUDA is what is missing. */
+static void test_cuda_or_why_not(void)
+{
+    a2a_config_t config = config_of(0, 1), copy = config;
+    config.device = copy.device = A2A_DEVICE_CUDA;
+    if (memory_with_config(&copy) == A2A_SUCCESS) OK(create_with_config(&config));
+    else refused_config(&config, A2A_UNSUPPORTED, "cuda");
+}
+
 static void test_features_not_in_this_build(void)
 {
     int something;
@@ -773,7 +782,6 @@ static void test_features_not_in_this_build(void)
     WITH(backend, A2A_BACKEND_NIXL_ELASTIC, A2A_UNSUPPORTED, "nixl_elastic");
     WITH(transport, A2A_TRANSPORT_NCCL, A2A_UNSUPPORTED, "nccl");
     WITH(transport, A2A_TRANSPORT_NIXL, A2A_UNSUPPORTED, "nixl");
-    WITH(device, A2A_DEVICE_CUDA, A2A_UNSUPPORTED, "cuda");
     WITH(max_ranks, 2, A2A_UNSUPPORTED, "max_ranks");
 
     WITH(flags, 1, A2A_INVALID_ARGUMENT, "flags");
@@ -1919,6 +1927,7 @@ static const struct {
     TEST(sizes_of_arguments),
     TEST(sizes_of_results),
     TEST(unknown_constants),
+    TEST(cuda_or_why_not),
     TEST(features_not_in_this_build),
     TEST(config_ranges),
     TEST(layouts),

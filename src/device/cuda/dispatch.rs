@@ -215,8 +215,7 @@ impl Cuda {
         }
         let finish = if waits { flag::WAITS } else { 0 }
             | if publishes { flag::PUBLISHED } else { 0 }
-            | if counts { flag::COUNTS } else { 0 }
-            | if opens { flag::WAS_OPENED } else { 0 };
+            | if counts { flag::COUNTS } else { 0 };
         let mut push = self.push_params(d, opens, routes)?;
         let kernels = &self.station.kernels;
         let pads = self.pad_blocks(d);

@@ -87,6 +87,10 @@ pub fn check(what: impl Display, result: CUresult) -> Result<()> {
 }
 
 pub fn failure(what: impl Display, result: CUresult) -> Error {
+    if result == CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED {
+        let why = "a stream is being captured, and what allocates is called before a capture or after it";
+        return Error::invalid(format!("{what}: {why} ({})", error_text(result)));
+    }
     let status = match result {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Status::OutOfMemory,
         _ => Status::Cuda,
@@ -749,6 +753,14 @@ pub fn context_for_test() -> Option<Arc<Context>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_capture_forbids_is_the_callers_mistake() {
+        let error = failure("cuMemCreate", CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        assert_eq!(error.status, Status::InvalidArgument);
+        assert!(error.message.starts_with("cuMemCreate: a stream is being captured"), "{}", error.message);
+        assert_eq!(failure("cuMemCreate", CUresult::CUDA_ERROR_INVALID_VALUE).status, Status::Cuda);
+    }
 
     #[test]
     fn a_host_without_the_library_is_told_so() {

@@ -148,7 +148,6 @@ pub mod flag {
     pub const WAITS: u32 = 2;
     pub const PUBLISHED: u32 = 4;
     pub const COUNTS: u32 = 8;
-    pub const WAS_OPENED: u32 = 16;
 
     pub const GATHERED: u32 = 1;
     pub const ZERO_PADDING: u32 = 2;

@@ -356,6 +356,8 @@ pub struct Config {
     pub scale_layout: ScaleLayout,
     pub max_scale_bytes: u32,
     pub extra_row_bytes: [u32; MAX_EXTRAS],
+    /// SMs that kernels may use; 0: as many as they like.
+    pub max_sms: u32,
     pub num_slots: u32,
     pub expert_alignment: u32,
     pub overflow: OverflowKind,

@@ -75,7 +75,6 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         range(name, value, 0, high).map(|value| if value == 0 { default as u64 } else { value as u64 })
     };
 
-    range("max_sms", raw.max_sms as i64, 0, max)?;
     let placement = PlacementKind::from_code(rank, raw.placement)?;
     let experts = match placement {
         PlacementKind::Contiguous if raw.expert_owner.is_null() => {
@@ -129,6 +128,7 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         scale_layout: ScaleLayout::from_code(rank, raw.scale_layout)?,
         max_scale_bytes: range("max_scale_bytes", raw.max_scale_bytes as i64, 0, max)? as u32,
         extra_row_bytes,
+        max_sms: range("max_sms", raw.max_sms as i64, 0, max)? as u32,
         num_slots: positive("num_slots", raw.num_slots as i64, 1, MAX_SLOTS as i64)? as u32,
         expert_alignment: positive("expert_alignment", raw.expert_alignment as i64, 1, 1 << 16)? as u32,
         overflow: OverflowKind::from_code(rank, raw.overflow)?,

@@ -9,7 +9,7 @@ use crate::comm::{
     ColumnTensor, CombineRecv, CombineSend, Comm, DispatchRecv, DispatchSend, Element, Output, Routing,
     Tensor, View,
 };
-use crate::config::{DeviceKind, MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
+use crate::config::{Config, DeviceKind, MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
 use crate::device::map::{PLANES, Plane};
 use crate::device::{Columns, Rows, Stream};
 use crate::error::{Error, Result};
@@ -324,6 +324,18 @@ fn required<'a, T>(rank: u32, name: &str, value: &'a Option<T>) -> Result<&'a T>
     value.as_ref().ok_or_else(|| Error::invalid(format!("rank {rank}: {name} is NULL")))
 }
 
+fn check_sms(comm: &Comm, max_sms: i32) -> Result<()> {
+    let Config { rank, device, .. } = comm.config();
+    if max_sms < 0 {
+        return Err(Error::invalid(format!("rank {rank}: max_sms is {max_sms}, it must be at least 0")));
+    }
+    if max_sms > 0 && *device == DeviceKind::Cuda {
+        let text = format!("rank {rank}: max_sms is {max_sms}, this build only knows 0 on cuda (2)");
+        return Err(Error::unsupported(text));
+    }
+    Ok(())
+}
+
 /// # Safety
 /// Every pointer is as the header says.
 pub unsafe fn dispatch(
@@ -335,12 +347,10 @@ pub unsafe fn dispatch(
 ) -> Result<()> {
     let rank = comm.config().rank;
     let (sends, recvs) = phases(rank, input.phase)?;
-    if input.reserved != 0 || input.max_sms < 0 {
-        return Err(Error::invalid(format!(
-            "rank {rank}: max_sms is {} and reserved is {}, they must be at least 0 and 0",
-            input.max_sms, input.reserved
-        )));
+    if input.reserved != 0 {
+        return Err(Error::invalid(format!("rank {rank}: reserved is {}, it must be 0", input.reserved)));
     }
+    check_sms(comm, input.max_sms)?;
     let send = match sends {
         // SAFETY: forwarded.
         true => Some(unsafe { dispatch_send(comm, input)? }),
@@ -482,12 +492,7 @@ pub unsafe fn combine(
 ) -> Result<()> {
     let (rank, at) = (comm.config().rank, place(comm));
     let (sends, recvs) = phases(rank, input.phase)?;
-    if input.max_sms < 0 {
-        return Err(Error::invalid(format!(
-            "rank {rank}: max_sms is {}, it must be at least 0",
-            input.max_sms
-        )));
-    }
+    check_sms(comm, input.max_sms)?;
     let send = match sends {
         true => {
             // SAFETY: forwarded.

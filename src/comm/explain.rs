@@ -89,6 +89,9 @@ fn check_fields(config: &Config) -> Result<()> {
         )))
     };
     if config.device == DeviceKind::Cuda {
+        if config.max_sms != 0 {
+            return refuse("max_sms", config.max_sms.to_string(), "0 on cuda (2), the library's choice");
+        }
         let usable = cuda::check_kernels().and_then(|()| cuda::probe());
         usable.map_err(|e| e.context(format!("rank {}: device is cuda (2)", config.rank)))?;
     }

@@ -770,6 +770,8 @@ static void test_cuda_or_why_not(void)
     config.device = copy.device = A2A_DEVICE_CUDA;
     if (memory_with_config(&copy) == A2A_SUCCESS) OK(create_with_config(&config));
     else refused_config(&config, A2A_UNSUPPORTED, "cuda");
+    config.max_sms = 8;
+    refused_config(&config, A2A_UNSUPPORTED, "max_sms");
 }
 
 static void test_features_not_in_this_build(void)

@@ -439,7 +439,7 @@ typedef struct a2a_info_t {
     int32_t max_tokens;
     int32_t num_slots;
     /**
-     * SMs in effect; 0 on the CPU.
+     * SMs in effect; 0 where there is no bound, and on the CPU.
      */
     int32_t max_sms;
     /**

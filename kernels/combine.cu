@@ -95,7 +95,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
       ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
     }
   } else if (waits && role.looks) {
-    for (uint32_t looks = 0; looks < kFirstLooks; ++looks) {
+    for (uint32_t looks = 0; looks < kPollsPerLook; ++looks) {
       here = true;
 #pragma unroll 1
       for (uint32_t source = role.looker; source < seat.ranks; source += role.lookers) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
         if (source != seat.rank || !sends) take(source, look(source));
       }
       if (__syncthreads_and(here)) break;
-      if (polls % 64 == 0 && !look_for_trouble(seat, wait, meeting, started)) {
+      if (polls % kPollsPerLook == 0 && !look_for_trouble(seat, wait, meeting, started)) {
         if (tid == 0) slot.whole = 0;
         void_status(seat, p.status);
         return false;

@@ -7,7 +7,8 @@
 // needed, or not waited for at once; where tokens are very few one block does it all (a2a_dispatch). The padding of a
 // source's rows is written by the source, which knows how many there are before anybody else.
 //
-// What one block does once is not unrolled: there the fetching of code takes more time than the code.
+// What one block does once is not unrolled: that would be more code and no speed.
+#include "copy.cuh"
 #include "route.cuh"
 #include "wait.cuh"
 
@@ -159,7 +160,7 @@ struct Finish {
     if (role.looker == 0) end.differs = ~0u, end.demand = 0;
     ulonglong2 mine = make_ulonglong2(0, 0);
     bool here = false;
-    for (uint32_t looks = 0; looks < kFirstLooks && !here; ++looks) {
+    for (uint32_t looks = 0; looks < kPollsPerLook && !here; ++looks) {
       here = true;
 #pragma unroll 1
       for (uint32_t source = role.looker; source < seat.ranks; source += role.lookers) {
@@ -202,7 +203,7 @@ struct Finish {
         if (source != seat.rank) here &= has_come(look(seat, source));
       }
       if (__syncthreads_and(here)) return true;
-      if (polls % kFirstLooks == 0 && !look_for_trouble(seat, wait, end.meeting, started)) return false;
+      if (polls % kPollsPerLook == 0 && !look_for_trouble(seat, wait, end.meeting, started)) return false;
     }
   }
 
@@ -529,7 +530,8 @@ extern "C" __global__ void __launch_bounds__(kMoveThreads, 4) a2a_push(const __g
   Places places;
   if (counts) {
     places = count_places(p, token, shared.counting);
-    if (job.beside && part < p.jobs && at.opens()) keep_places(route, token, places);
+    // a2a_route keeps all of them.
+    if (job.beside && part < p.jobs && at.opens() && !(p.flags & kRouted)) keep_places(route, token, places);
   } else if (!publishes && part < p.jobs) {
     places = read_places(p, token);
   }
@@ -554,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
     for (uint32_t peer = tid; peer < seat.ranks; peer += kFinishThreads) count[peer] = p.route.rows_for[peer];
   }
   __syncthreads();
-  const uint32_t* sent = p.flags & kRaises && !(p.flags & kPublished) ? count : nullptr;
+  const uint32_t* sent = p.flags & kRaises && !(p.receive.flags & kGathers) ? count : nullptr;
   Finish(seat, p.receive, p.flags, sent, at, end).run([] { ptx::wait_prerequisites(); }, first);
 }
 

@@ -2,27 +2,13 @@
 // ones); the padding that the receiver writes; tokens counted by expert.
 //
 // Blocks wait for nobody: the flags have come before the kernel runs. Row b of the outputs is block b's.
+#include "copy.cuh"
 #include "route.cuh"
 #include "wait.cuh"
 
 namespace a2a {
 
 constexpr uint32_t kLandThreads = 128;
-
-__device__ __forceinline__ void fill_bytes(uint8_t* to, uint32_t bytes, uint32_t unit, uint32_t value, uint32_t start,
-                                           uint32_t step) {
-  switch (unit) {
-    case 16:
-      for (uint32_t i = start; i < bytes / 16; i += step) ptx::st_row(to + 16ull * i, make_int4(value, value, value, value));
-      break;
-    case 8:
-    case 4:
-      for (uint32_t i = start; i < bytes / 4; i += step) reinterpret_cast<uint32_t*>(to)[i] = value;
-      break;
-    default:
-      for (uint32_t i = start; i < bytes; i += step) to[i] = static_cast<uint8_t>(value);
-  }
-}
 
 extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid_constant__ LandParams p) {
   __shared__ uint32_t where[2];

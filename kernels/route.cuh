@@ -134,8 +134,8 @@ __device__ __forceinline__ uint32_t ranks_by_lanes(const Route& route, uint32_t 
   return __reduce_or_sync(~0u, lane < route.topk ? owner_bit(route, read_id(route, token, lane, bad), base) : 0);
 }
 
-// The same of all tokens before `end`, into ranks[token], which were zero. A block calls it, and meets afterwards; a thread
-// looks at four choices at a time: code that runs once costs more than work.
+// The same of all tokens before `end`, into ranks[token], which were zero. A block calls it, and meets afterwards. A thread
+// looks at four choices and not at a token's: a warp then has half the instructions.
 __device__ __forceinline__ void ranks_of_all(const Route& route, uint32_t end, uint32_t base, uint32_t* ranks) {
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < end * route.fours; i += blockDim.x) {
@@ -189,24 +189,6 @@ __device__ __forceinline__ void keep_choice(const Seat& seat, const Route& route
   if (bad != 0 && lane == 0) {
     ptx::add_relaxed_gpu(&seat.slot->bad_ids, bad);
     ptx::add_relaxed_gpu(&seat.shared->counters[kBadIds], bad);
-  }
-}
-
-// Copies bytes by threads of which this is number `start`; `unit`: the widest access that both addresses allow.
-__device__ __forceinline__ void copy_bytes(uint8_t* to, const uint8_t* from, uint32_t bytes, uint32_t unit,
-                                           uint32_t start, uint32_t step) {
-  switch (unit) {
-    case 16:
-      for (uint32_t i = start; i < bytes / 16; i += step) ptx::st_row(to + 16ull * i, ptx::ld_stream(from + 16ull * i));
-      break;
-    case 8:
-    case 4:
-      for (uint32_t i = start; i < bytes / 4; i += step) {
-        reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
-      }
-      break;
-    default:
-      for (uint32_t i = start; i < bytes; i += step) to[i] = from[i];
   }
 }
 

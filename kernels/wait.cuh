@@ -58,6 +58,9 @@ struct Wait {
   bool compares_bound;
 };
 
+// Looking for trouble costs more than a look at the flags.
+constexpr uint32_t kPollsPerLook = 64;
+
 // What a block shares while it waits.
 struct Meeting {
   unsigned long long best;
@@ -302,7 +305,6 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
 // Waits, as a block, until every rank's flag has reached the epoch; false if the step is lost. `started`: when the
 // call's first wait began.
 __device__ __forceinline__ bool await(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
-  constexpr uint32_t kPollsPerLook = 64;
   for (uint32_t polls = 1;; ++polls) {
     bool here = true;
     for (uint32_t source = threadIdx.x; source < seat.ranks; source += blockDim.x) {
@@ -314,9 +316,6 @@ __device__ __forceinline__ bool await(const Seat& seat, const Wait& wait, Meetin
   if (threadIdx.x == 0) ptx::add_relaxed_gpu(&seat.shared->counters[kHops], 1);
   return true;
 }
-
-// So often those that look do so before they meet the others, and all before they look for trouble.
-constexpr uint32_t kFirstLooks = 64;
 
 // While a block's last warp raises this rank's flags, the warps before it look for those of the peers. A block has two warps
 // at least.

@@ -301,12 +301,11 @@ struct FinishParams {
   Seat seat;
   Route route;
   Receive receive;
-  // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: rows are published;
-  // 8: counts tokens itself.
+  // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: counts tokens itself.
   uint32_t flags;
   uint32_t reserved;
 };
-constexpr uint32_t kRaises = 1, kWaits = 2, kPublished = 4, kCounts = 8;
+constexpr uint32_t kRaises = 1, kWaits = 2, kCounts = 4;
 static_assert(sizeof(FinishParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 8);
 
 // a2a_dispatch: all of it by one block, where tokens are very few.

@@ -413,7 +413,7 @@ pub struct a2a_info_t {
     pub max_hidden: i32,
     pub max_tokens: i32,
     pub num_slots: i32,
-    /// SMs in effect; 0 on the CPU.
+    /// SMs in effect; 0 where there is no bound, and on the CPU.
     pub max_sms: i32,
     /// Rows of this rank's outputs in a full step: R*M for GATHERED, RANK_MAJOR and FLAT, L*R*M for EXPERT_PADDED,
     /// R*M*min(K,L) + L*(alignment-1) rounded up to the alignment for EXPERT_CONTIGUOUS; less under max_recv_rows.

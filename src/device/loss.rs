@@ -12,7 +12,7 @@ pub enum Why {
     Elsewhere { ahead: i64 },
     /// Another rank gave up first.
     GaveUp { origin: u32 },
-    /// Ranks that can send nothing more, and why.
+    /// Ranks that can send nothing more, and why the first of them cannot, or as many as is known of.
     Gone { whys: Vec<&'static str> },
     /// Ranks that did not answer within the deadline.
     Late { deadline: Duration },
@@ -60,7 +60,10 @@ impl Void {
             ),
             Why::GaveUp { origin } => format!("rank {origin} gave up on {names}"),
             Why::Gone { whys } => {
-                let each = lost.iter().zip(whys).map(|(peer, why)| format!("rank {peer} is gone ({why})"));
+                let each = lost.iter().enumerate().map(|(i, peer)| match whys.get(i) {
+                    Some(why) => format!("rank {peer} is gone ({why})"),
+                    None => format!("rank {peer} is gone"),
+                });
                 each.collect::<Vec<_>>().join(", ")
             }
             Why::Late { deadline } => format!("{names} did not answer within {} ms", deadline.as_millis()),
@@ -122,4 +125,30 @@ pub fn result_word(word: usize) -> &'static str {
 pub fn list(ranks: &[u32]) -> String {
     let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn void(why: Why) -> Error {
+        let (lost, status) = (vec![1, 3], Status::PeerLost);
+        Void { rank: 0, slot: 2, sequence: 9, operation: 4, status, lost, expected: 7, seen: 6, why }.error()
+    }
+
+    #[test]
+    fn a_rank_whose_reason_nobody_knows_is_gone_all_the_same() {
+        let error = void(Why::Gone { whys: vec!["aborted"] });
+        assert_eq!(
+            error.message,
+            "rank 0: a dispatch that replays a routing (REUSE) on slot 2, sequence 9, is void: \
+             rank 1 is gone (aborted), rank 3 is gone (expected 7, seen 6)"
+        );
+    }
+
+    #[test]
+    fn a_lost_replay_is_recorded_as_a_dispatch() {
+        let loss = void(Why::Replay).loss.expect("a void step has a loss");
+        assert_eq!((loss.operation, loss.peer, loss.lost), (1, 1, vec![1, 3]));
+    }
 }

@@ -2,8 +2,8 @@
 
 use super::driver::Launch;
 use super::params::{
-    DispatchParams, FinishParams, LandParams, OUTS, OpenParams, Out, PushParams, QuantParams, Receive, Route,
-    RouteParams, SIDES, Side, TELL, TOLD_DIRECTLY, TellParams, flag, kind,
+    DispatchParams, FinishParams, LandParams, MOST_COUNTED, OUTS, OpenParams, Out, PushParams, QuantParams,
+    Receive, Route, RouteParams, SIDES, Side, TELL, TOLD_DIRECTLY, TellParams, flag, kind,
 };
 use super::{Cuda, lock, reciprocal};
 use crate::config::{QUANT_GROUP, QuantKind};
@@ -11,8 +11,9 @@ use crate::device::map::{COLUMN_PAD, IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHT
 use crate::device::{Device, Dispatch, Float, Region, Rows, Target, column_shape};
 use crate::error::{Error, Result};
 
-/// Threads of a block, as the kernels have it.
+/// Warps of a block that moves, at most.
 const MOST_MOVE_WARPS: u32 = 8;
+/// Threads of a block, as the kernels have it.
 const FINISH_THREADS: u32 = 128;
 const ONE_THREADS: u32 = 672;
 const OPEN_THREADS: u32 = 128;
@@ -27,7 +28,7 @@ const TELL_THREADS: u32 = 256;
 
 /// The blocks of so many tokens find their places themselves; where there are more, a kernel places them all, in a jitter
 /// build in small steps too.
-const MOST_COUNTED: u32 = if cfg!(feature = "jitter") { 8 } else { 512 };
+const COUNTED: u32 = if cfg!(feature = "jitter") { 8 } else { MOST_COUNTED };
 /// Up to so many tokens one block does all of a dispatch.
 const FEWEST: u32 = 2;
 
@@ -196,16 +197,17 @@ impl Cuda {
     }
 
     /// What a call that sends puts on the stream: where rows go, the rows, the flags; with `waits` the second half too.
-    pub(super) fn launch_push(&self, d: &Dispatch, waits: bool) -> Result<()> {
+    pub(super) fn launch_dispatch(&self, d: &Dispatch, waits: bool) -> Result<()> {
         let slot = d.call.slot;
         let opens = lock(&self.slots[slot as usize]).opens;
-        let publishes = self.map.sizes.uses.published;
         let tokens = d.send.tokens;
         if let Some((from, quant)) = d.send.quant {
             self.quantise(d, from, quant)?;
         }
+        // What this carries into memory must be there before any of the kernels that overlap.
+        let receive = self.receive_params(d)?;
         // A replay knows where rows go.
-        let routes = !d.reuse && tokens > MOST_COUNTED;
+        let routes = !d.reuse && tokens > COUNTED;
         let counts = !d.reuse && !routes;
         if opens {
             self.launch_open(d)?;
@@ -213,9 +215,7 @@ impl Cuda {
         if routes {
             self.launch_route(d, opens)?;
         }
-        let finish = if waits { flag::WAITS } else { 0 }
-            | if publishes { flag::PUBLISHED } else { 0 }
-            | if counts { flag::COUNTS } else { 0 };
+        let finish = if waits { flag::WAITS } else { 0 } | if counts { flag::COUNTS } else { 0 };
         let mut push = self.push_params(d, opens, routes)?;
         let kernels = &self.station.kernels;
         let pads = self.pad_blocks(d);
@@ -223,7 +223,6 @@ impl Cuda {
         let alone = 2 * self.sharing * self.map.sizes.slots <= self.station.sms();
         if tokens <= FEWEST && pads <= 1 && alone {
             (push.piece, push.jobs) = (ONE_PIECE, push.vectors.div_ceil(ONE_PIECE) + 1);
-            let receive = self.receive_params(d)?;
             let params = DispatchParams { push, receive, flags: flag::RAISES | finish, reserved: 0 };
             let shape = Launch { grid: 1, block: ONE_THREADS, after_previous: opens, ..Launch::default() };
             // SAFETY: the caller's rows, which comm checked, the routing's memory, the group's windows.
@@ -241,7 +240,7 @@ impl Cuda {
         };
         // SAFETY: as above.
         unsafe { self.launch(&kernels.push, shape, &d.call, &push)? };
-        self.launch_finish(d, flag::RAISES | finish)
+        self.launch_finish(d, receive, flag::RAISES | finish)
     }
 
     /// Blocks that write padding: none where rows are published.
@@ -296,7 +295,7 @@ impl Cuda {
             piece,
             // The last job of a token is what travels beside its row.
             jobs: vectors.div_ceil(piece) + 1,
-            counted: if d.reuse { 0 } else { tokens.min(MOST_COUNTED) },
+            counted: if d.reuse { 0 } else { tokens.min(COUNTED) },
             sides: 0,
             flags: if follows { flag::FOLLOWS } else { 0 }
                 | if publishes { flag::PUBLISHES } else { 0 }
@@ -320,18 +319,24 @@ impl Cuda {
         Ok(params)
     }
 
+    /// The second half on its own.
+    pub(super) fn launch_receive(&self, d: &Dispatch) -> Result<()> {
+        let receive = self.receive_params(d)?;
+        self.launch_finish(d, receive, flag::WAITS)
+    }
+
     /// The flags: those of this rank, which go up when the kernel before is done, those of the peers, or both.
-    pub(super) fn launch_finish(&self, d: &Dispatch, flags: u32) -> Result<()> {
+    fn launch_finish(&self, d: &Dispatch, receive: Receive, flags: u32) -> Result<()> {
         let params = FinishParams {
             seat: self.seat(&d.call, d.grid.bound, d.reuse),
             route: self.route_params(d),
-            receive: self.receive_params(d)?,
+            receive,
             flags,
             reserved: 0,
         };
         let after_previous = flags & flag::RAISES != 0;
         let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous, ..Launch::default() };
-        // SAFETY: as `launch_push`.
+        // SAFETY: as `launch_dispatch`.
         unsafe { self.launch(&self.station.kernels.finish, shape, &d.call, &params) }
     }
 

@@ -43,7 +43,7 @@ impl Cuda {
             1 => Why::Bound,
             2 => Why::Elsewhere { ahead: r.aux as i64 },
             3 => Why::GaveUp { origin: r.origin },
-            4 => Why::Gone { whys: vec![why_gone(r.detail).unwrap_or("it left"); lost.len()] },
+            4 => Why::Gone { whys: why_gone(r.detail).into_iter().collect() },
             5 => Why::Late { deadline: Duration::from_nanos(r.aux) },
             6 => Why::Word { name: Shape::name(r.detail as usize) },
             7 => Why::Word { name: result_word((r.detail as usize).min(2)).into() },
@@ -51,7 +51,8 @@ impl Cuda {
             9 => Why::Told,
             _ => {
                 let state = match r.detail {
-                    0 => State::Idle,
+                    // 4: opened, which is idle once more.
+                    0 | 4 => State::Idle,
                     1 => State::DispatchSent,
                     2 => State::Dispatched,
                     _ => State::CombineSent,

@@ -30,7 +30,7 @@ use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
-use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, flag};
+use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot};
 
 pub use driver::probe;
 pub use module::check_kernels;
@@ -525,7 +525,7 @@ impl Device for Cuda {
     fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
         #[cfg(feature = "jitter")]
         self.poison_before_dispatch(d)?;
-        if d.split { self.launch_push(d, false) } else { Ok(()) }
+        if d.split { self.launch_dispatch(d, false) } else { Ok(()) }
     }
     fn wait_dispatch(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
@@ -538,9 +538,9 @@ impl Device for Cuda {
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
         if d.split {
-            self.launch_finish(d, flag::WAITS)?
+            self.launch_receive(d)?
         } else {
-            self.launch_push(d, true)?
+            self.launch_dispatch(d, true)?
         };
         self.launch_land(d)?;
         #[cfg(feature = "jitter")]

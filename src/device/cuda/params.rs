@@ -14,6 +14,8 @@ pub const SIDES: usize = 9;
 pub const OUTS: usize = 4 + SIDES;
 pub const TELL: usize = 512;
 pub const NEAR_RANKS: usize = 16;
+/// Tokens that a block of a2a_push has room to count.
+pub const MOST_COUNTED: u32 = 512;
 
 const SEAT: usize = 80 + 8 * NEAR_RANKS;
 const ROUTE: usize = 136;
@@ -146,8 +148,7 @@ pub mod flag {
 
     pub const RAISES: u32 = 1;
     pub const WAITS: u32 = 2;
-    pub const PUBLISHED: u32 = 4;
-    pub const COUNTS: u32 = 8;
+    pub const COUNTS: u32 = 4;
 
     pub const GATHERED: u32 = 1;
     pub const ZERO_PADDING: u32 = 2;

@@ -2,11 +2,12 @@
 // rows go is known beforehand; no ids, no counts, no flags, no peer is waited for. What a library takes beyond these
 // times is its protocol.
 //
-//   data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS [IDS [GPU]]
+//   data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS [IDS [GPU [rank|expert]]]
 //
 // A rank is a stream and a window; TOKENS are each rank's. f8: a row is HIDDEN e4m3 numbers with a float32 for each
 // 128 of them, as one piece. Results are bf16 always. IDS is a file of int32 [RANKS][TOKENS][TOPK]; without it tokens
 // choose by the keyed hash that a2a-perf uses, with seed 1. Experts lie in consecutive blocks.
+//   rank, expert  a token has a row for each rank that it goes to (the default), or for each of its experts
 //
 // Everything that is timed is checked first. Prints CSV; every line that is not of the table begins with '#'.
 //   kernel  split: a row over blocks of 128 threads, one 16-byte piece each; block: a row to a block of 256 threads
@@ -23,6 +24,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -271,6 +273,17 @@ int owner(int id, int experts, int ranks) {
     return id < longer * (each + 1) ? id / (each + 1) : longer + (id - longer * (each + 1)) / each;
 }
 
+// The ranks that a token's rows lie on, in order: each once, or once for each of its experts there.
+std::vector<int> destinations(const int32_t *ids, int topk, int experts, int ranks, bool by_expert) {
+    std::vector<int> to;
+    std::copy_if(ids, ids + topk, std::back_inserter(to), [=](int32_t id) { return id >= 0 && id < experts; });
+    std::sort(to.begin(), to.end());
+    to.erase(std::unique(to.begin(), to.end()), to.end());
+    for (int &id : to) id = owner(id, experts, ranks);
+    if (!by_expert) to.erase(std::unique(to.begin(), to.end()), to.end());
+    return to;
+}
+
 template <class T> T *on_device(const std::vector<T> &from) {
     T *to;
     CUDA(cudaMalloc(&to, std::max<size_t>(from.size(), 1) * sizeof(T)));
@@ -311,13 +324,13 @@ template <int N> std::vector<Kernels> kernels() {
 }
 
 [[noreturn]] void usage(const char *why) {
-    fprintf(stderr, "data_plane: %s\nusage: data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS [IDS [GPU]]\n",
-            why);
+    fprintf(stderr, "data_plane: %s\nusage: data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS "
+                    "[IDS [GPU [rank|expert]]]\n", why);
     exit(2);
 }
 
 int main(int argc, char **argv) {
-    if (argc < 9 || argc > 11) usage("wrong number of arguments");
+    if (argc < 9 || argc > 12) usage("wrong number of arguments");
     auto number = [&](int at, int least) {
         char *end;
         long value = strtol(argv[at], &end, 10);
@@ -329,6 +342,8 @@ int main(int argc, char **argv) {
     const bool f8 = !strcmp(argv[4], "f8");
     if (!f8 && strcmp(argv[4], "bf16")) usage(argv[4]);
     if (topk > 32 || topk > experts || experts < ranks) usage("top-k is at most 32 and the experts, experts at least the ranks");
+    const bool by_expert = argc > 11 && !strcmp(argv[11], "expert");
+    if (argc > 11 && !by_expert && strcmp(argv[11], "rank")) usage(argv[11]);
     const int token_bytes = f8 ? hidden + (hidden + 127) / 128 * 4 : hidden * 2, result_bytes = hidden * 2;
     if (token_bytes % 16 || result_bytes % 16) usage("rows are no multiple of 16 bytes");
     const int token_vectors = token_bytes / 16, result_vectors = result_bytes / 16;
@@ -352,35 +367,40 @@ int main(int argc, char **argv) {
     CUDA(cudaGetDeviceProperties(&device, gpu));
     printf("# %s, %d ranks share it: not NVLink timings\n", device.name, ranks);
 
-    // Windows are [ranks][tokens] rows, packed by source.
+    // Where each rank's rows go: the window, and how many rows of the same source lie before.
+    const int width = by_expert ? topk : std::min(topk, ranks);
+    std::vector<std::vector<int>> counts(ranks, std::vector<int>(tokens));
+    std::vector<std::vector<int2>> places(ranks, std::vector<int2>((size_t)tokens * width));
+    std::vector<size_t> rows(ranks);
+    int from_source = tokens;
+    for (int rank = 0; rank < ranks; rank++) {
+        std::vector<int> taken(ranks);
+        for (int token = 0; token < tokens; token++) {
+            int &count = counts[rank][token];
+            const int32_t *chosen = &ids[((size_t)rank * tokens + token) * topk];
+            for (int to : destinations(chosen, topk, experts, ranks, by_expert))
+                places[rank][(size_t)token * width + count++] = make_int2(to, taken[to]++);
+            rows[rank] += count;
+        }
+        from_source = std::max(from_source, *std::max_element(taken.begin(), taken.end()));
+    }
+
+    // Windows are [ranks][tokens] rows, packed by source; wider where rows for experts are more than tokens.
+    const size_t window_rows = (size_t)ranks * from_source;
     std::vector<uint4 *> windows, results;
     for (int rank = 0; rank < ranks; rank++) {
-        windows.push_back(rows_on_device((size_t)ranks * tokens, token_vectors));
-        results.push_back(rows_on_device((size_t)ranks * tokens, result_vectors));
-        fill_results<<<ranks * tokens, 256>>>(results[rank], rank, result_vectors);
+        windows.push_back(rows_on_device(window_rows, token_vectors));
+        results.push_back(rows_on_device(window_rows, result_vectors));
+        fill_results<<<(unsigned)window_rows, 256>>>(results[rank], rank, result_vectors);
     }
     uint4 **device_windows = on_device(windows), **device_results = on_device(results);
 
-    const int width = std::min(topk, ranks);
     std::vector<Job> jobs;
-    std::vector<size_t> rows(ranks);
     for (int rank = 0; rank < ranks; rank++) {
-        std::vector<int> count(tokens), taken(ranks);
-        std::vector<int2> places((size_t)tokens * width);
-        for (int token = 0; token < tokens; token++) {
-            std::vector<bool> chosen(ranks);
-            for (int k = 0; k < topk; k++) {
-                int id = ids[((size_t)rank * tokens + token) * topk + k];
-                if (id >= 0 && id < experts) chosen[owner(id, experts, ranks)] = true;
-            }
-            for (int to = 0; to < ranks; to++)
-                if (chosen[to])
-                    places[(size_t)token * width + count[token]++] = make_int2(to, rank * tokens + taken[to]++);
-            rows[rank] += count[token];
-        }
+        for (int2 &place : places[rank]) place.y += rank * from_source;
         Job job{rank, tokens, width, token_vectors, result_vectors};
-        job.count = on_device(count);
-        job.places = on_device(places);
+        job.count = on_device(counts[rank]);
+        job.places = on_device(places[rank]);
         uint4 *input = rows_on_device(tokens, token_vectors);
         fill_tokens<<<tokens, 256>>>(input, rank, token_vectors);
         job.input = input;
@@ -410,7 +430,7 @@ int main(int argc, char **argv) {
         };
         // Nothing that another kernel wrote may pass for this one's.
         for (int rank = 0; rank < ranks; rank++) {
-            CUDA(cudaMemset(windows[rank], 0xa5, (size_t)ranks * tokens * token_bytes));
+            CUDA(cudaMemset(windows[rank], 0xa5, window_rows * token_bytes));
             CUDA(cudaMemset(jobs[rank].sums, 0xa5, (size_t)tokens * result_bytes));
         }
         CUDA(cudaDeviceSynchronize());

@@ -276,6 +276,7 @@ mod tests {
                 caches: Vec::new(),
                 scopes: Vec::new(),
                 graph: false,
+                split: false,
                 staged: true,
                 max_recv_rows: 0,
                 directory: String::new(),

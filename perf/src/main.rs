@@ -64,19 +64,26 @@ ON CUDA
   combine, pair       the experts wrote into a2a_combine_buffer; combine_staged
                       and pair_staged: from the caller's tensor (--staged)
   pair_graph          replays of a captured pair (--graph)
+  dispatch_split      a dispatch of two calls, SEND and RECV, one behind the
+                      other on the stream (--split)
   floor               nothing, one and two empty kernels of each rank
   GB/s                rows read and written, of all ranks of the scope
-  bare                our rate as a part of the bare data plane's (--peers)
+  bare                our rate as a part of the bare data plane's (--peers):
+                      with a row for each (token, rank) for rank_major and
+                      flat, for each (token, expert) for expert_padded and
+                      expert_contiguous
   FlashInfer          its time on an H100, where card and shape are the same
                       (perf/reference/flashinfer-h100.csv), and how many times
                       as fast ours is
-  Dispatch is asked for views of tokens, scales, ids, weights and rank_counts.
+  Dispatch is asked for views of tokens, scales, ids, weights and rank_counts;
+  of expert layouts without ids, with expert_counts and expert_offsets instead.
 
 EXAMPLES
   a2a-perf --tokens 1,8,32,128,512,2048 --output sweep.csv --format csv
   a2a-perf --backends ht_flat,two_sided --routing zipf --cache warm,cold
   a2a-perf --tokens 128,2048 --peers
   a2a-perf --device cuda --ranks 8 --experts 256 --tokens 1,128,4096 --peers
+  a2a-perf --device cuda --backends low_latency --dtype bf16,fp8 --split
   a2a-perf plot sweep.csv --directory plots
   a2a-perf --check                the whole conformance matrix
   a2a-perf --check low_latency    what has low_latency in its name

@@ -54,7 +54,7 @@ pub struct Floors {
 /// Bytes of all ranks' tensors, with what lies between them.
 fn tensor_bytes(shape: &Shape, pair: Pair) -> usize {
     let (ranks, tokens, topk) = (shape.ranks as u64, shape.tokens as u64, shape.topk as u64);
-    let token = shape.kind.wire_bytes(shape.hidden).max(shape.kind.given_bytes(shape.hidden)) as u64;
+    let token = shape.kind.wire_bytes(shape.hidden) as u64;
     let result = (shape.hidden * shape.kind.float().bytes()) as u64;
     let experts = (shape.experts as u64).div_ceil(ranks);
     let rows = match pair.layout {
@@ -62,7 +62,7 @@ fn tensor_bytes(shape: &Shape, pair: Pair) -> usize {
         A2A_LAYOUT_EXPERT_CONTIGUOUS => ranks * tokens * topk.min(experts),
         _ => ranks * tokens,
     };
-    let given = tokens * (token + result + topk * 8);
+    let given = tokens * (shape.kind.given_bytes(shape.hidden) as u64 + result + topk * 8);
     let staged = if shape.staged || !pair.keeps_rows() { rows * result } else { 0 };
     let own = if pair.keeps_rows() { 0 } else { rows * (token + topk * 8 + 8) };
     (ranks * (given + staged + own + (64 << 10))) as usize
@@ -113,6 +113,10 @@ fn repeat(shape: &Shape, mut once: impl FnMut() -> Result<f64, String>) -> Resul
     }
     Ok(times)
 }
+
+/// The phases of a call for both halves, and of a call for each.
+const WHOLE: &[a2a_phase_t] = &[A2A_PHASE_BOTH];
+const SPLIT: &[a2a_phase_t] = &[A2A_PHASE_SEND, A2A_PHASE_RECV];
 
 /// One rank, with its tensors.
 struct Rank {
@@ -325,13 +329,13 @@ impl Group {
         self.settle()
     }
 
-    /// A whole step against the oracle; with the outputs that are timed, or with all. The bytes that one dispatch, and
-    /// one combine, of each rank moved between windows.
-    fn check(&mut self, all: bool) -> Result<Vec<[u64; 2]>, String> {
+    /// A whole step against the oracle, its dispatch in `phases`; with the outputs that are timed, or with all. The
+    /// bytes that one dispatch, and one combine, of each rank moved between windows.
+    fn check(&mut self, phases: &[a2a_phase_t], all: bool) -> Result<Vec<[u64; 2]>, String> {
         self.ranks.iter_mut().for_each(|rank| rank.want(all));
         let moved = |group: &Group| group.ranks.iter().map(Rank::moved).collect::<Vec<_>>();
         let before = moved(self);
-        self.phase(0, |rank, stream| rank.dispatch(A2A_PHASE_BOTH, stream))?;
+        self.phase(0, |rank, stream| in_turn(phases, Rank::dispatch, rank, stream))?;
         let sent = moved(self);
         each(&mut self.ranks, |rank| {
             rank.gate.check_received(&rank.output)?;
@@ -357,6 +361,7 @@ impl Group {
     /// What a dispatch, and a combine, of these ranks come to.
     fn bytes(&self, of: std::ops::Range<usize>, wire: &[[u64; 2]]) -> [Bytes; 2] {
         let shape = &self.shape;
+        let given = shape.kind.given_bytes(shape.hidden) as u64;
         let token = shape.kind.wire_bytes(shape.hidden) as u64;
         let result = (shape.hidden * shape.kind.float().bytes()) as u64;
         let layout = self.ranks[0].pair.oracle_layout();
@@ -378,7 +383,7 @@ impl Group {
             combine.logical = combine.logical.max(busiest * result);
             dispatch.wire = dispatch.wire.max(wire[rank][0]);
             combine.wire = combine.wire.max(wire[rank][1]);
-            dispatch.memory += (shape.tokens as u64 + pushed) * token;
+            dispatch.memory += shape.tokens as u64 * given + pushed * token;
             combine.memory += (shape.tokens as u64 + pulled) * result;
             if self.ranks[rank].stages() {
                 combine.memory += 2 * staged * result;
@@ -394,18 +399,31 @@ impl Group {
         Ok(us)
     }
 
-    /// Rank 0 alone. The others have sent, and are done, before; they receive afterwards.
-    fn time_first(
-        &mut self,
-        call: impl Fn(&mut Rank, a2a_phase_t, Stream) -> Result<(), String>,
-    ) -> Result<f64, String> {
+    /// Rank 0's `phases` of an operation alone. The others have sent, and are done, before; they receive afterwards.
+    fn time_first(&mut self, phases: &[a2a_phase_t], call: Operation) -> Result<f64, String> {
         // They send no tokens: their rows would drive rank 0's out of the cache before it is timed.
         self.ranks.iter_mut().skip(1).for_each(|rank| rank.quiet = true);
         self.phase(1, |rank, stream| call(rank, A2A_PHASE_SEND, stream))?;
         let first = &mut self.ranks[0];
-        let us = self.gpu.time_first(|stream| call(first, A2A_PHASE_BOTH, stream))?;
+        let us = self.gpu.time_first(|stream| in_turn(phases, call, first, stream))?;
         self.phase(1, |rank, stream| call(rank, A2A_PHASE_RECV, stream))?;
         self.ranks.iter_mut().for_each(|rank| rank.quiet = false);
+        Ok(us)
+    }
+
+    /// An operation in `phases`, of every rank at once or of rank 0 alone.
+    fn time(&mut self, all: bool, phases: &[a2a_phase_t], call: Operation) -> Result<f64, String> {
+        match all {
+            true => self.time_all(|rank, stream| in_turn(phases, call, rank, stream)),
+            false => self.time_first(phases, call),
+        }
+    }
+
+    /// A dispatch of two calls. It follows a combine, as the whole dispatch does (a dispatch that follows a dispatch
+    /// first waits for all to have read their rows), and is followed by one that is not timed.
+    fn time_split(&mut self, all: bool) -> Result<f64, String> {
+        let us = self.time(all, SPLIT, Rank::dispatch)?;
+        self.time(all, WHOLE, Rank::combine)?;
         Ok(us)
     }
 }
@@ -413,7 +431,8 @@ impl Group {
 fn measure(shape: &Shape) -> Result<Vec<Timed>, String> {
     let pair = Pair::named(&shape.pair)?;
     let mut group = Group::new(shape, pair)?;
-    let wire = group.check(true)?;
+    let wire = group.check(WHOLE, true)?;
+    let split_wire = if shape.split { group.check(SPLIT, true)? } else { wire.clone() };
     group.ranks.iter_mut().for_each(|rank| rank.want(false));
 
     let staged = if shape.staged || !pair.keeps_rows() { "_staged" } else { "" };
@@ -425,24 +444,20 @@ fn measure(shape: &Shape) -> Result<Vec<Timed>, String> {
             continue;
         }
         let of = if all { 0..shape.ranks } else { 0..1 };
+        let [split_dispatch, _] = group.bytes(of.clone(), &split_wire);
         let [dispatch, combine] = group.bytes(of, &wire);
-        let (mut sent, mut summed, mut both) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut sent, mut summed, mut both, mut split) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for iteration in 0..shape.warmup + shape.iterations {
-            let (d, c, b);
-            if all {
-                d = group.time_all(|rank, stream| rank.dispatch(A2A_PHASE_BOTH, stream))?;
-                c = group.time_all(|rank, stream| rank.combine(A2A_PHASE_BOTH, stream))?;
-                b = Some(group.time_all(pair_of)?);
-            } else {
-                d = group.time_first(Rank::dispatch)?;
-                c = group.time_first(Rank::combine)?;
-                // Peers cannot have sent their results before they have received: there is no pair of one rank.
-                b = None;
-            }
+            let d = group.time(all, WHOLE, Rank::dispatch)?;
+            let c = group.time(all, WHOLE, Rank::combine)?;
+            // Peers cannot have sent their results before they have received: there is no pair of one rank.
+            let b = if all { Some(group.time_all(pair_of)?) } else { None };
+            let s = if shape.split { Some(group.time_split(all)?) } else { None };
             if iteration >= shape.warmup {
                 sent.push(d);
                 summed.push(c);
                 both.extend(b);
+                split.extend(s);
             }
         }
         let mut leave = |operation: String, times: Vec<f64>, bytes: Bytes| {
@@ -451,6 +466,7 @@ fn measure(shape: &Shape) -> Result<Vec<Timed>, String> {
             }
         };
         leave("dispatch".into(), sent, dispatch);
+        leave("dispatch_split".into(), split, split_dispatch);
         leave(format!("combine{staged}"), summed, combine);
         leave(format!("pair{staged}"), both, dispatch + combine);
         if all && shape.graph {
@@ -466,8 +482,19 @@ fn measure(shape: &Shape) -> Result<Vec<Timed>, String> {
         }
     }
     // What was right before the clock ran must still be, with the outputs that were timed.
-    group.check(false)?;
+    group.check(WHOLE, false)?;
+    if shape.split {
+        group.check(SPLIT, false)?;
+    }
     Ok(timed)
+}
+
+/// `Rank::dispatch` or `Rank::combine`.
+type Operation = fn(&mut Rank, a2a_phase_t, Stream) -> Result<(), String>;
+
+/// An operation's phases, a call for each, one behind the other on the stream.
+fn in_turn(phases: &[a2a_phase_t], call: Operation, rank: &mut Rank, stream: Stream) -> Result<(), String> {
+    phases.iter().try_for_each(|&phase| call(rank, phase, stream))
 }
 
 /// A dispatch, and a combine behind it.

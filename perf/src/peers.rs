@@ -52,24 +52,35 @@ impl Shape<'_> {
 
     /// The (token, destination rank) rows of `source`, by token, then by rank.
     pub fn rows_of(&self, source: usize) -> Vec<(usize, usize)> {
+        let mut rows = self.expert_rows_of(source);
+        rows.dedup();
+        rows
+    }
+
+    /// The (token, expert) rows of `source`, by token, then by expert: each the token and the expert's rank.
+    pub fn expert_rows_of(&self, source: usize) -> Vec<(usize, usize)> {
         let mut rows = Vec::new();
         for token in 0..self.tokens {
             let at = (source * self.tokens + token) * self.topk;
-            let mut to: Vec<usize> =
-                self.ids[at..at + self.topk].iter().filter_map(|&id| self.owner(id)).collect();
-            to.sort_unstable();
-            to.dedup();
-            rows.extend(to.into_iter().map(|rank| (token, rank)));
+            let mut ids = self.ids[at..at + self.topk].to_vec();
+            ids.sort_unstable();
+            ids.dedup();
+            rows.extend(ids.into_iter().filter_map(|id| self.owner(id)).map(|rank| (token, rank)));
         }
         rows
     }
 
     /// Rows that the busiest rank sends or receives, whichever are more, its rows to itself included.
     pub fn busiest_rows(&self) -> usize {
+        self.busiest(|source| self.rows_of(source))
+    }
+
+    /// As `busiest_rows`, of other rows.
+    pub fn busiest(&self, rows_of: impl Fn(usize) -> Vec<(usize, usize)>) -> usize {
         let mut received = vec![0; self.ranks];
         let mut most = 0;
         for source in 0..self.ranks {
-            let rows = self.rows_of(source);
+            let rows = rows_of(source);
             most = most.max(rows.len());
             for (_, to) in rows {
                 received[to] += 1;
@@ -415,6 +426,14 @@ pub mod tests {
         assert_eq!(SHAPE.busiest_rows(), 3);
         // Rank 1 now receives more than any rank sends.
         assert_eq!(Shape { ids: &[3, 3, 3, 3, 4, 4, 4, 4], ..SHAPE }.busiest_rows(), 4);
+    }
+
+    #[test]
+    fn a_row_for_each_token_and_expert() {
+        assert_eq!(SHAPE.expert_rows_of(0), [(0, 0), (0, 0), (1, 0), (1, 1)]);
+        // An expert chosen twice has one row.
+        assert_eq!(SHAPE.expert_rows_of(1), [(1, 1)]);
+        assert_eq!(SHAPE.busiest(|source| SHAPE.expert_rows_of(source)), 4);
     }
 
     #[test]

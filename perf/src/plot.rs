@@ -9,8 +9,16 @@ use plotters::prelude::*;
 use crate::row::Row;
 
 /// Panels from left to right; an operation that was not measured has none.
-const OPERATIONS: [&str; 7] =
-    ["dispatch", "combine", "combine_staged", "pair", "pair_staged", "pair_graph", "pair_staged_graph"];
+const OPERATIONS: [&str; 8] = [
+    "dispatch",
+    "dispatch_split",
+    "combine",
+    "combine_staged",
+    "pair",
+    "pair_staged",
+    "pair_graph",
+    "pair_staged_graph",
+];
 
 const PANEL: (u32, u32) = (400, 400);
 const TITLE: u32 = 34;
@@ -361,6 +369,8 @@ mod tests {
             }
             assert!(!svg.lines().any(|line| line == "pair"), "nobody measured it");
         }
+        let split = row("low_latency", "expert_padded", 128, "dispatch_split", 30.0);
+        assert!(drawn(&[split])[TIME].lines().any(|line| line == "dispatch_split"));
         assert!(pictures[TIME].contains("µs") && pictures[BANDWIDTH].contains("GB/s"));
     }
 

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use crate::data_plane;
+use crate::data_plane::Per;
 use crate::reference::flashinfer;
 use crate::row::Row;
 use crate::sweep::Outcome;
@@ -116,13 +116,14 @@ fn cuda_table(card: &str, rows: &[Row], out: &mut dyn Write) -> std::io::Result<
         } else {
             String::new()
         };
-        let bare = rows.iter().find(|peer| {
-            peer.backend == data_plane::NAME
-                && (peer.tokens, peer.hidden, &peer.dtype, &peer.routing, &peer.scope, &peer.operation)
-                    == (row.tokens, row.hidden, &row.dtype, &row.routing, &row.scope, &row.operation)
+        // The data plane that moves as many rows as the layout has.
+        let bare = Per::of_layout(&row.layout).and_then(|per| {
+            rows.iter().find(|peer| {
+                peer.backend == per.name()
+                    && (peer.tokens, peer.hidden, &peer.dtype, &peer.routing, &peer.scope, &peer.operation)
+                        == (row.tokens, row.hidden, &row.dtype, &row.routing, &row.scope, &row.operation)
+            })
         });
-        // Its job is a row for each token and rank: other layouts have more.
-        let bare = bare.filter(|_| ["rank_major", "flat"].contains(&&*row.layout));
         let theirs = flashinfer(card, row);
         writeln!(
             out,
@@ -305,11 +306,23 @@ cpu,memcpy,,4,processes,128,7168,bf16,64,8,hash,dispatch,warm,30,33.5,44.5,100,2
             memory_bytes: 50_000,
             ..row("nvlink_one_sided", "rank_major", 1, "dispatch", 20.0)
         };
-        let bare =
-            Row { backend: data_plane::NAME.into(), layout: String::new(), p50_us: 15.0, ..ours.clone() };
-        let other = Row { scope: "rank0".into(), p50_us: 1.0, ..bare.clone() };
+        let bare = |per: Per, p50_us: f64| Row {
+            backend: per.name().into(),
+            layout: String::new(),
+            p50_us,
+            ..ours.clone()
+        };
+        let other = Row { scope: "rank0".into(), ..bare(Per::Rank, 1.0) };
+        let padded = Row {
+            backend: "low_latency".into(),
+            layout: "expert_padded".into(),
+            p50_us: 40.0,
+            ..ours.clone()
+        };
+        let split = Row { operation: "dispatch_split".into(), ..padded.clone() };
+        let rows = [other, ours.clone(), bare(Per::Rank, 15.0), padded, bare(Per::Expert, 30.0), split];
         let mut out = Vec::new();
-        cuda_table("NVIDIA H100", &[other, ours, bare], &mut out).unwrap();
+        cuda_table("NVIDIA H100", &rows, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         let cells = |line: &str| line.split_whitespace().map(String::from).collect::<Vec<_>>();
         let lines: Vec<_> = text.lines().map(cells).collect();
@@ -319,6 +332,8 @@ cpu,memcpy,,4,processes,128,7168,bf16,64,8,hash,dispatch,warm,30,33.5,44.5,100,2
             "{text}"
         );
         assert_eq!(lines[3].last().unwrap(), "3", "{text}");
+        assert_eq!(lines[4][5..], ["dispatch", "all", "10.00", "40.00", "1", "75", "%"], "{text}");
+        assert_eq!(lines[6][5..], ["dispatch_split", "all", "10.00", "40.00", "1"], "{text}");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 pub struct Row {
     /// "cpu" or "cuda".
     pub device: String,
-    /// A backend's name, or a peer: "mpi_alltoallv (default)", "mpi_alltoallv (yield)", "memcpy".
+    /// A backend's name, or a peer: "mpi_alltoallv (default)", "mpi_alltoallv (yield)", "memcpy"; on CUDA "data plane
+    /// (bare)", "data plane (per expert)", or a floor.
     pub backend: String,
     /// Empty for a peer.
     pub layout: String,
@@ -23,7 +24,8 @@ pub struct Row {
     /// "hash", "zipf", "one_hot", or a recorded file's name.
     pub routing: String,
     /// "dispatch", "combine", or "pair" (one after the other, chained); on CUDA also "combine_staged" and "pair_staged"
-    /// (results from the caller's tensor), "pair_graph" and "pair_staged_graph" (replayed), and "floor".
+    /// (results from the caller's tensor), "pair_graph" and "pair_staged_graph" (replayed), "dispatch_split" (SEND and
+    /// RECV in two calls), and "floor".
     pub operation: String,
     /// "warm" or "cold" (caches emptied before each).
     pub cache: String,

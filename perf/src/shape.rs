@@ -146,9 +146,12 @@ impl Kind {
             _ => hidden * self.float().bytes(),
         }
     }
-    /// Bytes of a token as it is given, without scales.
+    /// Bytes of a token as it is given, its scales included.
     pub fn given_bytes(self, hidden: usize) -> usize {
-        hidden * self.given().bits as usize / 8
+        match self {
+            Kind::Fp8 => hidden * self.float().bytes(),
+            _ => self.wire_bytes(hidden),
+        }
     }
     /// Sets what a comm must know of the tokens.
     pub fn configure(self, config: &mut a2a_config_t) {
@@ -185,6 +188,8 @@ pub struct Shape {
     pub scopes: Vec<String>,
     /// On CUDA, replays of a captured pair are timed too.
     pub graph: bool,
+    /// On CUDA, dispatches of two calls, SEND and RECV, are timed too.
+    pub split: bool,
     /// Results are staged from the caller's tensor.
     pub staged: bool,
     pub max_recv_rows: i64,
@@ -195,6 +200,13 @@ pub struct Shape {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_is_quantised_on_its_way() {
+        let bytes = |kind: Kind| (kind.given_bytes(7168), kind.wire_bytes(7168));
+        let both = [Kind::Bf16, Kind::F32, Kind::Fp8, Kind::F8].map(bytes);
+        assert_eq!(both, [(14336, 14336), (28672, 28672), (14336, 7392), (7392, 7392)]);
+    }
 
     #[test]
     fn devices_have_names() {

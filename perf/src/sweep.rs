@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use crate::conformance::common::{Host, Job, choose_device, launch};
-use crate::data_plane::DataPlane;
+use crate::data_plane::{DataPlane, Per};
 use crate::measure::Measured;
 use crate::one_gpu::{Bytes, Floors, Timed};
 use crate::peers::{self, Peers};
@@ -64,11 +64,15 @@ pub struct Sweep {
     /// CUDA: time replays of a captured pair too
     #[arg(long)]
     graph: bool,
+    /// CUDA: time dispatches of two calls too, SEND and then RECV
+    #[arg(long)]
+    split: bool,
     /// Rows that each rank has room for; 0 = the layout's capacity (one_sided and allgather know nothing else)
     #[arg(long, default_value_t = 0)]
     max_recv_rows: i64,
     /// Beside them, in the same run: MPI_Alltoallv (perf/peers/build.sh) with two settings, and a plain copy; bf16
-    /// only. On CUDA: the bare data plane (perf/peers/build_data_plane.sh); bf16 and f8
+    /// only. On CUDA: the bare data plane (perf/peers/build_data_plane.sh), with a row for each (token, rank), and for
+    /// each (token, expert) beside layouts that have those; bf16, fp8 and f8
     #[arg(long)]
     peers: bool,
     /// Seconds until a shape is given up
@@ -185,7 +189,7 @@ impl Sweep {
                 if let Some(beside) = beside.as_ref().filter(|_| !nothing) {
                     let what = what("the peers");
                     eprintln!("[{done}/{total}] {what}");
-                    for peer in self.measure_peers(beside, kind, tokens, routing)? {
+                    for peer in self.measure_peers(beside, &pairs, kind, tokens, routing)? {
                         match peer {
                             Ok(rows) => outcome.rows.extend(rows),
                             Err(why) => outcome.refuse(what.clone(), why),
@@ -199,10 +203,13 @@ impl Sweep {
 
     /// Says at once what is missing, not after the first shapes.
     fn find_peers(&self, device: Device) -> Result<Beside, String> {
-        let known: &[Kind] = if device == Device::Cpu { &[Kind::Bf16] } else { &[Kind::Bf16, Kind::F8] };
+        let known: &[Kind] = match device {
+            Device::Cpu => &[Kind::Bf16],
+            Device::Cuda(_) => &[Kind::Bf16, Kind::Fp8, Kind::F8],
+        };
         if let Some(kind) = self.dtype.iter().find(|kind| !known.contains(kind)) {
             let names: Vec<&str> = known.iter().map(|kind| kind.name()).collect();
-            return Err(format!("peers move {}, dtype is {}", names.join(" and "), kind.name()));
+            return Err(format!("peers move {}, dtype is {}", names.join(", "), kind.name()));
         }
         let limit = Duration::from_secs(self.limit);
         if let Device::Cuda(ordinal) = device {
@@ -218,6 +225,7 @@ impl Sweep {
     fn measure_peers(
         &self,
         found: &Beside,
+        pairs: &[Pair],
         kind: Kind,
         tokens: usize,
         routing: &str,
@@ -246,7 +254,10 @@ impl Sweep {
                     outcomes.extend(mpi.mpi(&shape));
                     outcomes.push(peers::memcpy(&shape, &self.mode));
                 }
-                Beside::Cuda(bare) => outcomes.push(bare.measure(&shape, kind, &self.scope)),
+                Beside::Cuda(bare) => {
+                    let measure = |per| bare.measure(&shape, kind, per, &self.scope);
+                    outcomes.extend(planes(pairs).map(measure));
+                }
             }
         }
         Ok(outcomes)
@@ -269,6 +280,7 @@ impl Sweep {
             caches: self.cache.clone(),
             scopes: self.scope.clone(),
             graph: self.graph,
+            split: self.split,
             staged: self.staged,
             max_recv_rows: if limits { self.max_recv_rows } else { 0 },
             directory: directory.into(),
@@ -389,6 +401,12 @@ impl Sweep {
         }
         Ok(rows)
     }
+}
+
+/// The bare data planes that these pairs have a use for.
+fn planes(pairs: &[Pair]) -> impl Iterator<Item = Per> {
+    let used = |per: &Per| pairs.iter().any(|pair| pair.oracle_layout().by_expert() == (*per == Per::Expert));
+    [Per::Rank, Per::Expert].into_iter().filter(used)
 }
 
 /// What rank `rank` of a shape left.

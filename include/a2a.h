@@ -1255,8 +1255,8 @@ a2a_status_t a2a_routing_destroy(struct a2a_routing_t *routing);
  * it); what kernels find stands in out.status and in a2a_get_async_error, and later calls on the slot return it.
  * Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
  * Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
- * max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch); TIMEOUT, PEER_LOST, MISMATCH
- * (the step is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
+ * max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch: on CUDA the call says so under
+ * HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
  */
 a2a_status_t a2a_dispatch(struct a2a_comm_t *comm,
                           struct a2a_routing_t *routing,

@@ -3,7 +3,8 @@
 //
 // One block meets, so the blocks that sum wait for nobody: they are launched behind it, and it lets them onto the device
 // only when every flag has come. Where few blocks sum they wait for themselves, behind one that meets (a2a_combine). Sums
-// are as the header says: float32, from +0.0, separate additions in rank order, one rounding at the end.
+// are as the header says: float32, from +0.0, separate multiplications and additions in rank or top-k order, one rounding
+// at the end.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -17,21 +18,8 @@ constexpr uint32_t kMeetThreads = 128;
 // At most: a token's row is split over smaller blocks where tokens are few.
 constexpr uint32_t kSumThreads = 256;
 
-// Block `b` stages row b of all that can be received.
-extern "C" __global__ void __launch_bounds__(kStageThreads) a2a_stage(const __grid_constant__ StageParams p) {
-  ptx::launch_dependents();
-  const Seat& seat = p.seat;
-  if (seat.slot->closed != 0 || seat.slot->state != kDispatched) return;
-  const uint64_t row = blockIdx.x;
-  if (p.flags & kGathered) {
-    uint64_t all = 0;
-    for (uint32_t source = 0; source < seat.ranks; ++source) all += p.kept_counts[source];
-    if (row >= all) return;
-  } else {
-    const uint32_t source = blockIdx.x / seat.bound;
-    if (row - static_cast<uint64_t>(source) * seat.bound >= static_cast<uint32_t>(p.kept_counts[source])) return;
-  }
-  uint8_t* window = window_of(seat, seat.rank);
+// Copies a row, and what goes back beside it. A block calls it.
+__device__ __forceinline__ void stage_row(const StageParams& p, uint8_t* window, uint64_t row) {
   if (p.rows != nullptr) {
     const uint8_t* from = p.rows + row * p.stride;
     uint8_t* to = window + p.to_rows + row * 16ull * p.vectors;
@@ -49,6 +37,24 @@ extern "C" __global__ void __launch_bounds__(kStageThreads) a2a_stage(const __gr
     const auto* from = reinterpret_cast<const uint32_t*>(p.weights + row * p.weights_stride);
     auto* to = reinterpret_cast<uint32_t*>(window + p.to_weights + row * p.weight_bytes);
     for (uint32_t i = threadIdx.x; i < p.weight_bytes / 4; i += kStageThreads) to[i] = from[i];
+  }
+}
+
+// Some blocks stage the rows of each block of rows. Gathered rows stand together: each is a block's.
+extern "C" __global__ void __launch_bounds__(kStageThreads) a2a_stage(const __grid_constant__ StageParams p) {
+  ptx::launch_dependents();
+  const Seat& seat = p.seat;
+  if (seat.slot->closed != 0 || seat.slot->state != kDispatched) return;
+  uint8_t* window = window_of(seat, seat.rank);
+  if (p.flags & kGathered) {
+    uint64_t all = 0;
+    for (uint32_t source = 0; source < seat.ranks; ++source) all += p.kept_counts[source];
+    if (blockIdx.x < all) stage_row(p, window, blockIdx.x);
+    return;
+  }
+  const uint32_t block = blockIdx.x / p.spread, rows = p.kept_counts[block];
+  for (uint32_t row = blockIdx.x - block * p.spread; row < rows; row += p.spread) {
+    stage_row(p, window, static_cast<uint64_t>(block) * p.block + row);
   }
 }
 
@@ -78,7 +84,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     if (waits) void_status(seat, p.status);
     return false;
   }
-  const Wait wait{kCombine, epoch, at.sequence, true};
+  const Wait wait{kCombine, epoch, at.sequence, true, kCombineFlag};
   const uint64_t started = ptx::globaltimer();
   bool here = true;
   unsigned long long key = ~0ull;
@@ -151,7 +157,8 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
 // What a combine came to, once its flags have come.
 __device__ __forceinline__ void settle(const MeetParams& p) {
   const Seat& seat = p.seat;
-  write_status(p.status, seat.ranks, make_int4(0, 0, 0, 0), nullptr);
+  const int32_t missing = p.summary != nullptr ? p.summary[2] : 0;
+  write_status(p.status, seat.ranks, make_int4(missing != 0 ? kStepDropped : 0, 0, missing, 0), nullptr);
   if (threadIdx.x != 0) return;
   seat.shared->first_step_done = 1;
   uint64_t rows = static_cast<uint64_t>(p.tokens) * seat.ranks, mine = p.tokens;
@@ -250,11 +257,12 @@ __device__ __forceinline__ void store_out(uint8_t* at, const float* x) {
   }
 }
 
-// Where a token's results are.
+// Where a token's results are; the weight of each, where results are weighted.
 struct Targets {
   uint32_t count;
   uint32_t rank[kMaxTopk];
   uint32_t row[kMaxTopk];
+  float weight[kMaxTopk];
 };
 
 // The value that came back for a choice of a token, from the rank that owns the expert.
@@ -271,6 +279,21 @@ __device__ void pull_weights(const ReduceParams& p, uint32_t token, const Target
         const uint64_t row = base + (gathered ? token : targets.row[i]);
         value = reinterpret_cast<const float*>(window_of(p.meet.seat, owner) + p.from_weights)[row * p.topk + k];
       }
+    }
+    out[k] = value;
+  }
+}
+
+// The same where an expert's result is a row of its own.
+__device__ __forceinline__ void pull_pair_weights(const ReduceParams& p, uint32_t token) {
+  auto* out = reinterpret_cast<float*>(p.out_weights + token * p.out_weights_stride);
+  for (uint32_t k = threadIdx.x; k < p.topk; k += blockDim.x) {
+    const uint64_t at = static_cast<uint64_t>(token) * p.topk + k;
+    const int32_t id = p.ids[at], row = p.pair_rows[at];
+    float value = 0.0f;
+    if (id >= 0 && row >= 0) {
+      const uint8_t* window = window_of(p.meet.seat, owner_of(p.owners, id));
+      value = reinterpret_cast<const float*>(window + p.from_weights)[row];
     }
     out[k] = value;
   }
@@ -294,9 +317,9 @@ __device__ __forceinline__ bool await_flags(const Seat& seat) {
   }
 }
 
-// Adds a vector of each of `n` rows, all of them on their way at once.
-template <class From, uint32_t n>
-__device__ __forceinline__ void add_rows(const uint8_t* const* rows, uint64_t at, float* acc) {
+// Adds a vector of each of `n` rows, all of them on their way at once; `weighs`: each times its weight, rounded.
+template <class From, bool weighs, uint32_t n>
+__device__ __forceinline__ void add_rows(const uint8_t* const* rows, const float* weights, uint64_t at, float* acc) {
   constexpr uint32_t kElements = 16 / From::kBytes;
   int4 v[n];
 #pragma unroll
@@ -306,12 +329,12 @@ __device__ __forceinline__ void add_rows(const uint8_t* const* rows, uint64_t at
     float x[kElements];
     From::unpack(v[i], x);
 #pragma unroll
-    for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
+    for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], weighs ? __fmul_rn(weights[i], x[j]) : x[j]);
   }
 }
 
-// `few`: the blocks wait for themselves, behind one that meets.
-template <class From, class To, bool few>
+// `few`: the blocks wait for themselves, behind one that meets. `pairs`: results are weighted, one for each choice.
+template <class From, class To, bool few, bool pairs>
 __device__ __forceinline__ void reduce(const ReduceParams& p) {
   constexpr uint32_t kElements = 16 / From::kBytes;
   constexpr uint32_t kInFlight = 8;
@@ -337,7 +360,19 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
     base = 0;
     for (uint32_t source = 0; source < seat.rank; ++source) base += p.kept_counts[source];
   }
-  if (everyone) {
+  if (pairs) {
+    if (threadIdx.x < 32) {
+      const uint64_t at = static_cast<uint64_t>(token) * p.topk + lane;
+      const int32_t id = lane < p.topk ? p.ids[at] : -1, row = id >= 0 ? p.pair_rows[at] : -1;
+      const uint32_t found = __ballot_sync(~0u, row >= 0), number = __popc(found & ((1u << lane) - 1));
+      if (row >= 0) {
+        rows[number] = window_of(seat, owner_of(p.owners, id)) + p.from_rows + row * p.row_bytes;
+        const auto* weights = reinterpret_cast<const float*>(p.weights + token * p.weights_stride);
+        targets.weight[number] = p.weights != nullptr ? weights[lane] : 1.0f;
+      }
+      if (lane == 0) targets.count = __popc(found);
+    }
+  } else if (everyone) {
     for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += blockDim.x) {
       rows[rank] = window_of(seat, rank) + p.from_rows + (base + token) * p.row_bytes;
     }
@@ -368,15 +403,17 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
 #pragma unroll
     for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
     uint32_t first = 0;
-    for (; first + kInFlight <= n; first += kInFlight) add_rows<From, kInFlight>(rows + first, at, acc);
+    for (; first + kInFlight <= n; first += kInFlight) {
+      add_rows<From, pairs, kInFlight>(rows + first, targets.weight + first, at, acc);
+    }
     switch (n - first) {
-      case 1: add_rows<From, 1>(rows + first, at, acc); break;
-      case 2: add_rows<From, 2>(rows + first, at, acc); break;
-      case 3: add_rows<From, 3>(rows + first, at, acc); break;
-      case 4: add_rows<From, 4>(rows + first, at, acc); break;
-      case 5: add_rows<From, 5>(rows + first, at, acc); break;
-      case 6: add_rows<From, 6>(rows + first, at, acc); break;
-      case 7: add_rows<From, 7>(rows + first, at, acc); break;
+      case 1: add_rows<From, pairs, 1>(rows + first, targets.weight + first, at, acc); break;
+      case 2: add_rows<From, pairs, 2>(rows + first, targets.weight + first, at, acc); break;
+      case 3: add_rows<From, pairs, 3>(rows + first, targets.weight + first, at, acc); break;
+      case 4: add_rows<From, pairs, 4>(rows + first, targets.weight + first, at, acc); break;
+      case 5: add_rows<From, pairs, 5>(rows + first, targets.weight + first, at, acc); break;
+      case 6: add_rows<From, pairs, 6>(rows + first, targets.weight + first, at, acc); break;
+      case 7: add_rows<From, pairs, 7>(rows + first, targets.weight + first, at, acc); break;
       default: break;
     }
     if (!whole) break;
@@ -389,19 +426,25 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
     }
     store_out<To, kElements>(out, acc);
   }
-  if (p.out_weights != nullptr && part == 0 && whole) pull_weights(p, token, targets, base, gathered);
+  if (p.out_weights != nullptr && part == 0 && whole) {
+    if (pairs) {
+      pull_pair_weights(p, token);
+    } else {
+      pull_weights(p, token, targets, base, gathered);
+    }
+  }
   if (!few && blockIdx.x == 0 && whole) settle(p.meet);
 }
 
-#define A2A_REDUCE(name, From, To)                                                                   \
-  extern "C" __global__ void __launch_bounds__(kSumThreads, 3) a2a_reduce_##name(                       \
-      const __grid_constant__ ReduceParams p) {                                                      \
-    reduce<From, To, false>(p);                                                                      \
-  }                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(kSumThreads, 3) a2a_combine_##name(                      \
-      const __grid_constant__ ReduceParams p) {                                                      \
-    reduce<From, To, true>(p);                                                                       \
+#define A2A_SUMS(kernel, From, To, few, pairs)                                                           \
+  extern "C" __global__ void __launch_bounds__(kSumThreads, 3) kernel(const __grid_constant__ ReduceParams p) { \
+    reduce<From, To, few, pairs>(p);                                                                     \
   }
+#define A2A_REDUCE(name, From, To)                          \
+  A2A_SUMS(a2a_reduce_##name, From, To, false, false)       \
+  A2A_SUMS(a2a_combine_##name, From, To, true, false)       \
+  A2A_SUMS(a2a_weigh_##name, From, To, false, true)         \
+  A2A_SUMS(a2a_combine_weigh_##name, From, To, true, true)
 A2A_REDUCE(bf16_bf16, Bf16, Bf16)
 A2A_REDUCE(bf16_f16, Bf16, F16)
 A2A_REDUCE(bf16_f32, Bf16, F32)
@@ -412,5 +455,6 @@ A2A_REDUCE(f32_bf16, F32, Bf16)
 A2A_REDUCE(f32_f16, F32, F16)
 A2A_REDUCE(f32_f32, F32, F32)
 #undef A2A_REDUCE
+#undef A2A_SUMS
 
 }  // namespace a2a

@@ -5,6 +5,8 @@
 
 #include "land.cu"
 
+#include "pairs.cu"
+
 #include "combine.cu"
 
 #include "quant.cu"

@@ -32,9 +32,10 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
         before += count;
       }
     } else {
-      const uint32_t rank = row / seat.bound;
-      place = row - static_cast<uint64_t>(rank) * seat.bound;
-      if (place < static_cast<uint32_t>(p.kept_counts[rank])) source = rank;
+      const uint32_t block = row / p.block;
+      place = row - static_cast<uint64_t>(block) * p.block;
+      // Any but `ranks` says that there is a row.
+      if (place < static_cast<uint32_t>(p.kept_counts[block])) source = 0;
     }
     where[0] = source, where[1] = place;
   }
@@ -44,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
   const uint8_t* window = window_of(seat, gathered && !pads ? source : seat.rank);
   const uint64_t from_row = gathered ? place : row;
   // The block of rows, and the row in it, where outputs have blocks.
-  const uint64_t block = gathered ? 0 : row / seat.bound, inside = gathered ? row : row % seat.bound;
+  const uint64_t block = gathered ? 0 : row / p.block, inside = gathered ? row : row % p.block;
   const uint32_t start = part * kLandThreads + tid, step = p.splits * kLandThreads;
 
   for (uint32_t i = 0; i < p.outs; ++i) {
@@ -95,10 +96,10 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
     const int32_t id = tid < p.topk ? ids[tid] : -1;
     const uint32_t same = __match_any_sync(~0u, id);
     const bool first = (same & ((1u << tid) - 1)) == 0;
-    if (static_cast<uint32_t>(id) < p.owners.experts && first) {
-      const int32_t local = p.owners.place[id];
-      if (local >= 0 && p.expert_counts != nullptr) atomicAdd(p.expert_counts + local, 1);
-      if (local >= 0 && p.expert_stats != nullptr) atomicAdd(p.expert_stats + local, 1ull);
+    if (static_cast<uint32_t>(id) < p.owners.experts && first && owner_of(p.owners, id) == seat.rank) {
+      const uint32_t local = place_of(p.owners, id, seat.rank);
+      if (p.expert_counts != nullptr) atomicAdd(p.expert_counts + local, 1);
+      if (p.expert_stats != nullptr) atomicAdd(p.expert_stats + local, 1ull);
     }
   }
 }

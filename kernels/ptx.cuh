@@ -1,4 +1,5 @@
-// Every access that another block, kernel or GPU may see at the same time, its scope in its name.
+// Every access that another block, kernel or GPU may see at the same time, its scope in its name; and what else C++ has no word
+// for.
 //
 // Orders follow the PTX memory model. A release by one thread covers what the whole block stored if the block met at
 // a barrier before it (the barrier orders the block's stores before the release, and causality is transitive), so one
@@ -68,6 +69,10 @@ __device__ __forceinline__ void st_relaxed_sys(uint32_t* at, uint32_t value) {
 __device__ __forceinline__ void st_relaxed_sys(uint64_t* at, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
+// Words beside each other, each of which speaks for itself.
+__device__ __forceinline__ void st_relaxed_sys(ulonglong2* at, ulonglong2 value) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1,%2};" ::"l"(at), "l"(value.x), "l"(value.y) : "memory");
+}
 __device__ __forceinline__ void st_release_sys(uint64_t* at, uint64_t value) {
   A2A_JITTER_HERE;
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
@@ -76,6 +81,12 @@ __device__ __forceinline__ void st_release_sys(uint64_t* at, uint64_t value) {
 __device__ __forceinline__ void st_release_sys(uint32_t* at, uint32_t value) {
   A2A_JITTER_HERE;
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// What the block stored before a barrier is seen, in any window, by whoever sees this and publishes it in turn.
+__device__ __forceinline__ void add_release_sys(uint32_t* counter, uint32_t value) {
+  A2A_JITTER_HERE;
+  asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
 // The number before it.
@@ -110,6 +121,13 @@ __device__ __forceinline__ int4 ld_stream(const void* at) {
 __device__ __forceinline__ void st_row(void* at, int4 v) {
   asm volatile("st.global.v4.s32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+}
+
+// Two magnitudes to e4m3, the first in the lower byte: to nearest even, past the largest the largest; NaN stays NaN.
+__device__ __forceinline__ uint32_t to_e4m3(float low, float high) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
 }
 
 // A barrier of some warps of a block, apart from that of all: true if all their `threads` threads say so.

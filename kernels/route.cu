@@ -20,13 +20,13 @@ extern "C" __global__ void __launch_bounds__(kOpenThreads) a2a_open(const __grid
   const uint32_t state = slot.state, epoch = slot.epoch;
   const uint64_t started = ptx::globaltimer();
   if (threadIdx.x == 0) slot.started = started;
-  if (slot.closed != 0 || state != kDispatched) return;
+  if (slot.closed != 0 || (state != kDispatched && state != kOverflowed)) return;
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += kOpenThreads) {
     uint8_t* box = mailbox(seat, peer, seat.rank);
     ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kRead, 0));
     ptx::st_release_sys(mail64(box, kReadFlag), pack(epoch, 0));
   }
-  const Wait wait{kRead, epoch, slot.sequence, false};
+  const Wait wait{kRead, epoch, slot.sequence, false, kReadFlag};
   if (await(seat, wait, meeting, started) && threadIdx.x == 0) slot.state = kOpened;
 }
 

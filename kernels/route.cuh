@@ -25,6 +25,14 @@ __device__ __forceinline__ uint32_t owner_of(const Owners& owners, uint32_t expe
   return larger ? before : owners.larger + before;
 }
 
+// The place of an expert among its owner's.
+__device__ __forceinline__ uint32_t place_of(const Owners& owners, uint32_t expert, uint32_t owner) {
+  if (owners.reciprocal == 0) return __ldg(owners.place + expert);
+  const uint32_t quotient = owners.quotient;
+  return owner < owners.larger ? expert - owner * (quotient + 1)
+                               : expert - owners.split - (owner - owners.larger) * quotient;
+}
+
 // One choice of a token; -1 if it is no expert. `bad`: it is neither an expert nor -1.
 __device__ __forceinline__ int32_t read_id(const Route& route, uint32_t token, uint32_t k, bool& bad) {
   const uint8_t* row = route.ids_in + token * route.ids_stride;

@@ -33,6 +33,8 @@ struct Standing {
   uint64_t started;
   // A dispatch may begin.
   __device__ bool opens() const { return closed == 0 & (state == kIdle | state == kOpened); }
+  // A dispatch that has been sent may be received.
+  __device__ bool receives(uint64_t by) const { return closed == 0 & state == kDispatchSent & routing == by; }
 };
 __device__ __forceinline__ Standing standing_of(const Slot& slot) {
   return Standing{slot.closed, slot.state, slot.epoch, slot.sequence, slot.routing, slot.started};
@@ -56,6 +58,8 @@ struct Wait {
   uint64_t sequence;
   // Peers in the same operation must have the same bound.
   bool compares_bound;
+  // The word of a mailbox.
+  uint32_t flag;
 };
 
 // Looking for trouble costs more than a look at the flags.
@@ -98,14 +102,11 @@ __device__ __forceinline__ int32_t steps_ahead(uint64_t word, uint32_t epoch) {
   return static_cast<int32_t>((static_cast<uint32_t>(word) - epoch) << 4) >> 4;
 }
 
-__device__ __forceinline__ uint32_t flag_of(uint32_t operation) {
-  return operation == kCombine ? kCombineFlag : operation == kRead ? kReadFlag : kDispatchPair;
-}
 // A replay is a kind of dispatch, and a record says dispatch.
 __device__ __forceinline__ uint32_t recorded(uint32_t operation) { return operation == kReplay ? kDispatch : operation; }
 
 __device__ __forceinline__ bool has_come(const Seat& seat, const Wait& wait, uint32_t source) {
-  return reached(ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), flag_of(wait.operation))), wait.epoch);
+  return reached(ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), wait.flag)), wait.epoch);
 }
 
 __device__ __forceinline__ uint32_t mask_words(uint32_t ranks) { return (ranks + 63) / 64; }
@@ -252,7 +253,7 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
     }
     // Word may have come through a third rank: the first is the one to ask.
     const uint32_t origin = ptx::ld_relaxed_sys(mail32(mailbox(seat, seat.rank, observer), kLossOrigin));
-    const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, first), flag_of(wait.operation))) >> 32;
+    const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, first), wait.flag)) >> 32;
     if (threadIdx.x == 0) {
       const uint32_t status = meeting.word >> 32 & 0xffff;
       meeting.loss = {status, kCauseGaveUp, first, 0, origin, wait.epoch, seen, 0};
@@ -275,7 +276,7 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   __syncthreads();
   if (meeting.best != none) {
     const uint32_t peer = meeting.best / 4;
-    const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), flag_of(wait.operation))) >> 32;
+    const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), wait.flag)) >> 32;
     if (threadIdx.x == 0) {
       const uint32_t why = meeting.best % 4;
       meeting.loss = {kPeerLost, kCauseGone, peer, why, seat.rank, wait.epoch, seen, 0};
@@ -296,7 +297,7 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   __syncthreads();
   if (meeting.best == none) return true;
   const uint32_t peer = meeting.best;
-  const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), flag_of(wait.operation))) >> 32;
+  const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), wait.flag)) >> 32;
   if (threadIdx.x == 0) meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, seen, budget};
   lose(seat, wait, meeting);
   return false;

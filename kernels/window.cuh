@@ -28,6 +28,7 @@ constexpr uint32_t kCombineFlag = 8;
 constexpr uint32_t kReadFlag = 16;
 constexpr uint32_t kProgress = 24;
 constexpr uint32_t kLoss = 32;
+constexpr uint32_t kCountsFlag = 40;
 constexpr uint32_t kLossOrigin = 48;
 constexpr uint32_t kDispatchShape = 64;
 constexpr uint32_t kCombineShape = 128;
@@ -46,12 +47,14 @@ constexpr uint64_t kGeneration = 1;
 constexpr uint32_t kIdle = 0, kDispatchSent = 1, kDispatched = 2, kCombineSent = 3;
 // A dispatch follows a dispatch, and every rank has read the former one.
 constexpr uint32_t kOpened = 4;
+// The dispatch was void on every rank because some would receive too many rows.
+constexpr uint32_t kOverflowed = 5;
 
 // Statuses that a kernel can find (error.rs).
 constexpr uint32_t kInvalidArgument = 1, kTimeout = 16, kPeerLost = 17, kMismatch = 18, kAborted = 35;
 
 // Bits of status[0].
-constexpr int32_t kStepBadId = 1, kStepVoid = 4;
+constexpr int32_t kStepBadId = 1, kStepDropped = 2, kStepVoid = 4, kStepOverflow = 8;
 
 // Why a step was given up; the host makes the sentence.
 enum Cause : uint32_t {
@@ -108,7 +111,8 @@ struct Slot {
   uint64_t started;
   // The status of the loss that closed the slot.
   uint32_t closed;
-  uint32_t reserved;
+  // Blocks of the kernel at work that have stored all that they had to.
+  uint32_t arrived;
   uint32_t bad_ids;
   // The half before this kernel went through: what follows it may hand out or sum.
   uint32_t whole;
@@ -168,7 +172,7 @@ static_assert(sizeof(Seat) == 80 + 8 * kNearRanks);
 
 // Which rank owns an expert: by division where experts are contiguous and few, else by a table.
 struct Owners {
-  // [experts]: the owner; the place among this rank's own, or -1.
+  // [experts]: the owner; the place among the owner's.
   const int32_t* owner;
   const int32_t* place;
   uint32_t experts;
@@ -177,7 +181,7 @@ struct Owners {
   uint32_t split;
   uint32_t reciprocal_larger;
   uint32_t reciprocal;
-  uint32_t reserved;
+  uint32_t quotient;
 };
 static_assert(sizeof(Owners) == 40);
 
@@ -195,6 +199,8 @@ struct Route {
   int32_t* target_ranks;
   int32_t* target_rows;
   int32_t* rows_for;
+  // [tokens, topk]: where rows are (token, expert) pairs, a choice's row at its expert's owner, or -1.
+  int32_t* pair_rows;
   uint32_t tokens;
   uint32_t topk;
   uint32_t fanout;
@@ -205,14 +211,15 @@ struct Route {
   uint32_t flags;
 };
 constexpr uint32_t kIdsAre64 = 1, kIdsAreVectors = 2, kHasWeights = 4, kHasIds = 8;
-static_assert(sizeof(Route) == 136);
+static_assert(sizeof(Route) == 144);
 
 // A plane of rows beside the tokens.
 struct Side {
   const uint8_t* from;
   uint64_t stride;
-  // Where the plane's region starts in a window.
+  // Where the plane's region starts in a window; where that of the banks does.
   uint64_t to;
+  uint64_t bank;
   uint32_t bytes;
   // The widest access that every row allows: 16, 8, 4, 2 or 1.
   uint32_t unit;
@@ -220,7 +227,7 @@ struct Side {
   uint32_t pitch;
   uint32_t reserved;
 };
-static_assert(sizeof(Side) == 40);
+static_assert(sizeof(Side) == 48);
 
 // What the end of a dispatch hands out.
 struct Receive {
@@ -247,6 +254,8 @@ struct Receive {
   const int32_t* told_more;
 };
 constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;
+// In `rows`: the step is void because a rank (bits 32 to 62) would receive too many rows (bits 0 to 31).
+constexpr uint64_t kTooMany = 1ull << 63;
 static_assert(sizeof(Receive) == 64 + 64 + 256 + 8);
 
 // a2a_open: the "rows read" words of a dispatch that follows a dispatch.
@@ -294,7 +303,7 @@ struct PushParams {
 constexpr uint32_t kPublishes = 2, kRouted = 4;
 // Tokens that a block can count.
 constexpr uint32_t kMostCounted = 512;
-static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + 40 * kSides);
+static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + sizeof(Side) * kSides);
 
 // a2a_finish: the end of a dispatch, or of either half.
 struct FinishParams {
@@ -317,6 +326,58 @@ struct DispatchParams {
   uint32_t reserved;
 };
 static_assert(sizeof(DispatchParams) == sizeof(PushParams) + sizeof(Receive) + 8);
+
+// Everybody's rows by expert: [ranks, experts] words {epoch, rows} in every window, a source's `stride` bytes apart.
+struct Counts {
+  uint64_t region;
+  uint64_t stride;
+};
+
+// a2a_pairs_*: a dispatch whose rows are (token, expert) pairs, or either half of it.
+struct PairsParams {
+  Seat seat;
+  Route route;
+  Receive receive;
+  Counts counts;
+  const uint8_t* tokens;
+  uint64_t token_stride;
+  // Regions in a window: received rows, and the banks.
+  uint64_t to_tokens;
+  uint64_t to_weights;
+  uint64_t to_source;
+  uint64_t to_scales;
+  uint64_t bank_tokens;
+  uint64_t bank_ids;
+  uint64_t bank_weights;
+  uint64_t bank_source;
+  uint64_t bank_scales;
+  // [local experts]: the experts by their places; the caller's, added to, or null.
+  const int32_t* own;
+  unsigned long long* expert_stats;
+  // [local experts + 1], or null.
+  int32_t* expert_offsets;
+  // Lists of RoutingMap: [local experts] rows of each; {demanded, dropped here, dropped elsewhere}.
+  int32_t* block_counts;
+  int32_t* summary;
+  // Rows of a block, which is an expert's.
+  uint32_t block;
+  // Rows of a block that are too many, or 0.
+  uint32_t limit;
+  // 16-byte vectors of a token as it travels.
+  uint32_t vectors;
+  // 2^n is the first power not below top-k.
+  uint32_t topk_bits;
+  // Of scales that are made on the way: 4-byte words of a row, rows from column to column (0: they lie by row).
+  uint32_t scale_words;
+  uint32_t scale_pitch;
+  uint32_t sides;
+  // As FinishParams has it, and: 4: into the banks; 8: follows a2a_open; 16: padding gets weights; 32: and sources;
+  // 64: UE8M0 scales.
+  uint32_t flags;
+  Side side[kSides];
+};
+constexpr uint32_t kBanks = 4, kAfterOpen = 8, kPadsWeights = 16, kPadsSource = 32, kPairPowers = 64;
+static_assert(sizeof(PairsParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 16 + 128 + 32 + sizeof(Side) * kSides);
 
 // A plane as it is handed out.
 struct Out {
@@ -341,30 +402,32 @@ static_assert(sizeof(Out) == 56);
 struct LandParams {
   Seat seat;
   Owners owners;
-  // [ranks]
+  // Rows by source, or by block where blocks are experts'.
   const int32_t* kept_counts;
   // The ids' region, for counting.
   uint64_t ids_region;
   int32_t* expert_counts;
   unsigned long long* expert_stats;
-  // Rows of the outputs.
+  // Rows of the outputs, and of a block of them.
   uint64_t rows;
+  uint32_t block;
   uint32_t topk;
   uint32_t outs;
   // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64
   uint32_t flags;
   uint32_t splits;
+  uint32_t reserved;
   Out out[4 + kSides];
 };
 constexpr uint32_t kGathered = 1, kZeroPadding = 2, kWideIds = 4;
 constexpr uint32_t kOutOther = 0, kOutTokens = 1, kOutIds = 2, kOutWeights = 3, kOutSource = 4,
                    kInPlace = 8;
-static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 40 + 16 + 56 * (4 + kSides));
+static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 40 + 24 + 56 * (4 + kSides));
 
 // a2a_stage: the experts' rows to where peers can read them.
 struct StageParams {
   Seat seat;
-  // [ranks]
+  // Rows by source, or by block where blocks are experts'.
   const int32_t* kept_counts;
   const uint8_t* rows;
   uint64_t stride;
@@ -376,9 +439,12 @@ struct StageParams {
   uint32_t weight_bytes;
   // 1: gathered
   uint32_t flags;
+  // Rows of a block, and blocks of the grid that share them.
+  uint32_t block;
+  uint32_t spread;
   uint32_t reserved;
 };
-static_assert(sizeof(StageParams) == sizeof(Seat) + 72);
+static_assert(sizeof(StageParams) == sizeof(Seat) + 80);
 
 // a2a_meet: the flags of a combine, out and in.
 struct MeetParams {
@@ -386,6 +452,8 @@ struct MeetParams {
   int32_t* status;
   const int32_t* rows_for;
   const int32_t* kept_counts;
+  // {demanded, dropped here, dropped elsewhere}, or null.
+  const int32_t* summary;
   // Bytes of a result; of a row that is staged; of the values beside a result.
   uint64_t result_bytes;
   uint64_t staged_bytes;
@@ -399,9 +467,9 @@ struct MeetParams {
   uint32_t reserved;
 };
 constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16;
-static_assert(sizeof(MeetParams) == sizeof(Seat) + 80);
+static_assert(sizeof(MeetParams) == sizeof(Seat) + 88);
 
-// a2a_reduce_*: each token's results, summed.
+// a2a_reduce_*, a2a_weigh_*: each token's results, summed, or weighted and summed.
 struct ReduceParams {
   // Where few blocks sum, each waits for itself and nothing goes before.
   MeetParams meet;
@@ -410,6 +478,10 @@ struct ReduceParams {
   const int32_t* target_rows;
   const int32_t* kept_counts;
   const int32_t* ids;
+  // Of (token, expert) pairs: rows at the owners; weights, rows a stride apart, or null.
+  const int32_t* pair_rows;
+  const uint8_t* weights;
+  uint64_t weights_stride;
   uint64_t from_rows;
   uint64_t from_weights;
   uint8_t* out;
@@ -428,7 +500,7 @@ struct ReduceParams {
   uint32_t flags;
 };
 constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4;
-static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 88 + 24);
+static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 112 + 24);
 
 // a2a_tell: every rank's tokens as the host was told, where they do not fit into a kernel's own parameters.
 struct TellParams {
@@ -451,6 +523,7 @@ struct QuantParams {
   // 0 bf16, 1 f16, 2 f32; 4: UE8M0 scales
   uint32_t flags;
 };
+constexpr uint32_t kPowers = 4;
 static_assert(sizeof(QuantParams) == 48);
 
 // a2a_poison, of a jitter build.

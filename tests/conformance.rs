@@ -136,6 +136,10 @@ impl Backend {
     fn keeps_rows(self) -> bool {
         self != Backend::TwoSided
     }
+    /// A whole dispatch raises its flags only when it knows everybody's counts.
+    fn waits_for_counts(self) -> bool {
+        !matches!(self, Backend::OneSided | Backend::Gather)
+    }
     /// Rows have two dimensions.
     fn in_blocks(self) -> bool {
         matches!(self, Backend::OneSided | Backend::LowLatency)
@@ -1215,7 +1219,13 @@ impl<'a> Live<'a> {
             "max_recv_rows".into(),
             self.cell.max_recv_rows.to_string(),
         ];
-        refused("a dispatch of too many rows", result, A2A_OVERFLOW, &words.each_ref().map(String::as_str))
+        // On a GPU the call is over before anybody knows, unless it waits: the status says it, if it is wanted.
+        let told = !cuda::is_enabled() || self.choice.host_counts;
+        if !told && self.output.status.is_none() {
+            return result.map_err(|failure| self.what(failure));
+        }
+        let words = words.each_ref().map(String::as_str);
+        refused("a dispatch of too many rows", result, A2A_OVERFLOW, if told { &words } else { &[] })
             .map_err(|problem| self.what(problem))?;
         // A call that fails hands out no views.
         if let Some(status) = self.output.status.as_ref().filter(|status| !status.is_view()) {

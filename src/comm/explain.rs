@@ -27,7 +27,8 @@ const AUTO: [BackendKind; 5] = [
 ];
 
 /// The strategies whose ops have kernels.
-const ON_CUDA: [BackendKind; 2] = [BackendKind::NvlinkOneSided, BackendKind::AllgatherReducescatter];
+const ON_CUDA: [BackendKind; 3] =
+    [BackendKind::NvlinkOneSided, BackendKind::AllgatherReducescatter, BackendKind::LowLatency];
 
 /// What a config leads to.
 #[derive(Clone, Debug)]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::Dispatch;
+use crate::config::LayoutKind;
 use crate::error::{Error, Loss, Status};
 
 /// Why a step was given up.
@@ -125,6 +127,17 @@ pub fn result_word(word: usize) -> &'static str {
 pub fn list(ranks: &[u32]) -> String {
     let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, numbers.join(", "))
+}
+
+/// A dispatch that is void on every rank because one would receive too many rows.
+pub fn too_many_rows(me: u32, d: &Dispatch, rank: u32, demand: u64) -> Error {
+    let of = if d.grid.layout == LayoutKind::ExpertPadded { " of one expert" } else { "" };
+    let text = format!(
+        "rank {me}: dispatch on slot {} is void on every rank: rank {rank} would receive {demand} rows{of}, \
+         max_recv_rows is {} (overflow policy error)",
+        d.call.slot, d.grid.limit
+    );
+    Error::new(Status::Overflow, text)
 }
 
 #[cfg(test)]

@@ -217,7 +217,7 @@ impl Map {
         let mut at = Cursor(Some(0));
         at.take(Some(ranks * mail::BYTES));
         let loss_masks = at.take(Some(ranks * mask_words(sizes.ranks()) as u64 * 8));
-        let counts = at.take(Some(if uses.counts { ranks * keys * 4 } else { 0 }));
+        let counts = at.take(Some(if uses.counts { ranks * count_bytes(keys) } else { 0 }));
         let expert_counts = at.take(Some(sizes.experts as u64 * 4));
         let expert_offsets = at.take(Some((sizes.experts as u64 + 1) * 4));
         let rank_counts = at.take(Some(ranks * 4));
@@ -315,9 +315,13 @@ impl Map {
     pub fn loss_mask(&self, slot: u32, source: u32) -> u64 {
         self.slot(slot) + self.loss_masks + source as u64 * mask_words(self.sizes.ranks()) as u64 * 8
     }
-    /// int32[keys]: rows of `source` by key.
+    /// int32[keys]: rows of `source` by key. On CUDA {epoch << 32 | rows}[keys].
     pub fn counts(&self, slot: u32, source: u32) -> u64 {
-        self.slot(slot) + self.counts + source as u64 * self.keys * 4
+        self.slot(slot) + self.counts + source as u64 * self.count_stride()
+    }
+    /// Bytes from one source's counts to the next's.
+    pub fn count_stride(&self) -> u64 {
+        count_bytes(self.keys)
     }
     /// int32[local experts].
     pub fn expert_counts(&self, slot: u32) -> u64 {
@@ -366,6 +370,11 @@ impl Map {
     }
 }
 
+/// A word for each key, of 8 bytes; stored by twos.
+fn count_bytes(keys: u64) -> u64 {
+    (keys * 8).next_multiple_of(16)
+}
+
 /// Words of a rank mask.
 pub fn mask_words(ranks: u32) -> usize {
     (ranks as usize).div_ceil(64)
@@ -393,12 +402,12 @@ pub struct RoutingMap {
     pub target_ranks: List,
     /// [max_tokens, fanout]: the token's position among this rank's rows there. Empty where it is the token's number.
     pub target_rows: List,
-    /// [ranks]: how many of this rank's tokens went to each.
-    pub rows_for: List,
     /// [max_tokens, K]: the expert by its number in the order (owner, place), or -1; the token's position among this
-    /// rank's rows for it. Where rows are (token, expert) pairs.
+    /// rank's rows for it. Where rows are (token, expert) pairs. On CUDA the second has the row at the owner, or -1.
     pub expert_keys: List,
     pub expert_rows: List,
+    /// [ranks]: how many of this rank's rows went to each.
+    pub rows_for: List,
     /// [keys]: where this rank's rows for a key start at their destination, and where they must end.
     pub bases: List,
     pub ends: List,
@@ -407,7 +416,7 @@ pub struct RoutingMap {
     pub counts: List,
     /// [ranks]: rows received from each rank.
     pub rank_counts: List,
-    /// Rows demanded, rows dropped, where the last block ends.
+    /// Rows demanded, rows dropped, where the last block ends (on CUDA: this rank's rows that others dropped).
     pub summary: List,
     bytes: u64,
 }
@@ -430,9 +439,9 @@ impl RoutingMap {
             given: list(by_expert(choices)),
             target_ranks: list(tokens * fanout as usize),
             target_rows: list(if uses.published { 0 } else { tokens * fanout as usize }),
-            rows_for: list(ranks),
             expert_keys: list(by_expert(choices)),
             expert_rows: list(by_expert(choices)),
+            rows_for: list(ranks),
             bases: list(keys),
             ends: list(keys),
             starts: list(blocks),
@@ -491,7 +500,7 @@ mod tests {
                     regions.push((map.mailbox(slot, source), mail::BYTES));
                     regions.push((map.loss_mask(slot, source), 8));
                     if uses.counts {
-                        regions.push((map.counts(slot, source), map.keys * 4));
+                        regions.push((map.counts(slot, source), map.keys * 8));
                     }
                     if uses.fifos {
                         let entries =

@@ -4,11 +4,13 @@ use super::Cuda;
 use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{MeetParams, ReduceParams, StageParams, flag};
-use crate::device::{Combine, Device, Float, Region, Target};
+use crate::device::{Combine, Device, Float, Region, Target, Weighting};
 use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernels have it.
 const STAGE_THREADS: u32 = 256;
+/// Where blocks share a block of rows.
+const STAGE_BLOCKS_PER_SM: u64 = 32;
 const MEET_THREADS: u32 = 128;
 const SUM_THREADS: u32 = 128;
 
@@ -21,15 +23,55 @@ impl Cuda {
         c.hidden as u64 * c.send_type.bytes() as u64
     }
 
+    /// Results are weighted, one for each (token, expert) pair.
+    fn weighs(c: &Combine) -> bool {
+        c.grid.layout.by_expert()
+    }
+
+    /// Weights that were given to a half of its own are kept for the other.
+    pub(super) fn keep_weights(&self, c: &Combine) -> Result<()> {
+        let Some(weights) = c.weights.filter(|_| c.split && c.tokens > 0) else { return Ok(()) };
+        let bytes = c.grid.topk as usize * 4;
+        let to = self.list(c.memory, self.routing.given);
+        let _entered = self.station.context.enter()?;
+        let stream = self.stream_of(c.call.stream);
+        // SAFETY: as many rows as comm checked, and a list for the most there can be.
+        unsafe {
+            stream.copy_rows((to, bytes), (weights.ptr as u64, weights.stride), bytes, c.tokens as usize)
+        }
+    }
+
+    /// Where the weights of a sum are, and how far apart a token's are from the next's; 0 if there are none.
+    fn weights_of(&self, c: &Combine) -> (u64, u64) {
+        let stride = c.grid.topk as u64 * 4;
+        match (c.weighting, c.weights) {
+            (Weighting::None, _) => (0, 0),
+            (Weighting::Dispatched, _) => (self.list(c.memory, self.routing.weights), stride),
+            (Weighting::Given, Some(rows)) if !c.split => (rows.ptr as u64, rows.stride as u64),
+            (Weighting::Given, _) => (self.list(c.memory, self.routing.given), stride),
+        }
+    }
+
     /// Copies the experts' rows to where peers can read them, unless they were written there.
     pub(super) fn launch_stage(&self, c: &Combine) -> Result<()> {
         if c.send.is_none() && c.row_weights.is_none() {
             return Ok(());
         }
         let slot = c.call.slot;
+        let local = self.experts.count(self.rank);
+        let (blocks, block) = match c.grid.block() {
+            Some(block) => (c.grid.blocks(local) as u64, block),
+            // Gathered: as many as there can be.
+            None => (self.ranks as u64 * c.grid.bound as u64, 1),
+        };
+        // An expert's block is rarely full: those that share it take what there is in turn.
+        let spread = match Self::weighs(c) {
+            true => block.min((STAGE_BLOCKS_PER_SM * self.station.sms() as u64).div_ceil(blocks.max(1))),
+            false => block,
+        };
         let params = StageParams {
             seat: self.seat(&c.call, c.grid.bound, false),
-            kept_counts: self.list(c.memory, self.routing.rank_counts),
+            kept_counts: self.kept_counts(c.memory),
             rows: c.send.map_or(0, |rows| rows.ptr as u64),
             stride: c.send.map_or(0, |rows| rows.stride as u64),
             to_rows: self.map.combine(slot),
@@ -39,10 +81,15 @@ impl Cuda {
             vectors: (Self::result_bytes(c) / 16) as u32,
             weight_bytes: c.weight_bytes() as u32,
             flags: if self.is_gathered() { flag::GATHERED } else { 0 },
+            block: block as u32,
+            spread: spread as u32,
             reserved: 0,
         };
-        let rows = self.ranks as u64 * c.grid.bound as u64;
-        let grid = u32::try_from(rows).map_err(|_| Error::internal("more rows than a grid has blocks"))?;
+        if blocks * spread == 0 {
+            return Ok(());
+        }
+        let text = || Error::internal("more rows than a grid has blocks");
+        let grid = u32::try_from(blocks * spread).map_err(|_| text())?;
         let shape = Launch { grid, block: STAGE_THREADS, ..Launch::default() };
         // SAFETY: the experts' rows, which comm checked, and this rank's own window.
         unsafe { self.launch(&self.station.kernels.stage, shape, &c.call, &params) }
@@ -62,6 +109,7 @@ impl Cuda {
             },
             rows_for: self.list(c.memory, self.routing.rows_for),
             kept_counts: self.list(c.memory, self.routing.rank_counts),
+            summary: if Self::weighs(c) { self.list(c.memory, self.routing.summary) } else { 0 },
             result_bytes: Self::result_bytes(c),
             staged_bytes: if staged { rows + weights } else { 0 },
             weight_bytes: c.weight_bytes() as u64,
@@ -107,6 +155,7 @@ impl Cuda {
         if !itself {
             self.launch_meet(c, &meet)?;
         }
+        let (weights, weights_stride) = self.weights_of(c);
         let params = ReduceParams {
             meet,
             owners: self.owners,
@@ -114,6 +163,9 @@ impl Cuda {
             target_rows: self.list(c.memory, self.routing.target_rows),
             kept_counts: self.list(c.memory, self.routing.rank_counts),
             ids: self.list(c.memory, self.routing.ids),
+            pair_rows: self.list(c.memory, self.routing.expert_rows),
+            weights,
+            weights_stride,
             from_rows: self.map.combine(slot),
             from_weights: self.map.combine_weights(slot),
             out: out.ptr as u64,
@@ -134,9 +186,10 @@ impl Cuda {
         let blocks = blocks + itself as u64;
         let grid = u32::try_from(blocks).map_err(|_| Error::internal("more blocks than a grid has"))?;
         // Where each row of a token starts.
-        let shared = 8 * if c.everyone { self.ranks } else { self.routing.fanout.max(1) };
+        let most = if Self::weighs(c) { c.grid.topk } else { self.routing.fanout };
+        let shared = 8 * if c.everyone { self.ranks } else { most.max(1) };
         let shape = Launch { grid, block, shared, after_previous: !itself, ..Launch::default() };
-        let kernel = self.station.kernels.sums(c.send_type, c.out_type, itself);
+        let kernel = self.station.kernels.sums(c.send_type, c.out_type, Self::weighs(c), itself);
         // SAFETY: the caller's output, which comm checked, the routing's memory, the group's windows.
         unsafe { self.launch(kernel, shape, &c.call, &params) }
     }
@@ -147,9 +200,11 @@ pub(super) fn waiting_blocks(kernels: &Kernels, sms: u32, sharing: u32, slots: u
     let mut fewest = u32::MAX;
     for from in [Float::Bf16, Float::F16, Float::F32] {
         for to in [Float::Bf16, Float::F16, Float::F32] {
-            fewest = fewest.min(kernels.sums(from, to, true).blocks_per_sm(SUM_THREADS, 0)?);
+            for weighs in [false, true] {
+                fewest = fewest.min(kernels.sums(from, to, weighs, true).blocks_per_sm(SUM_THREADS, 0)?);
+            }
         }
     }
-    // Half of the device stays for what does not wait.
+    // Half of the device stays for what does not wait: see pairs.rs.
     Ok(fewest * sms / 2 / (sharing * slots).max(1))
 }

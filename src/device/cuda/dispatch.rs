@@ -37,7 +37,7 @@ const PADS_OF_A_BLOCK: u64 = 4096;
 const MOST_PAD_BLOCKS: u64 = 128;
 
 /// The widest access, up to 16 bytes, that all of some addresses and sizes allow.
-fn unit(values: &[u64]) -> u32 {
+pub(super) fn unit(values: &[u64]) -> u32 {
     let all = values.iter().fold(16, |all, value| all | value);
     1 << all.trailing_zeros().min(4)
 }
@@ -69,7 +69,7 @@ impl Cuda {
         i32::try_from(blocks).map(|blocks| blocks as u32).map_err(|_| Error::unsupported(text()))
     }
 
-    fn route_params(&self, d: &Dispatch) -> Route {
+    pub(super) fn route_params(&self, d: &Dispatch) -> Route {
         let memory = d.memory;
         let rows = |rows: &Option<Rows>| rows.map_or((0, 0), |rows| (rows.ptr as u64, rows.stride as u64));
         let (ids_in, ids_stride) = if d.reuse { (0, 0) } else { rows(&d.send.planes[IDS]) };
@@ -98,6 +98,7 @@ impl Cuda {
             target_ranks: self.list(memory, self.routing.target_ranks),
             target_rows: self.list(memory, self.routing.target_rows),
             rows_for: self.list(memory, self.routing.rows_for),
+            pair_rows: self.list(memory, self.routing.expert_rows),
             tokens: d.send.tokens,
             topk: d.grid.topk,
             fanout: self.routing.fanout,
@@ -108,7 +109,7 @@ impl Cuda {
     }
 
     /// An output of a few words: the caller's, the slot's, or 0.
-    fn small(&self, target: Target, slot: u32, region: Region) -> u64 {
+    pub(super) fn small(&self, target: Target, slot: u32, region: Region) -> u64 {
         match target {
             Target::View => self.view(slot, region) as u64,
             Target::Into(rows) => rows.ptr as u64,
@@ -116,7 +117,7 @@ impl Cuda {
         }
     }
 
-    fn receive_params(&self, d: &Dispatch) -> Result<Receive> {
+    pub(super) fn receive_params(&self, d: &Dispatch) -> Result<Receive> {
         let slot = d.call.slot;
         let mut flags = if self.map.sizes.uses.published { flag::GATHERS } else { 0 };
         let mut receive = Receive {
@@ -252,7 +253,7 @@ impl Cuda {
         padding.div_ceil(PADS_OF_A_BLOCK).min(MOST_PAD_BLOCKS)
     }
 
-    fn launch_open(&self, d: &Dispatch) -> Result<()> {
+    pub(super) fn launch_open(&self, d: &Dispatch) -> Result<()> {
         let params = OpenParams { seat: self.seat(&d.call, d.grid.bound, d.reuse) };
         let shape = Launch { grid: 1, block: OPEN_THREADS, ..Launch::default() };
         // SAFETY: the group's windows.
@@ -309,6 +310,7 @@ impl Cuda {
                 from,
                 stride,
                 to: region(plane),
+                bank: 0,
                 bytes,
                 unit: unit(&[from, stride, bytes as u64]),
                 pitch: if by_column { d.grid.bound.next_multiple_of(COLUMN_PAD as u32) } else { 0 },
@@ -346,20 +348,24 @@ impl Cuda {
         let gathers = self.map.sizes.uses.published;
         let bytes = d.send.shape.plane_bytes;
         let wide = d.ids_out_are_64;
+        let pairs = self.is_by_pairs();
         let mut params = LandParams {
             seat: self.seat(&d.call, d.grid.bound, d.reuse),
             owners: self.owners,
-            kept_counts: self.list(d.memory, self.routing.rank_counts),
+            kept_counts: self.kept_counts(d.memory),
             ids_region: if gathers { self.map.published(slot, IDS) } else { self.map.received(slot, IDS) },
-            expert_counts: self.small(d.expert_counts, slot, Region::ExpertCounts),
-            expert_stats: d.expert_stats.map_or(0, |rows| rows.ptr as u64),
+            // The counts of pairs are known without looking at ids.
+            expert_counts: if pairs { 0 } else { self.small(d.expert_counts, slot, Region::ExpertCounts) },
+            expert_stats: d.expert_stats.filter(|_| !pairs).map_or(0, |rows| rows.ptr as u64),
             rows: d.capacity as u64,
+            block: d.grid.block().unwrap_or(1) as u32,
             topk: d.grid.topk,
             outs: 0,
             flags: if gathers { flag::GATHERED } else { 0 }
                 | if d.zero_padding { flag::ZERO_PADDING } else { 0 }
                 | if wide { flag::WIDE_IDS } else { 0 },
             splits: 1,
+            reserved: 0,
             out: [Out::default(); OUTS],
         };
         for plane in 0..PLANES {
@@ -393,7 +399,7 @@ impl Cuda {
             if !gathers && matches!(d.recv[plane], Target::View) {
                 kind |= kind::IN_PLACE;
             }
-            let wire = if plane == SOURCE { 8 } else { bytes[plane] };
+            let wire = if pairs || plane == SOURCE { row_bytes as u32 } else { bytes[plane] };
             params.out[params.outs as usize] = Out {
                 region: from,
                 to,
@@ -402,10 +408,7 @@ impl Cuda {
                 unit: unit(&[to, stride, wire as u64]),
                 pitch,
                 block_stride,
-                from_pitch: match by_column && !gathers {
-                    true => d.grid.bound.next_multiple_of(COLUMN_PAD as u32),
-                    false => 0,
-                },
+                from_pitch: if by_column && !gathers { view_pitch as u32 } else { 0 },
                 kind,
             };
             params.outs += 1;

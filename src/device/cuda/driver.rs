@@ -380,6 +380,39 @@ impl RawStream {
         }
     }
 
+    /// Copies rows between device memory: where they are, and bytes from one to the next.
+    ///
+    /// # Safety
+    /// `rows` rows of `bytes` bytes on both sides, until the stream's work so far is done.
+    pub unsafe fn copy_rows(
+        self,
+        (to, to_stride): (u64, usize),
+        (from, from_stride): (u64, usize),
+        bytes: usize,
+        rows: usize,
+    ) -> Result<()> {
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: null(),
+            srcDevice: from,
+            srcArray: null_mut(),
+            srcPitch: from_stride.max(bytes),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: null_mut(),
+            dstDevice: to,
+            dstArray: null_mut(),
+            dstPitch: to_stride,
+            WidthInBytes: bytes,
+            Height: rows,
+        };
+        // SAFETY: the caller's promise.
+        check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.0) })
+    }
+
     /// Waits for the work that is in the stream now.
     pub fn synchronize(self) -> Result<()> {
         // SAFETY: a stream, by `new`.

@@ -55,6 +55,7 @@ impl Cuda {
                     0 | 4 => State::Idle,
                     1 => State::DispatchSent,
                     2 => State::Dispatched,
+                    5 => State::Overflowed,
                     _ => State::CombineSent,
                 };
                 return Error::invalid(format!(

@@ -7,7 +7,7 @@
 //!
 //! Why nobody else uses the memory at the time, in a slot that is neither closed nor in the middle of a half:
 //!
-//! * *Received rows*, once all ranks' dispatch flags have come (state DISPATCHED), are written by nobody until this rank
+//! * *Received rows*, and those in banks, once all ranks' dispatch flags have come (state DISPATCHED), are written by nobody until this rank
 //!   raises its combine flag, or its "rows read" flag where a dispatch follows a dispatch: peers wait for it before they
 //!   dispatch again. Views end there too, and what was staged from a view has been copied. So they are poisoned ahead of
 //!   either flag.
@@ -78,9 +78,9 @@ impl Cuda {
         self.poison(&c.call, rows, NAN, IDLE, c.call.routing)
     }
 
-    /// Every plane's.
+    /// Every plane's, in banks and in place.
     fn received_rows_of(&self, slot: u32) -> Range<u64> {
-        self.own(self.map.received(slot, TOKENS))..self.own(self.map.combine(slot))
+        self.own(self.map.bank(slot, TOKENS))..self.own(self.map.combine(slot))
     }
 
     /// Overwrites memory of this rank's, whose ends are multiples of 16, if the slot is in one of the states and at the

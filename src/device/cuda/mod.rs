@@ -12,6 +12,7 @@ mod failure;
 #[cfg(feature = "jitter")]
 mod jitter;
 mod module;
+mod pairs;
 mod params;
 
 use std::any::Any;
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::loss::too_many_rows;
 use super::map::{FIRST_EPOCH, List, Map, RoutingMap, mail};
 use super::order::State;
 use super::{
@@ -30,7 +32,7 @@ use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
-use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot};
+use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
 
 pub use driver::probe;
 pub use module::check_kernels;
@@ -117,8 +119,9 @@ impl Drop for Attic {
 pub struct Ground {
     station: Arc<Station>,
     pinned: Arc<Pinned>,
-    /// Blocks of sums that may wait by themselves.
+    /// Blocks of sums that may wait by themselves; of each kernel that moves (token, expert) pairs.
     waiting_blocks: u32,
+    pair_blocks: [u32; 4],
     sharing: u32,
 }
 
@@ -141,7 +144,8 @@ impl Ground {
         }
         let pinned = Arc::new(Pinned::new(&station.context, pinned_bytes(slots))?);
         let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
-        Ok(Ground { station, pinned, waiting_blocks, sharing })
+        let pair_blocks = pairs::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
+        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, sharing })
     }
     pub fn context(&self) -> &Arc<Context> {
         &self.station.context
@@ -159,9 +163,13 @@ pub fn private_bytes(map: &Map) -> u64 {
     Layout::new(map).bytes + sizes.slots as u64 * scratch_bytes(map)
 }
 
-/// A slot's quantised tokens and their scales.
+/// A slot's quantised tokens and their scales, unless they are quantised on their way.
 fn scratch_bytes(map: &Map) -> u64 {
-    map.sizes.scratch_bytes() * map.sizes.grid.bound as u64
+    if map.sizes.grid.layout.by_expert() {
+        0
+    } else {
+        map.sizes.scratch_bytes() * map.sizes.grid.bound as u64
+    }
 }
 
 /// What lies where in the comm's private memory.
@@ -170,6 +178,8 @@ struct Layout {
     windows: u64,
     owner: u64,
     place: u64,
+    /// The experts that are this rank's.
+    own: u64,
     told: u64,
     shared: u64,
     slots: u64,
@@ -190,6 +200,7 @@ impl Layout {
             windows: take(ranks * 8),
             owner: take(experts * 4),
             place: take(experts * 4),
+            own: take(map.sizes.experts as u64 * 4),
             told: take(slots * ranks * 4),
             shared: take(size_of::<Shared>() as u64),
             slots: take(slots * size_of::<Slot>() as u64),
@@ -212,6 +223,7 @@ pub struct Cuda {
     scratch: Arc<Vec<DeviceMemory>>,
     owners: Owners,
     waiting_blocks: u32,
+    pair_blocks: [u32; 4],
     /// Ranks on this device.
     sharing: u32,
     pinned: Arc<Pinned>,
@@ -253,7 +265,17 @@ impl Cuda {
         ground: Ground,
         attic: Arc<Attic>,
     ) -> Result<Cuda> {
-        let Ground { station, pinned, waiting_blocks, sharing } = ground;
+        let Ground { station, pinned, waiting_blocks, pair_blocks, sharing } = ground;
+        let by_pairs = map.sizes.grid.layout.by_expert();
+        if by_pairs && pair_blocks.iter().any(|blocks| *blocks < 2) {
+            return Err(Error::unsupported(format!(
+                "rank {rank}: ranks_per_device * num_slots is {}, layout {} waits with two blocks for each, and {} has room \
+                 for fewer",
+                sharing as u64 * map.sizes.slots as u64,
+                map.sizes.grid.layout.name(),
+                station.context.describe()
+            )));
+        }
         let layout = Layout::new(&map);
         let private = Arc::new(DeviceMemory::zeroed(&station.pool, layout.bytes)?);
         let (ranks, slots) = (map.sizes.ranks(), map.sizes.slots);
@@ -262,10 +284,14 @@ impl Cuda {
         private.write(layout.windows, bytes_of(&windows))?;
         let places: Vec<(u32, u32)> = (0..experts.num()).map(|e| experts.place(e as usize)).collect();
         let owner: Vec<i32> = places.iter().map(|(owner, _)| *owner as i32).collect();
-        let place: Vec<i32> =
-            places.iter().map(|(owner, place)| if *owner == rank { *place as i32 } else { -1 }).collect();
+        let place: Vec<i32> = places.iter().map(|(_, place)| *place as i32).collect();
+        let mut own: Vec<(i32, i32)> =
+            (0..).zip(&places).filter(|(_, at)| at.0 == rank).map(|(e, at)| (at.1 as i32, e)).collect();
+        own.sort_unstable();
+        let own: Vec<i32> = own.into_iter().map(|(_, expert)| expert).collect();
         private.write(layout.owner, bytes_of(&owner))?;
         private.write(layout.place, bytes_of(&place))?;
+        private.write(layout.own, bytes_of(&own))?;
         let idle = Slot { epoch: FIRST_EPOCH.wrapping_sub(1), ..Slot::default() };
         let idle: Vec<Slot> = vec![idle; slots as usize];
         private.write(layout.slots, bytes_of(&idle))?;
@@ -303,6 +329,7 @@ impl Cuda {
             scratch: Arc::new(scratch),
             owners,
             waiting_blocks,
+            pair_blocks,
             sharing,
             pinned,
             stats: Stats::default(),
@@ -324,13 +351,19 @@ impl Cuda {
             for source in 0..self.ranks {
                 let mailbox = (self.map.mailbox(slot, source) - start) as usize;
                 let pair = [mail::DISPATCH_PAIR, mail::DISPATCH_PAIR + 8];
-                for flag in pair.into_iter().chain([mail::COMBINE_FLAG, mail::READ_FLAG]) {
+                for flag in pair.into_iter().chain([mail::COMBINE_FLAG, mail::READ_FLAG, mail::COUNTS_FLAG]) {
                     let word = (before as u64) << 32;
                     control[mailbox + flag as usize..][..8].copy_from_slice(&word.to_le_bytes());
                 }
                 // As a progress word has it: no operation, no bound.
                 let word = (before & 0x0fff_ffff) as u64;
                 control[mailbox + mail::PROGRESS as usize..][..8].copy_from_slice(&word.to_le_bytes());
+            }
+            // Counts carry epochs of their own.
+            let counts = (self.map.counts(slot, 0) - start) as usize;
+            let count_bytes = if self.map.sizes.uses.counts { self.map.count_stride() } else { 0 };
+            for word in control[counts..][..(self.ranks as u64 * count_bytes) as usize].chunks_exact_mut(8) {
+                word.copy_from_slice(&((before as u64) << 32).to_le_bytes());
             }
             self.write(window(start, control.len() as u64), &control)?;
         }
@@ -385,6 +418,11 @@ impl Cuda {
             bound,
             replays: replays as u32,
         }
+    }
+
+    /// The rows of each block of what this rank received: by source, or by expert.
+    fn kept_counts(&self, memory: &Block) -> u64 {
+        self.list(memory, if self.is_by_pairs() { self.routing.counts } else { self.routing.rank_counts })
     }
 
     /// The address of a list of a routing; 0 if it is empty.
@@ -445,6 +483,7 @@ fn divisions(owner: &[i32], ranks: u32) -> Owners {
         split,
         reciprocal_larger: reciprocal(quotient + 1),
         reciprocal: reciprocal(quotient),
+        quotient,
         ..Owners::default()
     }
 }
@@ -516,7 +555,19 @@ impl Device for Cuda {
     fn renew(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
     }
+    fn tell_counts(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn wait_counts(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn place_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
     fn push_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
+    fn push_banks(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
     }
     fn publish_rows(&self, _d: &Dispatch) -> Result<()> {
@@ -525,7 +576,11 @@ impl Device for Cuda {
     fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
         #[cfg(feature = "jitter")]
         self.poison_before_dispatch(d)?;
-        if d.split { self.launch_dispatch(d, false) } else { Ok(()) }
+        match (d.split, self.is_by_pairs()) {
+            (false, _) => Ok(()),
+            (true, true) => self.launch_pairs(d, true, false),
+            (true, false) => self.launch_dispatch(d, false),
+        }
     }
     fn wait_dispatch(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
@@ -537,10 +592,10 @@ impl Device for Cuda {
         Ok(())
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
-        if d.split {
-            self.launch_receive(d)?
-        } else {
-            self.launch_dispatch(d, true)?
+        match (d.split, self.is_by_pairs()) {
+            (split, true) => self.launch_pairs(d, !split, true)?,
+            (true, false) => self.launch_receive(d)?,
+            (false, false) => self.launch_dispatch(d, true)?,
         };
         self.launch_land(d)?;
         #[cfg(feature = "jitter")]
@@ -549,6 +604,7 @@ impl Device for Cuda {
     }
 
     fn stage_rows(&self, c: &Combine) -> Result<()> {
+        self.keep_weights(c)?;
         self.launch_stage(c)
     }
     fn signal_combine(&self, c: &Combine) -> Result<()> {
@@ -566,20 +622,8 @@ impl Device for Cuda {
         Ok(())
     }
 
-    fn tell_counts(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("tell_counts")
-    }
-    fn wait_counts(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("wait_counts")
-    }
-    fn place_rows(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("place_rows")
-    }
     fn push_first_rows(&self, _d: &Dispatch) -> Result<()> {
         self.not_yet("push_first_rows")
-    }
-    fn push_banks(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("push_banks")
     }
     fn offer_rows(&self, _d: &Dispatch) -> Result<()> {
         self.not_yet("offer_rows")
@@ -603,7 +647,14 @@ impl Device for Cuda {
             return Err(error);
         }
         // SAFETY: one word of the pinned memory, which the kernels that wrote it have left.
-        Ok(unsafe { self.pinned.as_ptr().add(self.rows_word(d.call.slot)).cast::<u64>().read_volatile() })
+        let word =
+            unsafe { self.pinned.as_ptr().add(self.rows_word(d.call.slot)).cast::<u64>().read_volatile() };
+        if word & TOO_MANY == 0 {
+            return Ok(word);
+        }
+        lock(&self.slots[d.call.slot as usize]).state = State::Overflowed;
+        let (rank, demand) = ((word & !TOO_MANY) >> 32, word & u32::MAX as u64);
+        Err(too_many_rows(self.rank, d, rank as u32, demand))
     }
     fn void_status(&self, target: Target, slot: u32, lost: &[u32]) {
         let mut words = vec![0i32; 4 + self.ranks as usize];

@@ -1,6 +1,7 @@
 //! The kernels: compiled ahead of time into one fatbin, loaded all at once when a comm is created, because a lazy load
 //! waits for the kernels of ranks that wait for us.
 
+use std::ffi::CStr;
 use std::sync::Arc;
 
 use super::driver::{Context, Kernel, Module};
@@ -29,6 +30,8 @@ pub struct Kernels {
     pub push: Kernel,
     pub finish: Kernel,
     pub dispatch: Kernel,
+    /// Of rows as they are, and of bf16, f16, f32 that are quantised.
+    pub pairs: [Kernel; 4],
     pub tell: Kernel,
     pub land: Kernel,
     pub stage: Kernel,
@@ -37,8 +40,37 @@ pub struct Kernels {
     #[cfg(feature = "jitter")]
     pub poison: Kernel,
     /// By the type of the results, then of the sums: bf16, f16, f32. `few`: of blocks that meet by themselves.
-    reduce: [[Kernel; 3]; 3],
-    few: [[Kernel; 3]; 3],
+    reduce: Sums,
+    few: Sums,
+    /// The same of weighted results.
+    weigh: Sums,
+    few_weigh: Sums,
+}
+
+type Sums = [[Kernel; 3]; 3];
+
+/// The kernels whose names begin alike.
+macro_rules! sums {
+    ($module:expr, $name:literal) => {{
+        let row = |names: [&'static CStr; 3]| -> Result<[Kernel; 3]> {
+            Ok([$module.kernel(names[0])?, $module.kernel(names[1])?, $module.kernel(names[2])?])
+        };
+        macro_rules! name {
+            ($types:literal) => {
+                const {
+                    match CStr::from_bytes_with_nul(concat!($name, $types, "\0").as_bytes()) {
+                        Ok(name) => name,
+                        Err(_) => panic!("a name without a zero"),
+                    }
+                }
+            };
+        }
+        [
+            row([name!("_bf16_bf16"), name!("_bf16_f16"), name!("_bf16_f32")])?,
+            row([name!("_f16_bf16"), name!("_f16_f16"), name!("_f16_f32")])?,
+            row([name!("_f32_bf16"), name!("_f32_f16"), name!("_f32_f32")])?,
+        ]
+    }};
 }
 
 impl Kernels {
@@ -52,6 +84,12 @@ impl Kernels {
             push: load(c"a2a_push")?,
             finish: load(c"a2a_finish")?,
             dispatch: load(c"a2a_dispatch")?,
+            pairs: [
+                load(c"a2a_pairs")?,
+                load(c"a2a_pairs_bf16")?,
+                load(c"a2a_pairs_f16")?,
+                load(c"a2a_pairs_f32")?,
+            ],
             tell: load(c"a2a_tell")?,
             land: load(c"a2a_land")?,
             stage: load(c"a2a_stage")?,
@@ -59,38 +97,22 @@ impl Kernels {
             quantise: load(c"a2a_quantise")?,
             #[cfg(feature = "jitter")]
             poison: load(c"a2a_poison")?,
-            reduce: [
-                [
-                    load(c"a2a_reduce_bf16_bf16")?,
-                    load(c"a2a_reduce_bf16_f16")?,
-                    load(c"a2a_reduce_bf16_f32")?,
-                ],
-                [load(c"a2a_reduce_f16_bf16")?, load(c"a2a_reduce_f16_f16")?, load(c"a2a_reduce_f16_f32")?],
-                [load(c"a2a_reduce_f32_bf16")?, load(c"a2a_reduce_f32_f16")?, load(c"a2a_reduce_f32_f32")?],
-            ],
-            few: [
-                [
-                    load(c"a2a_combine_bf16_bf16")?,
-                    load(c"a2a_combine_bf16_f16")?,
-                    load(c"a2a_combine_bf16_f32")?,
-                ],
-                [
-                    load(c"a2a_combine_f16_bf16")?,
-                    load(c"a2a_combine_f16_f16")?,
-                    load(c"a2a_combine_f16_f32")?,
-                ],
-                [
-                    load(c"a2a_combine_f32_bf16")?,
-                    load(c"a2a_combine_f32_f16")?,
-                    load(c"a2a_combine_f32_f32")?,
-                ],
-            ],
+            reduce: sums!(module, "a2a_reduce"),
+            few: sums!(module, "a2a_combine"),
+            weigh: sums!(module, "a2a_weigh"),
+            few_weigh: sums!(module, "a2a_combine_weigh"),
         };
         Ok(kernels)
     }
 
-    pub fn sums(&self, from: Float, to: Float, few: bool) -> &Kernel {
-        let kernels = if few { &self.few } else { &self.reduce };
+    /// `weighs`: results are weighted; `few`: blocks meet by themselves.
+    pub fn sums(&self, from: Float, to: Float, weighs: bool, few: bool) -> &Kernel {
+        let kernels = match (weighs, few) {
+            (false, false) => &self.reduce,
+            (false, true) => &self.few,
+            (true, false) => &self.weigh,
+            (true, true) => &self.few_weigh,
+        };
         &kernels[from as usize][to as usize]
     }
 }

@@ -18,10 +18,12 @@ pub const NEAR_RANKS: usize = 16;
 pub const MOST_COUNTED: u32 = 512;
 
 const SEAT: usize = 80 + 8 * NEAR_RANKS;
-const ROUTE: usize = 136;
+const ROUTE: usize = 144;
 const RECEIVE: usize = 392;
-const PUSH: usize = SEAT + ROUTE + 80 + 40 * SIDES;
-const MEET: usize = SEAT + 80;
+const SIDE: usize = 48;
+const PUSH: usize = SEAT + ROUTE + 80 + SIDE * SIDES;
+const PAIRS: usize = SEAT + ROUTE + RECEIVE + 176;
+const MEET: usize = SEAT + 88;
 
 /// Addresses in device memory, or 0.
 pub type Address = u64;
@@ -57,7 +59,7 @@ twins! {
     }
     /// Device memory, one a slot.
     Slot: 48 + MAX_RANKS / 8, lost at 48 => {
-        state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, reserved: u32, bad_ids: u32,
+        state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, arrived: u32, bad_ids: u32,
         whole: u32, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
@@ -67,16 +69,18 @@ twins! {
         loss_masks: u64, routing: u64, rank: u32, ranks: u32, bound: u32, replays: u32,
         near: [Address; NEAR_RANKS],
     }
-    Owners: 40, reciprocal at 32 => {
+    Owners: 40, quotient at 36 => {
         owner: Address, place: Address, experts: u32, larger: u32, split: u32, reciprocal_larger: u32,
-        reciprocal: u32, reserved: u32,
+        reciprocal: u32, quotient: u32,
     }
-    Route: ROUTE, flags at 132 => {
+    Route: ROUTE, flags at 140 => {
         owners: Owners, ids_in: Address, weights_in: Address, ids_stride: u64, weights_stride: u64, ids: Address,
-        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, tokens: u32, topk: u32,
-        fanout: u32, fours: u32, reciprocal: u32, flags: u32,
+        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, pair_rows: Address, tokens: u32,
+        topk: u32, fanout: u32, fours: u32, reciprocal: u32, flags: u32,
     }
-    Side: 40, pitch at 32 => { from: Address, stride: u64, to: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32 }
+    Side: SIDE, pitch at 40 => {
+        from: Address, stride: u64, to: u64, bank: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32,
+    }
     Receive: RECEIVE, told_more at 384 => {
         status: Address, rank_counts: Address, kept_counts: Address, expert_counts: Address, local: u32, flags: u32,
         wire_bytes: u64, rows: Address, digest: u32, tokens: u32, shape: [u32; SHAPE_WORDS], told: [i32; TOLD_RANKS],
@@ -95,25 +99,35 @@ twins! {
     DispatchParams: PUSH + RECEIVE + 8, flags at PUSH + RECEIVE => {
         push: PushParams, receive: Receive, flags: u32, reserved: u32,
     }
+    Counts: 16, stride at 8 => { region: u64, stride: u64 }
+    PairsParams: PAIRS + SIDE * SIDES, side at PAIRS => {
+        seat: Seat, route: Route, receive: Receive, counts: Counts, tokens: Address, token_stride: u64,
+        to_tokens: u64, to_weights: u64, to_source: u64, to_scales: u64, bank_tokens: u64, bank_ids: u64,
+        bank_weights: u64, bank_source: u64, bank_scales: u64, own: Address, expert_stats: Address,
+        expert_offsets: Address, block_counts: Address, summary: Address, block: u32, limit: u32, vectors: u32,
+        topk_bits: u32, scale_words: u32, scale_pitch: u32, sides: u32, flags: u32, side: [Side; SIDES],
+    }
     Out: 56, kind at 52 => {
         region: u64, to: Address, stride: u64, bytes: u32, unit: u32, pitch: u64, block_stride: u64, from_pitch: u32,
         kind: u32,
     }
-    LandParams: SEAT + 96 + 56 * OUTS, out at SEAT + 96 => {
+    LandParams: SEAT + 104 + 56 * OUTS, out at SEAT + 104 => {
         seat: Seat, owners: Owners, kept_counts: Address, ids_region: u64, expert_counts: Address,
-        expert_stats: Address, rows: u64, topk: u32, outs: u32, flags: u32, splits: u32, out: [Out; OUTS],
+        expert_stats: Address, rows: u64, block: u32, topk: u32, outs: u32, flags: u32, splits: u32, reserved: u32,
+        out: [Out; OUTS],
     }
-    StageParams: SEAT + 72, flags at SEAT + 64 => {
+    StageParams: SEAT + 80, spread at SEAT + 72 => {
         seat: Seat, kept_counts: Address, rows: Address, stride: u64, to_rows: u64, weights: Address,
-        weights_stride: u64, to_weights: u64, vectors: u32, weight_bytes: u32, flags: u32, reserved: u32,
+        weights_stride: u64, to_weights: u64, vectors: u32, weight_bytes: u32, flags: u32, block: u32,
+        spread: u32, reserved: u32,
     }
     MeetParams: MEET, flags at MEET - 8 => {
-        seat: Seat, status: Address, rows_for: Address, kept_counts: Address, result_bytes: u64, staged_bytes: u64,
-        weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, reserved: u32,
+        seat: Seat, status: Address, rows_for: Address, kept_counts: Address, summary: Address, result_bytes: u64,
+        staged_bytes: u64, weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, reserved: u32,
     }
-    ReduceParams: MEET + 152, flags at MEET + 148 => {
+    ReduceParams: MEET + 176, flags at MEET + 172 => {
         meet: MeetParams, owners: Owners, target_ranks: Address, target_rows: Address, kept_counts: Address, ids: Address,
-        from_rows: u64, from_weights: u64, out: Address, out_stride: u64, out_weights: Address,
+        pair_rows: Address, weights: Address, weights_stride: u64, from_rows: u64, from_weights: u64, out: Address, out_stride: u64, out_weights: Address,
         out_weights_stride: u64, row_bytes: u64, tokens: u32, fanout: u32, topk: u32, vectors: u32, splits: u32,
         flags: u32,
     }
@@ -150,6 +164,12 @@ pub mod flag {
     pub const WAITS: u32 = 2;
     pub const COUNTS: u32 = 4;
 
+    pub const BANKS: u32 = 4;
+    pub const AFTER_OPEN: u32 = 8;
+    pub const PADS_WEIGHTS: u32 = 16;
+    pub const PADS_SOURCE: u32 = 32;
+    pub const PAIR_POWERS: u32 = 64;
+
     pub const GATHERED: u32 = 1;
     pub const ZERO_PADDING: u32 = 2;
     pub const WIDE_IDS: u32 = 4;
@@ -167,6 +187,9 @@ pub mod flag {
     pub const UE8M0: u32 = 4;
 }
 
+/// Of the word for a host that waits: too many rows for the rank in bits 32 to 62, which would be as bits 0 to 31 say.
+pub const TOO_MANY: u64 = 1 << 63;
+
 /// Kinds of outputs that kernels treat apart.
 pub mod kind {
     pub const OTHER: u32 = 0;
@@ -183,7 +206,11 @@ const _: () = {
         mail::BYTES == 256 && mail::DISPATCH_PAIR == 224 && mail::COMBINE_FLAG == 8 && mail::READ_FLAG == 16
     );
     assert!(
-        mail::PROGRESS == 24 && mail::LOSS == 32 && mail::LOSS_ORIGIN == 48 && mail::DISPATCH_SHAPE == 64
+        mail::PROGRESS == 24
+            && mail::LOSS == 32
+            && mail::COUNTS_FLAG == 40
+            && mail::LOSS_ORIGIN == 48
+            && mail::DISPATCH_SHAPE == 64
     );
     assert!(mail::COMBINE_SHAPE == 128 && mail::TOKENS == 192 && mail::REPLAYS == 196);
 };

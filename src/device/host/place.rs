@@ -7,7 +7,8 @@ use super::route::{DEMAND, DROPPED, END, Ledger};
 use crate::config::{Experts, LayoutKind, OverflowKind};
 use crate::device::Dispatch;
 use crate::device::grid::Grid;
-use crate::error::{Error, Result, Status};
+use crate::device::loss::too_many_rows;
+use crate::error::Result;
 
 /// Fills the ledger's places. `count(source, key)`: rows. `demands`: out, [R] the limit that each rank would need.
 pub(super) fn place(
@@ -99,15 +100,9 @@ impl Host {
         self.overflow_status(d.status, d.call.slot, mine, marked);
         let (rank, demand) =
             slot.demands.iter().enumerate().find(|(_, demand)| over(demand)).unwrap_or((0, &0));
-        let text = format!(
-            "rank {}: dispatch on slot {} is void on every rank: rank {rank} would receive {demand} rows{}, \
-             max_recv_rows is {limit} (overflow policy error)",
-            self.rank,
-            d.call.slot,
-            if d.grid.layout == LayoutKind::ExpertPadded { " of one expert" } else { "" },
-        );
+        let error = too_many_rows(self.rank, d, rank as u32, *demand);
         slot.overflowed();
-        Err(Error::new(Status::Overflow, text))
+        Err(error)
     }
 }
 

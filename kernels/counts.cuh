@@ -1,0 +1,146 @@
+// Everybody's rows by expert, told in one hop, and what follows from them: where a source's rows of an expert start.
+//
+// A count travels with its epoch in one word. A reader needs no flag for it and a writer no release, so a block that moves
+// rows waits for just the counts that its rows' places are made of. Experts are taken some at a time: their counters are in
+// a block's shared memory.
+#pragma once
+#include "route.cuh"
+#include "wait.cuh"
+
+namespace a2a {
+
+// Experts that are counted together; in a build for tests few, so that groups of few experts take turns too. Even, because
+// counts are stored by twos.
+#ifdef A2A_JITTER
+constexpr uint32_t kExpertsAtOnce = 6;
+#else
+constexpr uint32_t kExpertsAtOnce = 2048;
+#endif
+// No expert, no row, no rank.
+constexpr uint32_t kNone = ~0u;
+
+// Rows of ids: the caller's, a routing's, or those in a bank.
+struct Choices {
+  const uint8_t* ids;
+  uint64_t stride;
+  uint32_t topk;
+  uint32_t experts;
+  // Words of an id.
+  uint32_t words;
+  // Of which rank the experts are looked for, or kNone: of all.
+  uint32_t owner;
+};
+
+// A choice of a row; kNone if it is no expert that is looked for.
+__device__ __forceinline__ uint32_t choice_of(const Choices& choices, const Owners& owners, uint32_t row, uint32_t k) {
+  const auto* at = reinterpret_cast<const uint32_t*>(choices.ids + row * choices.stride) + k * choices.words;
+  const uint32_t id = at[0], high = choices.words == 2 ? at[1] : 0;
+  if (id >= choices.experts || high != 0) return kNone;
+  return choices.owner == kNone || owner_of(owners, id) == choices.owner ? id : kNone;
+}
+
+// The first lane below `width` lanes of this one's row that has the same value; lanes without a value are alone.
+__device__ __forceinline__ uint32_t first_alike(uint32_t value, uint32_t row) {
+  const uint32_t lane = threadIdx.x % 32;
+  // Experts are fewer than 2^20 and rows of a warp fewer than 2^6.
+  const uint32_t key = value == kNone ? 1u << 31 | lane : row << 24 | value;
+  return __ffs(__match_any_sync(~0u, key)) - 1;
+}
+
+// Adds the rows from `start` to `end`: to experts[e - base] those that name expert e (once, if they name it twice), and to
+// ranks[r], unless it is null, those that go to rank r. A block calls it, and meets afterwards.
+__device__ __forceinline__ void count_choices(const Choices& choices, const Owners& owners, uint32_t topk_bits, uint32_t base,
+                                              uint32_t start, uint32_t end, uint32_t* experts, uint32_t* ranks) {
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, rows = 32u >> topk_bits;
+  const uint32_t row = lane >> topk_bits, k = lane & ((1u << topk_bits) - 1);
+#pragma unroll 1
+  for (uint32_t first = start + warp * rows; first < end; first += blockDim.x / 32 * rows) {
+    const bool inside = first + row < end && k < choices.topk;
+    const uint32_t id = inside ? choice_of(choices, owners, first + row, k) : kNone;
+    if (first_alike(id, row) == lane && id - base < kExpertsAtOnce && id != kNone) atomicAdd(&experts[id - base], 1);
+    if (ranks == nullptr) continue;
+    const uint32_t owner = id != kNone ? owner_of(owners, id) : kNone;
+    if (first_alike(owner, row) == lane && owner != kNone) atomicAdd(&ranks[owner], 1);
+  }
+}
+
+__device__ __forceinline__ void clear(uint32_t* words, uint32_t count) {
+  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+}
+
+// A source's count of an expert, in a rank's window.
+__device__ __forceinline__ uint64_t* count_at(const Seat& seat, const Counts& counts, uint32_t window, uint32_t source,
+                                              uint32_t expert) {
+  uint8_t* row = window_of(seat, window) + counts.region + source * counts.stride;
+  return reinterpret_cast<uint64_t*>(row) + expert;
+}
+
+// A slot that closes while a kernel is at work.
+__device__ __forceinline__ bool has_closed(const Seat& seat) {
+  return *reinterpret_cast<volatile uint32_t*>(&seat.slot->closed) != 0;
+}
+
+// A count that is known to be there. What a peer wrote is bounded before it becomes a place.
+__device__ __forceinline__ uint32_t count_of(const Seat& seat, const Counts& counts, uint32_t source, uint32_t expert) {
+  return min(static_cast<uint32_t>(ptx::ld_relaxed_sys(count_at(seat, counts, seat.rank, source, expert))), seat.bound);
+}
+
+// A count, once it is there; kNone if the slot closes first.
+__device__ __forceinline__ uint32_t await_count(const Seat& seat, const Counts& counts, uint32_t source, uint32_t expert,
+                                                uint32_t epoch) {
+  const uint64_t* at = count_at(seat, counts, seat.rank, source, expert);
+  for (uint32_t polls = 1;; ++polls) {
+    A2A_JITTER_HERE;
+    const uint64_t word = ptx::ld_relaxed_sys(at);
+    if (reached(word, epoch)) return min(static_cast<uint32_t>(word), seat.bound);
+    if (polls % kPollsPerLook == 0 && has_closed(seat)) return kNone;
+  }
+}
+
+// The counts of some sources, all of them on their way at once; 0 past the last source. They come, or the slot closes.
+template <uint32_t n>
+__device__ __forceinline__ void await_counts(const Seat& seat, const Counts& counts, uint32_t first, uint32_t expert,
+                                             uint32_t epoch, uint32_t (&rows)[n]) {
+  uint64_t words[n];
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) {
+    words[i] = first + i < seat.ranks ? ptx::ld_relaxed_sys(count_at(seat, counts, seat.rank, first + i, expert)) : 0;
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) {
+    rows[i] = first + i < seat.ranks ? min(static_cast<uint32_t>(words[i]), seat.bound) : 0;
+    if (first + i < seat.ranks && !reached(words[i], epoch)) rows[i] = await_count(seat, counts, first + i, expert, epoch);
+  }
+}
+
+// Tells every rank this rank's counts, and that they are on their way. A block calls it; `experts` is its shared memory.
+// `ranks`, unless it is null, gets the rows for each rank.
+__device__ __forceinline__ void tell_counts(const Seat& seat, const Route& route, const Counts& counts, const Choices& choices,
+                                            uint32_t topk_bits, uint32_t epoch, uint32_t* experts, uint32_t* ranks) {
+  if (ranks != nullptr) clear(ranks, seat.ranks);
+  for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
+    const uint32_t some = min(choices.experts - base, kExpertsAtOnce), twos = (some + 1) / 2;
+    clear(experts, 2 * twos);
+    __syncthreads();
+    count_choices(choices, route.owners, topk_bits, base, 0, route.tokens, experts, base == 0 ? ranks : nullptr);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < twos; i += blockDim.x) {
+      const ulonglong2 words = make_ulonglong2(pack(epoch, experts[2 * i]), pack(epoch, experts[2 * i + 1]));
+#pragma unroll 4
+      for (uint32_t peer = 0; peer < seat.ranks; ++peer) {
+        A2A_JITTER_HERE;
+        auto* at = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
+        ptx::st_relaxed_sys(at + i, words);
+      }
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x < blockDim.x - 32) return;
+#pragma unroll 1
+  for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
+    // For those that look for trouble: counts themselves say that they are there.
+    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
+  }
+}
+
+}  // namespace a2a

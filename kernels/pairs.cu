@@ -1,0 +1,722 @@
+// a2a_pairs_*: a dispatch whose rows are (token, expert) pairs, each stored straight into its expert's block at the expert's
+// rank; or either half of it.
+//
+// Block 0 keeps: it tells this rank's counts, hears everybody's, raises the flags once all is stored, hears the peers' and
+// hands out. The others move, and wait for it in nothing: a row's place is made of the ids of earlier tokens and of the
+// counts of lower ranks, for which a block looks itself, while what it is to store is on its way. A half on its own must not
+// wait for counts: it stores a token once into its source's bank at each of its ranks, and the other half lays it out.
+//
+// Blocks wait, so they are few enough for those of all slots and of all ranks of a device to be on it at the same time. A
+// block takes a row of tokens and turns to the next when it has stored them.
+#include "copy.cuh"
+#include "counts.cuh"
+#include "finish.cuh"
+#include "quant.cuh"
+
+namespace a2a {
+
+constexpr uint32_t kPairThreads = 256;
+constexpr uint32_t kPairWarps = kPairThreads / 32;
+// Tokens that a block has at hand; blocks of a multiprocessor.
+#ifdef A2A_JITTER
+constexpr uint32_t kLot = 2, kPairsPerSm = 2;
+#else
+constexpr uint32_t kLot = 16, kPairsPerSm = 3;
+#endif
+
+// Where a row goes: its token's bytes and its first scale; the window, the row among all there, and its block.
+struct __align__(16) Place {
+  uint8_t* token;
+  uint32_t* scales;
+  uint8_t* window;
+  uint32_t row;
+  uint32_t local;
+};
+
+// The tokens at hand: a choice's expert, and its row at the owner (or, as long as that is being made, its position there);
+// the distinct places of a token.
+struct Lot {
+  uint32_t id[kLot][kMaxTopk];
+  uint32_t row[kLot][kMaxTopk];
+  Place to[kLot][kMaxTopk];
+  uint32_t places[kLot];
+};
+
+// Rows that are to be moved, and where from: the caller's tensors, or a bank in this rank's own window.
+struct Feed {
+  Choices choices;
+  const uint8_t* tokens;
+  uint64_t stride;
+  uint32_t source;
+  // Of a bank: where its rows start among those of all banks.
+  uint64_t start;
+  bool landed;
+};
+
+// A block's share of rows: some, or a part of one.
+struct Share {
+  uint32_t first;
+  uint32_t last;
+  uint32_t part;
+  uint32_t parts;
+};
+__device__ __forceinline__ Share share_of(uint32_t rows, uint32_t block, uint32_t blocks, uint32_t most_parts) {
+  if (rows >= blocks) {
+    const uint64_t all = rows;
+    return Share{static_cast<uint32_t>(all * block / blocks), static_cast<uint32_t>(all * (block + 1) / blocks), 0, 1};
+  }
+  const uint32_t parts = rows == 0 ? 1 : min(blocks / rows, most_parts), row = block / parts;
+  return Share{row, min(row + 1, rows), block - row * parts, parts};
+}
+
+struct PairShared {
+  // What a block is at: registers are for rows.
+  Feed feed;
+  Share share;
+  // Of all rows in banks, those that are still to be laid out.
+  Share banked;
+  uint32_t experts[kExpertsAtOnce];
+  // By rank: rows so far; what flags say; rows sent.
+  uint32_t ranks[kMaxRanks];
+  union {
+    Lot lot;
+    struct {
+      Ending end;
+      Totals totals;
+      uint32_t kept[kMaxRanks];
+    } keeper;
+  };
+};
+
+// What a warp moves at a time of rows that travel as they are: two vectors a lane.
+struct AsTheyAre {
+  static constexpr uint32_t kVectors = 2;
+  static constexpr bool kMakesScales = false;
+  int4 raw[kVectors];
+  __device__ __forceinline__ void load(const uint8_t* row, uint32_t first, uint32_t vectors, bool) {
+#pragma unroll
+    for (uint32_t u = 0; u < kVectors; ++u) {
+      const uint32_t vector = first + 32 * u + threadIdx.x % 32;
+      if (vector < vectors) raw[u] = ptx::ld_stream(row + 16ull * vector);
+    }
+  }
+  __device__ __forceinline__ float make(const PairsParams&, bool, int4 (&value)[kVectors]) const {
+#pragma unroll
+    for (uint32_t u = 0; u < kVectors; ++u) value[u] = raw[u];
+    return 0.0f;
+  }
+};
+
+// Rows that are quantised on their way (those that come from a bank were): a vector of e4m3 a lane.
+template <class From>
+struct Quantised {
+  static constexpr uint32_t kVectors = 1;
+  static constexpr bool kMakesScales = true;
+  int4 raw[From::kBytes];
+  __device__ __forceinline__ void load(const uint8_t* row, uint32_t first, uint32_t vectors, bool landed) {
+    const uint32_t vector = first + threadIdx.x % 32;
+    const uint8_t* at = row + 16ull * vector * (landed ? 1 : From::kBytes);
+#pragma unroll
+    for (uint32_t i = 0; i < From::kBytes; ++i) {
+      raw[i] = vector < vectors && (i == 0 || !landed) ? ptx::ld_stream(at + 16 * i) : make_int4(0, 0, 0, 0);
+    }
+  }
+  // A warp calls it; the group's scale.
+  __device__ __forceinline__ float make(const PairsParams& p, bool landed, int4 (&value)[kVectors]) const {
+    float scale = 0.0f;
+    value[0] = landed ? raw[0] : quantise<From>(raw, p.flags & kPairPowers, scale);
+    return scale;
+  }
+};
+
+// Moves rows, lot by lot. A block calls its functions as one.
+template <class In>
+struct Mover {
+  const PairsParams& p;
+  PairShared& s;
+  const Feed& feed;
+  const uint32_t epoch;
+  // Into the banks of the ranks, not to the experts.
+  const bool to_banks;
+
+  __device__ __forceinline__ const Route& route() const { return p.route; }
+  __device__ __forceinline__ bool replays() const { return p.seat.replays && !feed.landed; }
+
+  __device__ __forceinline__ Place place(uint8_t* window, uint32_t row, uint32_t local) const {
+    const uint64_t words = p.scale_words;
+    uint64_t first_scale = row * words;
+    if (scale_step() != 1) first_scale = local * words * p.scale_pitch + row - local * p.block;
+    const uint64_t tokens = to_banks ? p.bank_tokens : p.to_tokens, scales = to_banks ? p.bank_scales : p.to_scales;
+    return Place{window + tokens + row * 16ull * p.vectors, reinterpret_cast<uint32_t*>(window + scales) + first_scale,
+                 window, row, local};
+  }
+  // From one scale of a row to the next.
+  __device__ __forceinline__ uint32_t scale_step() const { return to_banks || p.scale_pitch == 0 ? 1 : p.scale_pitch; }
+
+  // A warp's work on a row: pieces of it, and then what travels beside it.
+  __device__ __forceinline__ uint32_t jobs() const {
+    return (p.vectors + 32 * In::kVectors - 1) / (32 * In::kVectors) + 1;
+  }
+
+  __device__ __forceinline__ void load(In& in, uint32_t first, uint32_t item) const {
+    const uint32_t token = item / jobs(), job = item - token * jobs();
+    if (job == jobs() - 1) return;
+    in.load(feed.tokens + (first + token) * feed.stride, job * 32 * In::kVectors, p.vectors, feed.landed);
+  }
+
+  // What each token of the lot chose, and (in a replay) where that went.
+  __device__ __forceinline__ void read_lot(uint32_t first, uint32_t n) const {
+    Lot& lot = s.lot;
+    const uint32_t topk = feed.choices.topk;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < n * topk; i += kPairThreads) {
+      const uint32_t t = i / topk, k = i - t * topk;
+      lot.id[t][k] = choice_of(feed.choices, route().owners, first + t, k);
+      lot.row[t][k] = replays() ? route().pair_rows[static_cast<uint64_t>(first + t) * topk + k] : kNone;
+    }
+  }
+
+  // The position of each choice among the source's rows of its expert, those of earlier rows first. `counted`: the rows
+  // before the lot are counted already.
+  __device__ __forceinline__ void find_positions(uint32_t first, uint32_t n, bool counted) const {
+    Lot& lot = s.lot;
+    const Choices& choices = feed.choices;
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
+      uint32_t* ranks = to_banks && base == 0 ? s.ranks : nullptr;
+      if (!counted || choices.experts > kExpertsAtOnce) {
+        clear(s.experts, min(choices.experts - base, kExpertsAtOnce));
+        if (ranks != nullptr) clear(ranks, p.seat.ranks);
+        __syncthreads();
+        count_choices(choices, route().owners, p.topk_bits, base, 0, first, s.experts, ranks);
+        __syncthreads();
+      }
+      // In order, so by one warp.
+#pragma unroll 1
+      for (uint32_t t = 0; t < n && threadIdx.x < 32; ++t) {
+        const uint32_t id = lane < choices.topk ? lot.id[t][lane] : kNone;
+        const bool here = id != kNone && id - base < kExpertsAtOnce, leads = first_alike(id, 0) == lane;
+        const uint32_t position = here ? s.experts[id - base] : 0;
+        __syncwarp();
+        if (here) lot.row[t][lane] = position;
+        if (here && leads) s.experts[id - base] = position + 1;
+        if (ranks != nullptr) {
+          const uint32_t owner = id != kNone ? owner_of(route().owners, id) : kNone;
+          const bool goes = first_alike(owner, 0) == lane && owner != kNone;
+          const uint32_t row = goes ? ranks[owner] : 0;
+          const uint32_t all = __ballot_sync(~0u, goes), number = __popc(all & ((1u << lane) - 1));
+          if (goes) {
+            ranks[owner] = row + 1;
+            lot.to[t][number] = place(window_of(p.seat, owner), p.seat.rank * p.seat.bound + row, 0);
+          }
+          if (lane == 0) lot.places[t] = __popc(all);
+        }
+        __syncwarp();
+      }
+      __syncthreads();
+    }
+  }
+
+  // Adds where the source's rows of each expert start: behind those of lower ranks. False if the step is lost.
+  __device__ __forceinline__ bool add_bases(uint32_t n) const {
+    Lot& lot = s.lot;
+    const uint32_t topk = feed.choices.topk, choices = n * topk;
+    bool lost = false;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < choices * feed.source; i += kPairThreads) {
+      const uint32_t rank = i / choices, choice = i - rank * choices, t = choice / topk, k = choice - t * topk;
+      const uint32_t id = lot.id[t][k];
+      if (id == kNone) continue;
+      const uint32_t rows = await_count(p.seat, p.counts, rank, id, epoch);
+      if (rows == kNone) {
+        lost = true;
+        break;
+      }
+      atomicAdd(&lot.row[t][k], rows);
+    }
+    return !__syncthreads_or(lost);
+  }
+
+  // From rows of blocks to rows of all, and the distinct ones of each token.
+  __device__ __forceinline__ void list_places(uint32_t n) const {
+    Lot& lot = s.lot;
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (uint32_t t = threadIdx.x / 32; t < n; t += kPairWarps) {
+      const uint32_t id = lane < feed.choices.topk ? lot.id[t][lane] : kNone;
+      uint32_t row = id != kNone ? lot.row[t][lane] : kNone, owner = 0, local = 0;
+      if (id != kNone) owner = owner_of(route().owners, id), local = place_of(route().owners, id, owner);
+      if (!replays() && row != kNone) row = row < p.block ? local * p.block + row : kNone;
+      if (lane < feed.choices.topk) lot.row[t][lane] = row;
+      const bool goes = first_alike(id, 0) == lane && row != kNone;
+      const uint32_t all = __ballot_sync(~0u, goes), number = __popc(all & ((1u << lane) - 1));
+      if (goes) lot.to[t][number] = place(window_of(p.seat, owner), row, local);
+      if (lane == 0) lot.places[t] = __popc(all);
+    }
+  }
+
+  // What travels beside a row: weights, where the row is from, the other planes. A warp calls it.
+  __device__ __forceinline__ void move_beside(uint32_t token, uint32_t t) const {
+    const Lot& lot = s.lot;
+    const Seat& seat = p.seat;
+    const uint32_t lane = threadIdx.x % 32, topk = feed.choices.topk;
+    uint8_t* own = window_of(seat, seat.rank);
+    const uint64_t at = (feed.start + token) * topk + lane;
+    int32_t id = -1;
+    float weight = 1.0f;
+    int2 pair = make_int2(seat.rank, token);
+    if (feed.landed) {
+      if (lane < topk) id = lot.id[t][lane];
+      if (lane < topk) weight = reinterpret_cast<const float*>(own + p.bank_weights)[at];
+      pair = reinterpret_cast<const int2*>(own + p.bank_source)[feed.start + token];
+    } else {
+      const bool bad = read_choice(route(), token, id, weight);
+      keep_choice(seat, route(), token, id, weight, bad);
+      if (!replays() && lane < topk) route().pair_rows[at] = lot.row[t][lane];
+    }
+    if (to_banks) {
+#pragma unroll 1
+      for (uint32_t i = 0; i < lot.places[t]; ++i) {
+        const Place& to = lot.to[t][i];
+        const uint64_t choice = static_cast<uint64_t>(to.row) * topk + lane;
+        if (lane < topk) reinterpret_cast<int32_t*>(to.window + p.bank_ids)[choice] = id;
+        if (lane < topk) reinterpret_cast<float*>(to.window + p.bank_weights)[choice] = weight;
+        if (lane == 0) reinterpret_cast<int2*>(to.window + p.bank_source)[to.row] = pair;
+      }
+    } else {
+      // An expert that is named twice has one row, whose weight is the sum, k ascending.
+      const uint32_t leader = first_alike(id, 0);
+      if (__ballot_sync(~0u, leader != lane) != 0) {
+        float sum = weight;
+#pragma unroll 1
+        for (uint32_t k = 1; k < topk; ++k) {
+          const float other = __shfl_sync(~0u, weight, k);
+          const uint32_t its_leader = __shfl_sync(~0u, leader, k);
+          if (k > lane && its_leader == lane) sum = __fadd_rn(sum, other);
+        }
+        weight = sum;
+      }
+      const uint32_t row = id >= 0 && leader == lane ? lot.row[t][lane] : kNone;
+      if (row != kNone) {
+        uint8_t* window = feed.landed ? own : window_of(seat, owner_of(route().owners, id));
+        reinterpret_cast<float*>(window + p.to_weights)[row] = weight;
+        reinterpret_cast<int2*>(window + p.to_source)[row] = pair;
+      }
+    }
+#pragma unroll 1
+    for (uint32_t number = 0; number < p.sides; ++number) {
+      Side side = p.side[number];
+      // Scales that are made on the way are the caller's only where they lie in a bank.
+      if (feed.landed) {
+        side.from = own + side.bank + feed.start * side.bytes, side.stride = side.bytes;
+      } else if (side.from == nullptr) {
+        continue;
+      }
+      if (to_banks) side.to = side.bank, side.pitch = 0;
+#pragma unroll 1
+      for (uint32_t i = 0; i < lot.places[t]; ++i) {
+        const Place& to = lot.to[t][i];
+        const uint32_t block = to_banks ? 0 : to.local, start = block * p.block;
+        copy_side(side, token, to.window, block, to.row - start, p.block);
+      }
+    }
+  }
+
+  // Stores a piece to all of its token's places; what is to be stored next is on its way meanwhile.
+  template <class Next>
+  __device__ __forceinline__ void store(In& in, uint32_t t, uint32_t job, const Next& load_next) const {
+    const Lot& lot = s.lot;
+    const uint32_t lane = threadIdx.x % 32, first = job * 32 * In::kVectors;
+    int4 value[In::kVectors];
+    const float scale = in.make(p, feed.landed, value);
+    load_next();
+    uint32_t element = 0, word = 0;
+    bool has_scale = false;
+    if (In::kMakesScales && !feed.landed) {
+      has_scale = take_scale(scale, first + lane < p.vectors, p.flags & kPairPowers, job, p.scale_words, element, word);
+    }
+    const uint32_t at = 16 * (first + lane), scale_at = element * scale_step(), places = lot.places[t];
+#pragma unroll 4
+    for (uint32_t i = 0; i < places; ++i) {
+      uint8_t* token = lot.to[t][i].token + at;
+#pragma unroll
+      for (uint32_t u = 0; u < In::kVectors; ++u) {
+        if (first + 32 * u + lane < p.vectors) ptx::st_row(token + 512 * u, value[u]);
+      }
+      if (In::kMakesScales && has_scale) lot.to[t][i].scales[scale_at] = word;
+    }
+  }
+
+  // False if the step is lost.
+  __device__ __forceinline__ bool run(const Share& share) const {
+    const uint32_t stride = kPairWarps * share.parts, warp = share.part * kPairWarps + threadIdx.x / 32;
+#pragma unroll 1
+    for (uint32_t first = share.first; first < share.last; first += kLot) {
+      const uint32_t n = min(share.last - first, kLot), items = n * jobs();
+      In in;
+      if (warp < items) load(in, first, warp);
+      read_lot(first, n);
+      __syncthreads();
+      if (!replays()) find_positions(first, n, first != share.first);
+      if (!to_banks) {
+        if (!replays() && !add_bases(n)) return false;
+        list_places(n);
+        __syncthreads();
+      }
+#pragma unroll 1
+      for (uint32_t item = warp; item < items; item += stride) {
+        const uint32_t t = item / jobs(), job = item - t * jobs();
+        const auto load_next = [&] {
+          if (item + stride < items) load(in, first, item + stride);
+        };
+        if (job == jobs() - 1) {
+          move_beside(first + t, t);
+          load_next();
+        } else {
+          store(in, t, job, load_next);
+        }
+      }
+      __syncthreads();
+    }
+    return true;
+  }
+};
+
+// This rank's ids: the caller's, or those that a replay goes by.
+__device__ __forceinline__ Choices own_choices(const PairsParams& p) {
+  const Route& route = p.route;
+  const bool given = route.flags & kHasIds;
+  return Choices{given ? route.ids_in : reinterpret_cast<const uint8_t*>(route.ids),
+                 given ? route.ids_stride : 4ull * route.topk,
+                 route.topk,
+                 route.owners.experts,
+                 given && route.flags & kIdsAre64 ? 2u : 1u,
+                 kNone};
+}
+
+// ------------------------------------------------------------------------------------------------- the block that keeps
+
+// What everybody's counts come to, handed out as far as it is this rank's. The block calls it.
+__device__ __forceinline__ void add_up(const PairsParams& p, PairShared& s, uint32_t epoch) {
+  const Seat& seat = p.seat;
+  const Receive& receive = p.receive;
+  Totals& totals = s.keeper.totals;
+  const uint32_t tid = threadIdx.x;
+  clear(s.keeper.kept, seat.ranks);
+  clear(s.ranks, seat.ranks);
+  clear(totals.over, kMaxRanks / 32);
+  if (tid == 0) totals.demand = totals.rows = totals.dropped = totals.missing = totals.exceeded = totals.over_demand = 0;
+  __syncthreads();
+  const uint64_t room = p.block;
+  constexpr uint32_t kSources = 8;
+  for (uint32_t expert = tid; expert < p.route.owners.experts; expert += kPairThreads) {
+    const uint32_t owner = owner_of(p.route.owners, expert);
+    const bool is_own = owner == seat.rank;
+    uint64_t all = 0;
+    for (uint32_t first = 0; first < seat.ranks; first += kSources) {
+      uint32_t rows[kSources];
+      await_counts(seat, p.counts, first, expert, epoch, rows);
+#pragma unroll
+      for (uint32_t i = 0; i < kSources; ++i) {
+        const uint64_t before = all;
+        all += rows[i];
+        const uint32_t kept = static_cast<uint32_t>(min(all, room) - min(before, room));
+        if (is_own && kept != 0) atomicAdd(&s.keeper.kept[first + i], kept);
+        if (first + i == seat.rank && rows[i] != 0) {
+          atomicAdd(&s.ranks[owner], kept);
+          atomicAdd(&totals.missing, rows[i] - kept);
+        }
+      }
+    }
+    const uint32_t demand = static_cast<uint32_t>(min(all, uint64_t{0x7fffffff}));
+    if (p.limit != 0 && demand > p.limit) atomicOr(&totals.over[owner / 32], 1u << owner % 32), totals.exceeded = 1;
+    if (!is_own) continue;
+    const uint32_t place = place_of(p.route.owners, expert, owner), kept = static_cast<uint32_t>(min(all, room));
+    atomicMax(&totals.demand, demand);
+    atomicAdd(&totals.rows, kept);
+    atomicAdd(&totals.dropped, static_cast<uint32_t>(all) - kept);
+    p.block_counts[place] = kept;
+  }
+  __syncthreads();
+  if (totals.exceeded) {
+    // Of the first such rank, what its fullest expert would get.
+    const uint32_t rank = first_over(totals);
+    for (uint32_t expert = tid; expert < p.route.owners.experts; expert += kPairThreads) {
+      if (owner_of(p.route.owners, expert) != rank) continue;
+      uint32_t all = 0;
+      for (uint32_t source = 0; source < seat.ranks; ++source) all += count_of(seat, p.counts, source, expert);
+      atomicMax(&totals.over_demand, all);
+    }
+  }
+  for (uint32_t rank = tid; rank < seat.ranks; rank += kPairThreads) {
+    p.route.rows_for[rank] = s.ranks[rank];
+    receive.kept_counts[rank] = s.keeper.kept[rank];
+  }
+  if (tid == 0) {
+    p.summary[0] = totals.demand, p.summary[1] = totals.dropped, p.summary[2] = totals.missing;
+    if (totals.exceeded) p.summary[1] = ~first_over(totals);
+  }
+  __syncthreads();
+}
+
+// The same of a dispatch that is replayed. One that was void for its rows is so again.
+__device__ __forceinline__ void recall(const PairsParams& p, PairShared& s) {
+  Totals& totals = s.keeper.totals;
+  const uint32_t tid = threadIdx.x;
+  clear(totals.over, kMaxRanks / 32);
+  __syncthreads();
+  if (tid == 0) {
+    totals.rows = totals.exceeded = 0;
+    totals.demand = p.summary[0], totals.dropped = p.summary[1], totals.missing = p.summary[2];
+    const int32_t dropped = p.summary[1];
+    if (dropped < 0) totals.exceeded = 1, totals.over[~dropped / 32] = 1u << ~dropped % 32, totals.over_demand = 0;
+  }
+  __syncthreads();
+  for (uint32_t rank = tid; rank < p.seat.ranks; rank += kPairThreads) {
+    s.ranks[rank] = p.route.rows_for[rank];
+    atomicAdd(&totals.rows, static_cast<uint32_t>(p.receive.kept_counts[rank]));
+  }
+  __syncthreads();
+}
+
+// The small outputs that a step's counts are, once it is known to be one. By all warps but the last, which raises flags.
+__device__ __forceinline__ void hand_out_counts(const PairsParams& p) {
+  constexpr uint32_t kThreads = kPairThreads - 32;
+  const Receive& receive = p.receive;
+  if (threadIdx.x >= kThreads) return;
+  for (uint32_t rank = threadIdx.x; rank < p.seat.ranks && receive.rank_counts != nullptr; rank += kThreads) {
+    receive.rank_counts[rank] = receive.kept_counts[rank];
+  }
+  for (uint32_t place = threadIdx.x; place < receive.local; place += kThreads) {
+    const int32_t rows = p.block_counts[place];
+    if (receive.expert_counts != nullptr) receive.expert_counts[place] = rows;
+    if (p.expert_stats != nullptr) p.expert_stats[place] += rows;
+  }
+  for (uint32_t place = threadIdx.x; place <= receive.local && p.expert_offsets != nullptr; place += kThreads) {
+    p.expert_offsets[place] = place * p.block;
+  }
+}
+
+__device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
+  const Seat& seat = p.seat;
+  Slot& slot = *seat.slot;
+  const Standing at = standing_of(slot, p.flags & kAfterOpen);
+  const ulonglong2 first = look_early(seat);
+  const bool raises = p.flags & kRaises, waits = p.flags & kWaits, banks = p.flags & kBanks;
+  const uint64_t started = at.state == kOpened ? at.started : ptx::globaltimer();
+  Ending& end = s.keeper.end;
+  const Totals* totals = &s.keeper.totals;
+  const Finish finish(seat, p.receive, p.flags, s.ranks, at, end, totals, banks ? 1u << 31 : 0);
+  bool lost = false;
+  if (raises ? at.opens() : at.receives(seat.routing)) {
+    if (raises && threadIdx.x >= kPairThreads - 32) tell_shape(seat, p.receive, finish.epoch);
+    if (seat.replays) {
+      recall(p, s);
+    } else {
+      if (raises) {
+        tell_counts(seat, p.route, p.counts, own_choices(p), p.topk_bits, finish.epoch, s.experts, banks ? s.ranks : nullptr);
+      }
+      if (waits) {
+        const Wait wait{kDispatch, finish.epoch, finish.sequence, true, kCountsFlag};
+        lost = !await(seat, wait, end.meeting, started);
+        if (!lost) add_up(p, s, finish.epoch);
+      } else {
+        clear(s.keeper.totals.over, kMaxRanks / 32);
+        if (threadIdx.x == 0) s.keeper.totals.exceeded = 0;
+        __syncthreads();
+        for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPairThreads) p.route.rows_for[rank] = s.ranks[rank];
+      }
+    }
+    if (lost) {
+      if (finish.first_raiser()) finish.advance(kDispatchSent);
+      return void_status(seat, p.receive.status);
+    }
+    if (waits && !totals->exceeded) hand_out_counts(p);
+  }
+  // The blocks that move come to an end by themselves, now that all counts are there.
+  const auto ready = [&] {
+    const bool goes = raises ? at.opens() : at.receives(seat.routing);
+    if (goes && finish.first_raiser()) {
+      while (ptx::ld_acquire_sys(&slot.arrived) != gridDim.x - 1) {
+      }
+      slot.arrived = 0;
+    }
+    __syncwarp();
+  };
+  finish.run(ready, first);
+}
+
+// --------------------------------------------------------------------------------------------------- blocks that move
+
+// What sources say of their rows, once they have all spoken, into s.ranks: how many, and (the top bit) if they are in banks.
+// False if the step is lost.
+__device__ __forceinline__ bool await_sources(const Seat& seat, uint32_t epoch, bool raises, uint32_t* ranks) {
+  bool lost = false;
+#pragma unroll 1
+  for (uint32_t source = threadIdx.x; source < seat.ranks && !lost; source += kPairThreads) {
+    // A rank that waits has none of its own in a bank.
+    if (raises && source == seat.rank) {
+      ranks[source] = 0;
+      continue;
+    }
+#pragma unroll 1
+    for (uint32_t polls = 1;; ++polls) {
+      const ulonglong2 pair = look(seat, source);
+      if (reached(pair.x, epoch)) {
+        ranks[source] = static_cast<uint32_t>(pair.x);
+        break;
+      }
+      if (polls % kPollsPerLook == 0 && has_closed(seat)) {
+        lost = true;
+        break;
+      }
+    }
+  }
+  return !__syncthreads_or(lost);
+}
+
+// Of rows behind an expert's, what says that they are none.
+__device__ __forceinline__ void pad_blocks(const PairsParams& p, uint32_t mover, uint32_t movers, uint32_t epoch) {
+  if (!(p.flags & (kPadsWeights | kPadsSource))) return;
+  const Seat& seat = p.seat;
+  const uint32_t lane = threadIdx.x % 32;
+  uint8_t* window = window_of(seat, seat.rank);
+  auto* weights = reinterpret_cast<float*>(window + p.to_weights);
+  auto* source = reinterpret_cast<int2*>(window + p.to_source);
+  // A warp has some experts, or a part of one.
+  const Share share = share_of(p.receive.local, mover * kPairWarps + threadIdx.x / 32, movers * kPairWarps, p.block);
+#pragma unroll 1
+  for (uint32_t place = share.first; place < share.last; ++place) {
+    uint32_t rows = 0;
+    if (seat.replays) {
+      rows = p.block_counts[place];
+    } else {
+#pragma unroll 1
+      for (uint32_t rank = lane; rank < seat.ranks; rank += 32) {
+        rows += min(await_count(seat, p.counts, rank, p.own[place], epoch), p.block);
+      }
+      rows = __reduce_add_sync(~0u, rows);
+    }
+#pragma unroll 1
+    for (uint32_t row = rows + share.part * 32 + lane; row < p.block; row += share.parts * 32) {
+      const uint64_t at = static_cast<uint64_t>(place) * p.block + row;
+      if (p.flags & kPadsWeights) weights[at] = 0.0f;
+      if (p.flags & kPadsSource) source[at] = make_int2(-1, -1);
+    }
+  }
+}
+
+// A half that did not wait for counts kept positions; now they become rows.
+__device__ __forceinline__ void find_rows(const PairsParams& p, uint32_t mover, uint32_t movers) {
+  const Route& route = p.route;
+  const uint64_t choices = static_cast<uint64_t>(route.tokens) * route.topk;
+#pragma unroll 1
+  for (uint64_t i = mover * kPairThreads + threadIdx.x; i < choices; i += movers * kPairThreads) {
+    const int32_t id = route.ids[i];
+    if (id < 0) continue;
+    uint64_t row = static_cast<uint32_t>(route.pair_rows[i]);
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < p.seat.rank; ++rank) row += count_of(p.seat, p.counts, rank, id);
+    const uint32_t owner = owner_of(route.owners, id);
+    route.pair_rows[i] = row < p.block ? static_cast<int32_t>(place_of(route.owners, id, owner) * p.block + row) : -1;
+  }
+}
+
+// What a source has in its bank, by what it said.
+__device__ __forceinline__ uint32_t banked_by(const Seat& seat, uint32_t said) {
+  return said >> 31 ? min(said & 0x7fffffffu, seat.bound) : 0;
+}
+__device__ __forceinline__ uint32_t banked_rows(const Seat& seat, const uint32_t* ranks) {
+  uint32_t rows = 0;
+#pragma unroll 1
+  for (uint32_t source = 0; source < seat.ranks; ++source) rows += banked_by(seat, ranks[source]);
+  return rows;
+}
+
+// Of the block's share of all banks, counted source by source, what is in one: the next share. One thread.
+__device__ __forceinline__ void next_bank(const PairsParams& p, PairShared& s) {
+  const Seat& seat = p.seat;
+  uint32_t source = 0, before = 0, rows = 0;
+  while (s.banked.first >= before + (rows = banked_by(seat, s.ranks[source]))) before += rows, ++source;
+  const uint32_t last = min(s.banked.last, before + rows);
+  s.share = Share{s.banked.first - before, last - before, s.banked.part, s.banked.parts};
+  s.banked.first = last;
+  const uint64_t start = static_cast<uint64_t>(source) * seat.bound;
+  const uint8_t* own = window_of(seat, seat.rank);
+  const uint32_t topk = p.route.topk;
+  const Choices choices{own + p.bank_ids + start * topk * 4, 4ull * topk, topk, p.route.owners.experts, 1, seat.rank};
+  s.feed = Feed{choices, own + p.bank_tokens + start * p.vectors * 16, p.vectors * 16ull, source, start, true};
+}
+
+template <class In>
+__device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
+  const Seat& seat = p.seat;
+  const Route& route = p.route;
+  const uint32_t number = blockIdx.x - 1, movers = gridDim.x - 1;
+  const Standing at = standing_of(*seat.slot, p.flags & kAfterOpen);
+  const bool raises = p.flags & kRaises;
+  if (!(raises ? at.opens() : at.receives(seat.routing))) return;
+  const uint32_t epoch = at.epoch + (raises ? 1 : 0);
+  const Mover<In> mover{p, s, s.feed, epoch, raises && p.flags & kBanks};
+  const uint32_t most = (mover.jobs() + kPairWarps - 1) / kPairWarps;
+  if (threadIdx.x == 0) {
+    s.share = share_of(raises ? route.tokens : 0, number, movers, most);
+    s.feed = Feed{own_choices(p), p.tokens, p.token_stride, seat.rank, 0, false};
+  }
+  // First this rank's rows, then this block's of those that came into banks.
+  for (bool landing = false;;) {
+    __syncthreads();
+    if (!mover.run(s.share)) return;
+    if (!landing) {
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        // What has stored nothing says only that it has seen the slot.
+        if (raises) {
+          ptx::add_release_sys(&seat.slot->arrived, 1);
+        } else {
+          ptx::add_relaxed_gpu(&seat.slot->arrived, 1);
+        }
+      }
+      if (!(p.flags & kWaits)) return;
+      // While rows are on their way.
+      if (raises || seat.replays) pad_blocks(p, number, movers, epoch);
+      if (seat.replays) return;
+      if (!await_sources(seat, epoch, raises, s.ranks)) return;
+      if (threadIdx.x == 0) s.banked = share_of(banked_rows(seat, s.ranks), number, movers, most);
+      landing = true;
+    }
+    __syncthreads();
+    const bool more = s.banked.first < s.banked.last;
+    // All have looked before it changes.
+    __syncthreads();
+    if (!more) break;
+    if (threadIdx.x == 0) next_bank(p, s);
+  }
+  if (raises) return;
+  find_rows(p, number, movers);
+  pad_blocks(p, number, movers, epoch);
+}
+
+template <class In>
+__device__ __forceinline__ void pairs(const PairsParams& p) {
+  __shared__ PairShared s;
+  if (blockIdx.x == 0) {
+    keep(p, s);
+  } else {
+    move<In>(p, s);
+  }
+}
+
+#define A2A_PAIRS(name, In, per_sm)                                                         \
+  extern "C" __global__ void __launch_bounds__(kPairThreads, per_sm)                        \
+      a2a_pairs##name(const __grid_constant__ PairsParams p) {                              \
+    pairs<In>(p);                                                                           \
+  }
+A2A_PAIRS(, AsTheyAre, kPairsPerSm)
+A2A_PAIRS(_bf16, Quantised<TokenBf16>, kPairsPerSm)
+A2A_PAIRS(_f16, Quantised<TokenF16>, kPairsPerSm)
+A2A_PAIRS(_f32, Quantised<TokenF32>, 2)
+#undef A2A_PAIRS
+
+}  // namespace a2a

@@ -113,10 +113,12 @@ __device__ __forceinline__ void await_counts(const Seat& seat, const Counts& cou
   }
 }
 
-// Tells every rank this rank's counts, and that they are on their way. A block calls it; `experts` is its shared memory.
-// `ranks`, unless it is null, gets the rows for each rank.
-__device__ __forceinline__ void tell_counts(const Seat& seat, const Route& route, const Counts& counts, const Choices& choices,
-                                            uint32_t topk_bits, uint32_t epoch, uint32_t* experts, uint32_t* ranks) {
+// Tells every rank this rank's counts of the step that a slot is to begin, and that they are on their way, if the slot may. A
+// block calls it; `experts` is its shared memory. `ranks`, unless it is null, gets the rows for each rank.
+__device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at, const Route& route, const Counts& counts,
+                                            const Choices& choices, uint32_t topk_bits, uint32_t* experts,
+                                            uint32_t* ranks) {
+  const uint32_t epoch = at.epoch + 1;
   if (ranks != nullptr) clear(ranks, seat.ranks);
   for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
     const uint32_t some = min(choices.experts - base, kExpertsAtOnce), twos = (some + 1) / 2;
@@ -124,13 +126,15 @@ __device__ __forceinline__ void tell_counts(const Seat& seat, const Route& route
     __syncthreads();
     count_choices(choices, route.owners, topk_bits, base, 0, route.tokens, experts, base == 0 ? ranks : nullptr);
     __syncthreads();
+    // Not before: the slot and the ids are on their way at the same time.
+    if (!at.opens()) return;
     for (uint32_t i = threadIdx.x; i < twos; i += blockDim.x) {
       const ulonglong2 words = make_ulonglong2(pack(epoch, experts[2 * i]), pack(epoch, experts[2 * i + 1]));
 #pragma unroll 4
       for (uint32_t peer = 0; peer < seat.ranks; ++peer) {
         A2A_JITTER_HERE;
-        auto* at = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
-        ptx::st_relaxed_sys(at + i, words);
+        auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
+        ptx::st_relaxed_sys(to + i, words);
       }
     }
     __syncthreads();

@@ -7,7 +7,7 @@
 // wait for counts: it stores a token once into its source's bank at each of its ranks, and the other half lays it out.
 //
 // Blocks wait, so they are few enough for those of all slots and of all ranks of a device to be on it at the same time. A
-// block takes a row of tokens and turns to the next when it has stored them.
+// row is some jobs, of a warp each; a block takes an even share of them, and so mostly parts of the first and the last row.
 #include "copy.cuh"
 #include "counts.cuh"
 #include "finish.cuh"
@@ -53,27 +53,20 @@ struct Feed {
   bool landed;
 };
 
-// A block's share of rows: some, or a part of one.
+// A block's share of jobs, of which each row has some.
 struct Share {
-  uint32_t first;
-  uint32_t last;
-  uint32_t part;
-  uint32_t parts;
+  uint64_t first;
+  uint64_t last;
 };
-__device__ __forceinline__ Share share_of(uint32_t rows, uint32_t block, uint32_t blocks, uint32_t most_parts) {
-  if (rows >= blocks) {
-    const uint64_t all = rows;
-    return Share{static_cast<uint32_t>(all * block / blocks), static_cast<uint32_t>(all * (block + 1) / blocks), 0, 1};
-  }
-  const uint32_t parts = rows == 0 ? 1 : min(blocks / rows, most_parts), row = block / parts;
-  return Share{row, min(row + 1, rows), block - row * parts, parts};
+__device__ __forceinline__ Share share_of(uint64_t jobs, uint32_t block, uint32_t blocks) {
+  return Share{jobs * block / blocks, jobs * (block + 1) / blocks};
 }
 
 struct PairShared {
   // What a block is at: registers are for rows.
   Feed feed;
   Share share;
-  // Of all rows in banks, those that are still to be laid out.
+  // Of all jobs of rows in banks, those that are still to be done.
   Share banked;
   uint32_t experts[kExpertsAtOnce];
   // By rank: rows so far; what flags say; rows sent.
@@ -135,6 +128,8 @@ struct Mover {
   const PairsParams& p;
   PairShared& s;
   const Feed& feed;
+  // The step may be made; its epoch.
+  const bool goes;
   const uint32_t epoch;
   // Into the banks of the ranks, not to the experts.
   const bool to_banks;
@@ -348,30 +343,35 @@ struct Mover {
     }
   }
 
-  // False if the step is lost.
+  // False if the step is lost, or not to be.
   __device__ __forceinline__ bool run(const Share& share) const {
-    const uint32_t stride = kPairWarps * share.parts, warp = share.part * kPairWarps + threadIdx.x / 32;
+    const uint32_t warp = threadIdx.x / 32, first_row = share.first / jobs(), rows = (share.last + jobs() - 1) / jobs();
 #pragma unroll 1
-    for (uint32_t first = share.first; first < share.last; first += kLot) {
-      const uint32_t n = min(share.last - first, kLot), items = n * jobs();
+    for (uint32_t row = first_row; share.first < share.last && row < rows; row += kLot) {
+      const uint32_t n = min(rows - row, kLot);
+      const uint64_t start = static_cast<uint64_t>(row) * jobs();
+      const uint32_t begin = share.first > start ? share.first - start : 0;
+      const uint32_t end = min(share.last - start, static_cast<uint64_t>(n) * jobs());
       In in;
-      if (warp < items) load(in, first, warp);
-      read_lot(first, n);
+      if (begin + warp < end) load(in, row, begin + warp);
+      read_lot(row, n);
       __syncthreads();
-      if (!replays()) find_positions(first, n, first != share.first);
+      if (!replays()) find_positions(row, n, row != first_row);
+      // Not before: the slot and the ids are on their way at the same time.
+      if (!goes) return false;
       if (!to_banks) {
         if (!replays() && !add_bases(n)) return false;
         list_places(n);
         __syncthreads();
       }
 #pragma unroll 1
-      for (uint32_t item = warp; item < items; item += stride) {
+      for (uint32_t item = begin + warp; item < end; item += kPairWarps) {
         const uint32_t t = item / jobs(), job = item - t * jobs();
         const auto load_next = [&] {
-          if (item + stride < items) load(in, first, item + stride);
+          if (item + kPairWarps < end) load(in, row, item + kPairWarps);
         };
         if (job == jobs() - 1) {
-          move_beside(first + t, t);
+          move_beside(row + t, t);
           load_next();
         } else {
           store(in, t, job, load_next);
@@ -508,25 +508,23 @@ __device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
   Ending& end = s.keeper.end;
   const Totals* totals = &s.keeper.totals;
   const Finish finish(seat, p.receive, p.flags, s.ranks, at, end, totals, banks ? 1u << 31 : 0);
+  if (raises && !seat.replays) {
+    tell_counts(seat, at, p.route, p.counts, own_choices(p), p.topk_bits, s.experts, banks ? s.ranks : nullptr);
+  }
   bool lost = false;
   if (raises ? at.opens() : at.receives(seat.routing)) {
     if (raises && threadIdx.x >= kPairThreads - 32) tell_shape(seat, p.receive, finish.epoch);
     if (seat.replays) {
       recall(p, s);
+    } else if (waits) {
+      const Wait wait{kDispatch, finish.epoch, finish.sequence, true, kCountsFlag};
+      lost = !await(seat, wait, end.meeting, started);
+      if (!lost) add_up(p, s, finish.epoch);
     } else {
-      if (raises) {
-        tell_counts(seat, p.route, p.counts, own_choices(p), p.topk_bits, finish.epoch, s.experts, banks ? s.ranks : nullptr);
-      }
-      if (waits) {
-        const Wait wait{kDispatch, finish.epoch, finish.sequence, true, kCountsFlag};
-        lost = !await(seat, wait, end.meeting, started);
-        if (!lost) add_up(p, s, finish.epoch);
-      } else {
-        clear(s.keeper.totals.over, kMaxRanks / 32);
-        if (threadIdx.x == 0) s.keeper.totals.exceeded = 0;
-        __syncthreads();
-        for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPairThreads) p.route.rows_for[rank] = s.ranks[rank];
-      }
+      clear(s.keeper.totals.over, kMaxRanks / 32);
+      if (threadIdx.x == 0) s.keeper.totals.exceeded = 0;
+      __syncthreads();
+      for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPairThreads) p.route.rows_for[rank] = s.ranks[rank];
     }
     if (lost) {
       if (finish.first_raiser()) finish.advance(kDispatchSent);
@@ -584,10 +582,12 @@ __device__ __forceinline__ void pad_blocks(const PairsParams& p, uint32_t mover,
   uint8_t* window = window_of(seat, seat.rank);
   auto* weights = reinterpret_cast<float*>(window + p.to_weights);
   auto* source = reinterpret_cast<int2*>(window + p.to_source);
-  // A warp has some experts, or a part of one.
-  const Share share = share_of(p.receive.local, mover * kPairWarps + threadIdx.x / 32, movers * kPairWarps, p.block);
+  // Warps take turns at experts; where they are more than experts, some share one.
+  const uint32_t warp = mover * kPairWarps + threadIdx.x / 32, warps = movers * kPairWarps, local = p.receive.local;
+  const uint32_t parts = max(warps / max(local, 1u), 1u);
 #pragma unroll 1
-  for (uint32_t place = share.first; place < share.last; ++place) {
+  for (uint32_t i = warp; i < parts * local; i += warps) {
+    const uint32_t part = i / local, place = i - part * local;
     uint32_t rows = 0;
     if (seat.replays) {
       rows = p.block_counts[place];
@@ -599,7 +599,7 @@ __device__ __forceinline__ void pad_blocks(const PairsParams& p, uint32_t mover,
       rows = __reduce_add_sync(~0u, rows);
     }
 #pragma unroll 1
-    for (uint32_t row = rows + share.part * 32 + lane; row < p.block; row += share.parts * 32) {
+    for (uint32_t row = rows + part * 32 + lane; row < p.block; row += parts * 32) {
       const uint64_t at = static_cast<uint64_t>(place) * p.block + row;
       if (p.flags & kPadsWeights) weights[at] = 0.0f;
       if (p.flags & kPadsSource) source[at] = make_int2(-1, -1);
@@ -634,13 +634,16 @@ __device__ __forceinline__ uint32_t banked_rows(const Seat& seat, const uint32_t
   return rows;
 }
 
-// Of the block's share of all banks, counted source by source, what is in one: the next share. One thread.
-__device__ __forceinline__ void next_bank(const PairsParams& p, PairShared& s) {
+// Of the block's share of all banks, counted source by source, what is in one: the next share. `jobs`: of a row. One thread.
+__device__ __forceinline__ void next_bank(const PairsParams& p, PairShared& s, uint32_t jobs) {
   const Seat& seat = p.seat;
-  uint32_t source = 0, before = 0, rows = 0;
-  while (s.banked.first >= before + (rows = banked_by(seat, s.ranks[source]))) before += rows, ++source;
-  const uint32_t last = min(s.banked.last, before + rows);
-  s.share = Share{s.banked.first - before, last - before, s.banked.part, s.banked.parts};
+  uint32_t source = 0;
+  uint64_t before = 0, here = 0;
+  while (s.banked.first >= before + (here = static_cast<uint64_t>(banked_by(seat, s.ranks[source])) * jobs)) {
+    before += here, ++source;
+  }
+  const uint64_t last = min(s.banked.last, before + here);
+  s.share = Share{s.banked.first - before, last - before};
   s.banked.first = last;
   const uint64_t start = static_cast<uint64_t>(source) * seat.bound;
   const uint8_t* own = window_of(seat, seat.rank);
@@ -656,18 +659,18 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
   const uint32_t number = blockIdx.x - 1, movers = gridDim.x - 1;
   const Standing at = standing_of(*seat.slot, p.flags & kAfterOpen);
   const bool raises = p.flags & kRaises;
-  if (!(raises ? at.opens() : at.receives(seat.routing))) return;
+  const bool goes = raises ? at.opens() : at.receives(seat.routing);
   const uint32_t epoch = at.epoch + (raises ? 1 : 0);
-  const Mover<In> mover{p, s, s.feed, epoch, raises && p.flags & kBanks};
-  const uint32_t most = (mover.jobs() + kPairWarps - 1) / kPairWarps;
+  const Mover<In> mover{p, s, s.feed, goes, epoch, raises && p.flags & kBanks};
+  const uint64_t jobs = mover.jobs();
   if (threadIdx.x == 0) {
-    s.share = share_of(raises ? route.tokens : 0, number, movers, most);
+    s.share = share_of(raises ? route.tokens * jobs : 0, number, movers);
     s.feed = Feed{own_choices(p), p.tokens, p.token_stride, seat.rank, 0, false};
   }
   // First this rank's rows, then this block's of those that came into banks.
   for (bool landing = false;;) {
     __syncthreads();
-    if (!mover.run(s.share)) return;
+    if (!mover.run(s.share) || !goes) return;
     if (!landing) {
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -683,7 +686,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
       if (raises || seat.replays) pad_blocks(p, number, movers, epoch);
       if (seat.replays) return;
       if (!await_sources(seat, epoch, raises, s.ranks)) return;
-      if (threadIdx.x == 0) s.banked = share_of(banked_rows(seat, s.ranks), number, movers, most);
+      if (threadIdx.x == 0) s.banked = share_of(banked_rows(seat, s.ranks) * jobs, number, movers);
       landing = true;
     }
     __syncthreads();
@@ -691,7 +694,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
     // All have looked before it changes.
     __syncthreads();
     if (!more) break;
-    if (threadIdx.x == 0) next_bank(p, s);
+    if (threadIdx.x == 0) next_bank(p, s, jobs);
   }
   if (raises) return;
   find_rows(p, number, movers);

@@ -146,12 +146,17 @@ impl Cuda {
         };
         let slot = c.call.slot;
         let vectors = (Self::result_bytes(c) / 16) as u32;
-        let splits = vectors.div_ceil(SUM_THREADS);
+        let mut splits = vectors.div_ceil(SUM_THREADS);
+        // So many blocks of a token may wait by themselves, beside those of every slot and of every rank on this device; a
+        // thread that sums two vectors takes less time than a kernel before it.
+        let waiting = self.waiting_blocks.saturating_sub(1) / c.tokens;
+        let itself = meet.flags & flag::STAGED == 0 && waiting >= splits.div_ceil(2);
+        if itself {
+            splits = splits.min(waiting);
+        }
         // As even as they can be; a block that meets has a warp that raises flags and one that looks.
-        let block = vectors.div_ceil(splits).next_multiple_of(32).max(64);
+        let block = vectors.div_ceil(splits).next_multiple_of(32).clamp(64, SUM_THREADS);
         let blocks = c.tokens as u64 * splits as u64;
-        // So few blocks may wait by themselves, beside those of every slot and of every rank on this device.
-        let itself = meet.flags & flag::STAGED == 0 && blocks < self.waiting_blocks as u64;
         if !itself {
             self.launch_meet(c, &meet)?;
         }

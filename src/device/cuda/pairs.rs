@@ -63,13 +63,11 @@ impl Cuda {
         let pushed = if sends { blocks(d.send.tokens as u64) } else { 0 };
         // A half on its own finds rows in banks, so many at most.
         let landed = if waits && !sends { blocks(self.ranks as u64 * d.grid.bound as u64) } else { 0 };
-        let padded = if waits { d.capacity as u64 / (PADS_OF_A_THREAD * THREADS as u64) } else { 0 };
-        let most = self.pair_blocks[kernel] as u64 - 1;
-        let some = pushed.max(landed).max(padded).clamp(1, most);
-        // As few as have no more tokens than they must.
-        let tokens = d.send.tokens as u64;
-        let even = if sends { tokens.div_ceil(tokens.div_ceil(some).max(1)) } else { 0 };
-        (if even * 4 >= some * 3 { even } else { some }) as u32
+        // Few experts for a warp, which finds out how many rows of an expert there are, and few rows for a thread.
+        let experts = self.experts.count(self.rank) as u64;
+        let rows = d.capacity as u64 / (PADS_OF_A_THREAD * THREADS as u64);
+        let padded = if waits { rows.max(experts.div_ceil(2 * WARPS)) } else { 0 };
+        pushed.max(landed).max(padded).clamp(1, self.pair_blocks[kernel] as u64 - 1) as u32
     }
 
     fn pairs_params(&self, d: &Dispatch) -> Result<PairsParams> {

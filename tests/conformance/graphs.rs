@@ -27,7 +27,8 @@ type PerBackend = fn(Backend) -> Result<(), String>;
 
 /// Adds the tests to the others.
 pub fn add(add: &mut impl FnMut(String, Left, Run)) {
-    let each: [(&str, PerBackend); 12] = [
+    let each: [(&str, PerBackend); 13] = [
+        ("shapes_that_others_refuse", shapes_that_others_refuse),
         ("a_layer_replayed_by_4", |backend| a_layer_replayed(backend, 4)),
         ("a_layer_replayed_by_8", |backend| a_layer_replayed(backend, 8)),
         ("a_dispatch_replayed_alone", a_dispatch_replayed_alone),
@@ -533,6 +534,48 @@ fn calls_return_before_their_peers_come(backend: Backend) -> Result<(), String> 
         layer.check(&step)?;
         meet(seat)
     })
+}
+
+/// Hidden sizes, top-k and numbers of ranks that DeepEP has no kernel for, different T on every rank,
+/// by whole calls and by halves.
+fn shapes_that_others_refuse(backend: Backend) -> Result<(), String> {
+    const SHAPES: [(usize, usize); 4] = [(2880, 9), (3584, 16), (6144, 10), (7168, 22)];
+    // Of all ranks, with what is logged.
+    const TENSORS: usize = 5 << 30;
+    for world in [3, 5, 6, 7] {
+        let form = move |(hidden, topk): (usize, usize)| {
+            let tokens = (0..world).map(|rank| M - (rank * 3 + topk) % M).collect();
+            Form { tokens, experts: 3 * world + 1, hidden, topk, owns: topk % 2 == 1, told: false }
+        };
+        threads(world, GPU_LIMIT, move |seat| {
+            let mut config = small(seat, backend);
+            config.num_experts = 3 * world as i32 + 1;
+            config.max_hidden = SHAPES.map(|shape| shape.0).into_iter().max().expect("shapes") as i32;
+            config.max_topk = SHAPES.map(|shape| shape.1).into_iter().max().expect("shapes") as i32;
+            if seat.rank == 0 || cuda::is_by_rank() {
+                cuda::grow(TENSORS)?;
+            }
+            meet(seat)?;
+            let comm = Comm::create(&config)?;
+            let mut layers = Vec::with_capacity(SHAPES.len());
+            for shape in SHAPES {
+                layers.push(Layer::of(form(shape), seat, backend, &comm, 0)?);
+            }
+            meet(seat)?;
+            for (layer, shape) in layers.iter_mut().zip(SHAPES) {
+                for number in 0..4 {
+                    let step = form(shape).step(backend, number);
+                    layer.put(&step);
+                    // Ranks do not do alike.
+                    let done = if (number + seat.rank) % 3 == 0 { layer.halves() } else { layer.whole() };
+                    done.and_then(|()| layer.check(&step))
+                        .map_err(|error| format!("{world} ranks, {shape:?}, step {number}: {error}"))?;
+                }
+            }
+            meet(seat)
+        })?;
+    }
+    Ok(())
 }
 
 /// The record, and the sentence that names a rank.

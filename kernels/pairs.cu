@@ -302,7 +302,7 @@ struct Mover {
 #pragma unroll 1
     for (uint32_t number = 0; number < p.sides; ++number) {
       Side side = p.side[number];
-      // Scales that are made on the way are the caller's only where they lie in a bank.
+      // Scales that are made on the way stand in a bank, and nowhere before.
       if (feed.landed) {
         side.from = own + side.bank + feed.start * side.bytes, side.stride = side.bytes;
       } else if (side.from == nullptr) {

@@ -47,8 +47,8 @@ __device__ __forceinline__ uint32_t first_alike(uint32_t value, uint32_t row) {
   return __ffs(__match_any_sync(~0u, key)) - 1;
 }
 
-// Adds the rows from `start` to `end`: to experts[e - base] those that name expert e (once, if they name it twice), and to
-// ranks[r], unless it is null, those that go to rank r. A block calls it, and meets afterwards.
+// Adds the rows from `start` to `end`: to experts[e - base] those that name expert e (once, if they name it twice), to
+// ranks[r] those that go to rank r; either may be null. A block calls it, and meets afterwards.
 __device__ __forceinline__ void count_choices(const Choices& choices, const Owners& owners, uint32_t topk_bits, uint32_t base,
                                               uint32_t start, uint32_t end, uint32_t* experts, uint32_t* ranks) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, rows = 32u >> topk_bits;
@@ -57,7 +57,9 @@ __device__ __forceinline__ void count_choices(const Choices& choices, const Owne
   for (uint32_t first = start + warp * rows; first < end; first += blockDim.x / 32 * rows) {
     const bool inside = first + row < end && k < choices.topk;
     const uint32_t id = inside ? choice_of(choices, owners, first + row, k) : kNone;
-    if (first_alike(id, row) == lane && id - base < kExpertsAtOnce && id != kNone) atomicAdd(&experts[id - base], 1);
+    if (experts != nullptr && first_alike(id, row) == lane && id - base < kExpertsAtOnce && id != kNone) {
+      atomicAdd(&experts[id - base], 1);
+    }
     if (ranks == nullptr) continue;
     const uint32_t owner = id != kNone ? owner_of(owners, id) : kNone;
     if (first_alike(owner, row) == lane && owner != kNone) atomicAdd(&ranks[owner], 1);
@@ -65,6 +67,7 @@ __device__ __forceinline__ void count_choices(const Choices& choices, const Owne
 }
 
 __device__ __forceinline__ void clear(uint32_t* words, uint32_t count) {
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
 
@@ -97,37 +100,52 @@ __device__ __forceinline__ uint32_t await_count(const Seat& seat, const Counts& 
   }
 }
 
-// The counts of some sources, all of them on their way at once; 0 past the last source. They come, or the slot closes.
+// A look at the counts of sources from `first` to `end`, `n` at most, all of them on their way at once; 0 past the last. False
+// if one is not there yet.
+template <uint32_t n>
+__device__ __forceinline__ bool look_at_counts(const Seat& seat, const Counts& counts, uint32_t first, uint32_t end,
+                                               uint32_t expert, uint32_t epoch, uint32_t (&rows)[n]) {
+  A2A_JITTER_HERE;
+  const auto* at = reinterpret_cast<const uint8_t*>(count_at(seat, counts, seat.rank, first, expert));
+  uint64_t words[n];
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i, at += counts.stride) {
+    words[i] = pack(epoch, 0);
+    if (first + i < end) words[i] = ptx::ld_relaxed_sys(reinterpret_cast<const uint64_t*>(at));
+  }
+  bool here = true;
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) {
+    here &= reached(words[i], epoch);
+    rows[i] = min(static_cast<uint32_t>(words[i]), seat.bound);
+  }
+  return here;
+}
+
+// The same of all sources, once they are there, or the slot closes.
 template <uint32_t n>
 __device__ __forceinline__ void await_counts(const Seat& seat, const Counts& counts, uint32_t first, uint32_t expert,
                                              uint32_t epoch, uint32_t (&rows)[n]) {
-  uint64_t words[n];
-#pragma unroll
-  for (uint32_t i = 0; i < n; ++i) {
-    words[i] = first + i < seat.ranks ? ptx::ld_relaxed_sys(count_at(seat, counts, seat.rank, first + i, expert)) : 0;
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < n; ++i) {
-    rows[i] = first + i < seat.ranks ? min(static_cast<uint32_t>(words[i]), seat.bound) : 0;
-    if (first + i < seat.ranks && !reached(words[i], epoch)) rows[i] = await_count(seat, counts, first + i, expert, epoch);
+  for (uint32_t polls = 1; !look_at_counts(seat, counts, first, seat.ranks, expert, epoch, rows); ++polls) {
+    if (polls % kPollsPerLook == 0 && has_closed(seat)) return;
   }
 }
 
 // Tells every rank this rank's counts of the step that a slot is to begin, and that they are on their way, if the slot may. A
-// block calls it; `experts` is its shared memory. `ranks`, unless it is null, gets the rows for each rank.
+// block calls it; `experts` is its shared memory.
 __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at, const Route& route, const Counts& counts,
-                                            const Choices& choices, uint32_t topk_bits, uint32_t* experts,
-                                            uint32_t* ranks) {
+                                            const Choices& choices, uint32_t topk_bits, uint32_t* experts) {
   const uint32_t epoch = at.epoch + 1;
-  if (ranks != nullptr) clear(ranks, seat.ranks);
+#pragma unroll 1
   for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
     const uint32_t some = min(choices.experts - base, kExpertsAtOnce), twos = (some + 1) / 2;
     clear(experts, 2 * twos);
     __syncthreads();
-    count_choices(choices, route.owners, topk_bits, base, 0, route.tokens, experts, base == 0 ? ranks : nullptr);
+    count_choices(choices, route.owners, topk_bits, base, 0, route.tokens, experts, nullptr);
     __syncthreads();
     // Not before: the slot and the ids are on their way at the same time.
     if (!at.opens()) return;
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < twos; i += blockDim.x) {
       const ulonglong2 words = make_ulonglong2(pack(epoch, experts[2 * i]), pack(epoch, experts[2 * i + 1]));
 #pragma unroll 4

@@ -54,20 +54,21 @@ __device__ __forceinline__ ulonglong2 look_early(const Seat& seat) {
 }
 
 // What this rank sends, for the statistics. One thread.
-__device__ __forceinline__ void count_sent(const Seat& seat, const Receive& receive, const uint32_t* sent) {
+__device__ __forceinline__ void count_sent(const Seat& seat, const Receive& receive, const uint32_t* sent,
+                                           uint64_t row_bytes) {
   uint64_t* counters = seat.shared->counters;
   ptx::add_relaxed_gpu(counters + kDispatches, 1);
   if (sent == nullptr) {
     ptx::add_relaxed_gpu(counters + kRowsCopied, receive.tokens);
-    ptx::add_relaxed_gpu(counters + kBytesCopied, receive.tokens * receive.wire_bytes);
+    ptx::add_relaxed_gpu(counters + kBytesCopied, receive.tokens * row_bytes);
     return;
   }
   uint64_t rows = 0;
 #pragma unroll 1
   for (uint32_t peer = 0; peer < seat.ranks; ++peer) rows += sent[peer];
   ptx::add_relaxed_gpu(counters + kRowsPushed, rows);
-  ptx::add_relaxed_gpu(counters + kBytesPushed, rows * receive.wire_bytes);
-  ptx::add_relaxed_gpu(counters + kBytesRemote, (rows - sent[seat.rank]) * receive.wire_bytes);
+  ptx::add_relaxed_gpu(counters + kBytesPushed, rows * row_bytes);
+  ptx::add_relaxed_gpu(counters + kBytesRemote, (rows - sent[seat.rank]) * row_bytes);
 }
 
 // What everybody's counts come to, where rows are (token, expert) pairs.
@@ -119,12 +120,12 @@ struct Finish {
   const uint64_t sequence;
   const Wait wait;
   const Roles role;
-  // What this rank's flags carry beside the rows.
-  const uint32_t mark;
+  // What this rank's flags carry beside the rows; what a row takes of the link.
+  uint32_t mark = 0;
+  uint64_t row_bytes;
 
   __device__ __forceinline__ Finish(const Seat& seat, const Receive& receive, uint32_t flags, const uint32_t* sent,
-                                    const Standing& at, Ending& end, const Totals* totals = nullptr,
-                                    uint32_t mark = 0)
+                                    const Standing& at, Ending& end, const Totals* totals = nullptr)
       : seat(seat),
         receive(receive),
         sent(sent),
@@ -137,7 +138,7 @@ struct Finish {
         sequence(at.sequence + (raises ? 1 : 0)),
         wait{seat.replays ? kReplay : kDispatch, epoch, sequence, true, kDispatchPair},
         role(roles_of(seat.ranks)),
-        mark(mark) {}
+        row_bytes(receive.wire_bytes) {}
 
   __device__ __forceinline__ bool first_raiser() const { return threadIdx.x == blockDim.x - 32; }
   __device__ __forceinline__ uint32_t rows_for(uint32_t peer) const {
@@ -145,6 +146,11 @@ struct Finish {
   }
   __device__ __forceinline__ bool has_come(const ulonglong2& pair) const {
     return reached(pair.x, epoch) && reached(pair.y, epoch);
+  }
+  // If the first look saw everybody's flags. The block calls it.
+  __device__ __forceinline__ bool all_came(ulonglong2 first) const {
+    const bool is_one = role.looks && role.looker < seat.ranks;
+    return __syncthreads_and(seat.ranks <= role.lookers && (!is_one || has_come(first)));
   }
   // Moves the slot on. One thread.
   __device__ __forceinline__ void advance(uint32_t state) const {
@@ -186,7 +192,7 @@ struct Finish {
       here = true;
 #pragma unroll 1
       for (uint32_t source = role.looker; source < seat.ranks; source += role.lookers) {
-        if (source == seat.rank) continue;
+        if (source == seat.rank && raises) continue;
         const bool seen = looks == 0 && is_new && source == role.looker;
         const ulonglong2 pair = seen ? first : look(seat, source);
         if (source == role.looker) mine = pair;
@@ -199,7 +205,7 @@ struct Finish {
 #pragma unroll 1
     for (uint32_t source = role.looker; source < seat.ranks; source += role.lookers) {
       if (source == seat.rank && raises) continue;
-      const ulonglong2 pair = source == role.looker && source != seat.rank ? mine : look(seat, source);
+      const ulonglong2 pair = source == role.looker ? mine : look(seat, source);
       if (static_cast<uint32_t>(pair.y) != receive.digest) differs = min(differs, 2 * source);
       if (receive.flags & (kTold | kUniform)) {
         const uint32_t tokens = *mail32(mailbox(seat, seat.rank, source), kTokens);
@@ -263,7 +269,7 @@ struct Finish {
     if (raises && role.raises) raise();
     if (!waits) {
       __syncthreads();
-      if (tid == 0) count_sent(seat, receive, sent);
+      if (tid == 0) count_sent(seat, receive, sent, row_bytes);
       if (first_raiser()) advance(kDispatchSent);
       return;
     }
@@ -283,7 +289,7 @@ struct Finish {
       return void_status(seat, receive.status);
     }
     const bool exceeded = totals != nullptr && totals->exceeded;
-    if (tid == 0 && raises && !exceeded) count_sent(seat, receive, sent);
+    if (tid == 0 && raises && !exceeded) count_sent(seat, receive, sent, row_bytes);
     if (!first_raiser()) return;
     const uint32_t rows = totals != nullptr ? totals->rows : end.demand + (raises ? rows_for(seat.rank) : 0);
     const uint32_t demand = totals != nullptr ? totals->demand : rows;

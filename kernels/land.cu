@@ -50,13 +50,13 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
 
   for (uint32_t i = 0; i < p.outs; ++i) {
     const Out& out = p.out[i];
-    const uint32_t kind = out.kind % kInPlace;
+    const uint32_t kind = out.kind % kOutInPlace;
     // Only tokens are wide enough to be worth splitting.
     if (part != 0 && kind != kOutTokens) continue;
     const uint32_t begin = kind == kOutTokens ? start : tid, stride = kind == kOutTokens ? step : kLandThreads;
     const bool marks = kind == kOutIds || kind == kOutSource;
     const bool zeroes = kind == kOutWeights || p.flags & kZeroPadding;
-    if (pads ? !marks && !zeroes : out.kind >= kInPlace) continue;
+    if (pads ? !marks && !zeroes : out.kind >= kOutInPlace) continue;
     const uint32_t value = marks ? ~0u : 0u;
     if (out.pitch != 0) {
       const uint32_t elements = out.bytes / 4;

@@ -3,8 +3,9 @@
 //
 // Block 0 keeps: it tells this rank's counts, hears everybody's, raises the flags once all is stored, hears the peers' and
 // hands out. The others move, and wait for it in nothing: a row's place is made of the ids of earlier tokens and of the
-// counts of lower ranks, for which a block looks itself, while what it is to store is on its way. A half on its own must not
-// wait for counts: it stores a token once into its source's bank at each of its ranks, and the other half lays it out.
+// counts of lower ranks, for which a block looks itself, while what it is to store is on its way. A first half on its own
+// must not wait for counts. Those of ranks that are at the same step are there in a moment; where they are not, it stores
+// a token once into its source's bank at each of its ranks, and the other half lays it out. Block 0 says which.
 //
 // Blocks wait, so they are few enough for those of all slots and of all ranks of a device to be on it at the same time. A
 // row is some jobs, of a warp each; a block takes an even share of them, and so mostly parts of the first and the last row.
@@ -23,6 +24,8 @@ constexpr uint32_t kLot = 2, kPairsPerSm = 2;
 #else
 constexpr uint32_t kLot = 16, kPairsPerSm = 3;
 #endif
+// How long a first half looks for counts.
+constexpr uint64_t kCountsNs = 10000;
 
 // Where a row goes: its token's bytes and its first scale; the window, the row among all there, and its block.
 struct __align__(16) Place {
@@ -68,6 +71,8 @@ struct PairShared {
   Share share;
   // Of all jobs of rows in banks, those that are still to be done.
   Share banked;
+  // Rows go into the banks of the ranks, not to the experts. Until that is decided: they may.
+  bool to_banks;
   uint32_t experts[kExpertsAtOnce];
   // By rank: rows so far; what flags say; rows sent.
   uint32_t ranks[kMaxRanks];
@@ -131,8 +136,6 @@ struct Mover {
   // The step may be made; its epoch.
   const bool goes;
   const uint32_t epoch;
-  // Into the banks of the ranks, not to the experts.
-  const bool to_banks;
 
   __device__ __forceinline__ const Route& route() const { return p.route; }
   __device__ __forceinline__ bool replays() const { return p.seat.replays && !feed.landed; }
@@ -141,12 +144,13 @@ struct Mover {
     const uint64_t words = p.scale_words;
     uint64_t first_scale = row * words;
     if (scale_step() != 1) first_scale = local * words * p.scale_pitch + row - local * p.block;
-    const uint64_t tokens = to_banks ? p.bank_tokens : p.to_tokens, scales = to_banks ? p.bank_scales : p.to_scales;
+    const bool banks = s.to_banks;
+    const uint64_t tokens = banks ? p.bank_tokens : p.to_tokens, scales = banks ? p.bank_scales : p.to_scales;
     return Place{window + tokens + row * 16ull * p.vectors, reinterpret_cast<uint32_t*>(window + scales) + first_scale,
                  window, row, local};
   }
   // From one scale of a row to the next.
-  __device__ __forceinline__ uint32_t scale_step() const { return to_banks || p.scale_pitch == 0 ? 1 : p.scale_pitch; }
+  __device__ __forceinline__ uint32_t scale_step() const { return s.to_banks || p.scale_pitch == 0 ? 1 : p.scale_pitch; }
 
   // A warp's work on a row: pieces of it, and then what travels beside it.
   __device__ __forceinline__ uint32_t jobs() const {
@@ -172,19 +176,17 @@ struct Mover {
   }
 
   // The position of each choice among the source's rows of its expert, those of earlier rows first. `counted`: the rows
-  // before the lot are counted already.
+  // before the lot are counted already. A block's first lot counts what comes before it, and all count themselves.
   __device__ __forceinline__ void find_positions(uint32_t first, uint32_t n, bool counted) const {
     Lot& lot = s.lot;
     const Choices& choices = feed.choices;
     const uint32_t lane = threadIdx.x % 32;
 #pragma unroll 1
     for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
-      uint32_t* ranks = to_banks && base == 0 ? s.ranks : nullptr;
       if (!counted || choices.experts > kExpertsAtOnce) {
         clear(s.experts, min(choices.experts - base, kExpertsAtOnce));
-        if (ranks != nullptr) clear(ranks, p.seat.ranks);
         __syncthreads();
-        count_choices(choices, route().owners, p.topk_bits, base, 0, first, s.experts, ranks);
+        count_choices(choices, route().owners, p.topk_bits, base, 0, first, s.experts, nullptr);
         __syncthreads();
       }
       // In order, so by one warp.
@@ -196,21 +198,39 @@ struct Mover {
         __syncwarp();
         if (here) lot.row[t][lane] = position;
         if (here && leads) s.experts[id - base] = position + 1;
-        if (ranks != nullptr) {
-          const uint32_t owner = id != kNone ? owner_of(route().owners, id) : kNone;
-          const bool goes = first_alike(owner, 0) == lane && owner != kNone;
-          const uint32_t row = goes ? ranks[owner] : 0;
-          const uint32_t all = __ballot_sync(~0u, goes), number = __popc(all & ((1u << lane) - 1));
-          if (goes) {
-            ranks[owner] = row + 1;
-            lot.to[t][number] = place(window_of(p.seat, owner), p.seat.rank * p.seat.bound + row, 0);
-          }
-          if (lane == 0) lot.places[t] = __popc(all);
-        }
         __syncwarp();
       }
       __syncthreads();
     }
+  }
+
+  // The same for rows in banks: where each token goes, by its ranks.
+  __device__ __forceinline__ void find_banks(uint32_t first, uint32_t n, bool counted) const {
+    Lot& lot = s.lot;
+    const Choices& choices = feed.choices;
+    const uint32_t lane = threadIdx.x % 32;
+    if (!counted) {
+      clear(s.ranks, p.seat.ranks);
+      __syncthreads();
+      count_choices(choices, route().owners, p.topk_bits, 0, 0, first, nullptr, s.ranks);
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (uint32_t t = 0; t < n && threadIdx.x < 32; ++t) {
+      const uint32_t id = lane < choices.topk ? lot.id[t][lane] : kNone;
+      const uint32_t owner = id != kNone ? owner_of(route().owners, id) : kNone;
+      const bool goes = first_alike(owner, 0) == lane && owner != kNone;
+      const uint32_t row = goes ? s.ranks[owner] : 0;
+      const uint32_t all = __ballot_sync(~0u, goes), number = __popc(all & ((1u << lane) - 1));
+      __syncwarp();
+      if (goes) {
+        s.ranks[owner] = row + 1;
+        lot.to[t][number] = place(window_of(p.seat, owner), p.seat.rank * p.seat.bound + row, 0);
+      }
+      if (lane == 0) lot.places[t] = __popc(all);
+      __syncwarp();
+    }
+    __syncthreads();
   }
 
   // Adds where the source's rows of each expert start: behind those of lower ranks. False if the step is lost.
@@ -231,6 +251,19 @@ struct Mover {
       atomicAdd(&lot.row[t][k], rows);
     }
     return !__syncthreads_or(lost);
+  }
+
+  // Waits for block 0's word on where rows go, which comes soon.
+  __device__ __forceinline__ void await_decision() const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint64_t word;
+      do {
+        word = ptx::ld_relaxed_sys(&p.seat.slot->placed);
+      } while (word >> 32 != epoch || static_cast<uint32_t>(word) == 0);
+      s.to_banks = static_cast<uint32_t>(word) == kInBanks;
+    }
+    __syncthreads();
   }
 
   // From rows of blocks to rows of all, and the distinct ones of each token.
@@ -270,7 +303,8 @@ struct Mover {
       keep_choice(seat, route(), token, id, weight, bad);
       if (!replays() && lane < topk) route().pair_rows[at] = lot.row[t][lane];
     }
-    if (to_banks) {
+    const bool banks = s.to_banks;
+    if (banks) {
 #pragma unroll 1
       for (uint32_t i = 0; i < lot.places[t]; ++i) {
         const Place& to = lot.to[t][i];
@@ -308,11 +342,11 @@ struct Mover {
       } else if (side.from == nullptr) {
         continue;
       }
-      if (to_banks) side.to = side.bank, side.pitch = 0;
+      if (banks) side.to = side.bank, side.pitch = 0;
 #pragma unroll 1
       for (uint32_t i = 0; i < lot.places[t]; ++i) {
         const Place& to = lot.to[t][i];
-        const uint32_t block = to_banks ? 0 : to.local, start = block * p.block;
+        const uint32_t block = banks ? 0 : to.local, start = block * p.block;
         copy_side(side, token, to.window, block, to.row - start, p.block);
       }
     }
@@ -359,7 +393,10 @@ struct Mover {
       if (!replays()) find_positions(row, n, row != first_row);
       // Not before: the slot and the ids are on their way at the same time.
       if (!goes) return false;
-      if (!to_banks) {
+      if (s.to_banks && row == first_row) await_decision();
+      if (s.to_banks) {
+        find_banks(row, n, row != first_row);
+      } else {
         if (!replays() && !add_bases(n)) return false;
         list_places(n);
         __syncthreads();
@@ -397,6 +434,20 @@ __device__ __forceinline__ Choices own_choices(const PairsParams& p) {
 
 // ------------------------------------------------------------------------------------------------- the block that keeps
 
+// Adds a lane's number for a rank: at once for the warp, if it is the same rank for all, as it mostly is. A warp calls it.
+__device__ __forceinline__ void add_for(uint32_t* ranks, uint32_t rank, uint32_t number) {
+  if (__all_sync(~0u, rank == __shfl_sync(~0u, rank, 0))) {
+    const uint32_t sum = __reduce_add_sync(~0u, number);
+    if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(&ranks[rank], sum);
+  } else if (number != 0) {
+    atomicAdd(&ranks[rank], number);
+  }
+}
+__device__ __forceinline__ void add_to(uint32_t* sum, uint32_t number) {
+  number = __reduce_add_sync(~0u, number);
+  if (threadIdx.x % 32 == 0 && number != 0) atomicAdd(sum, number);
+}
+
 // What everybody's counts come to, handed out as far as it is this rank's. The block calls it.
 __device__ __forceinline__ void add_up(const PairsParams& p, PairShared& s, uint32_t epoch) {
   const Seat& seat = p.seat;
@@ -408,59 +459,104 @@ __device__ __forceinline__ void add_up(const PairsParams& p, PairShared& s, uint
   clear(totals.over, kMaxRanks / 32);
   if (tid == 0) totals.demand = totals.rows = totals.dropped = totals.missing = totals.exceeded = totals.over_demand = 0;
   __syncthreads();
-  const uint64_t room = p.block;
-  constexpr uint32_t kSources = 8;
-  for (uint32_t expert = tid; expert < p.route.owners.experts; expert += kPairThreads) {
+  // Sums stay below 2^31, as their terms are.
+  constexpr uint32_t kSources = 8, kMost = 0x7fffffff;
+  const uint32_t room = p.block;
+  // A lane takes an expert; a warp goes through as many as any of its lanes.
+#pragma unroll 1
+  for (uint32_t base = tid / 32 * 32; base < p.route.owners.experts; base += kPairThreads) {
+    const bool is_one = base + tid % 32 < p.route.owners.experts;
+    const uint32_t expert = is_one ? base + tid % 32 : base;
     const uint32_t owner = owner_of(p.route.owners, expert);
-    const bool is_own = owner == seat.rank;
-    uint64_t all = 0;
+    const bool is_own = is_one && owner == seat.rank, any_own = __any_sync(~0u, is_own);
+    uint32_t all = 0, mine = 0, before = 0;
+#pragma unroll 1
     for (uint32_t first = 0; first < seat.ranks; first += kSources) {
       uint32_t rows[kSources];
       await_counts(seat, p.counts, first, expert, epoch, rows);
 #pragma unroll
       for (uint32_t i = 0; i < kSources; ++i) {
-        const uint64_t before = all;
-        all += rows[i];
-        const uint32_t kept = static_cast<uint32_t>(min(all, room) - min(before, room));
-        if (is_own && kept != 0) atomicAdd(&s.keeper.kept[first + i], kept);
-        if (first + i == seat.rank && rows[i] != 0) {
-          atomicAdd(&s.ranks[owner], kept);
-          atomicAdd(&totals.missing, rows[i] - kept);
-        }
+        if (first + i == seat.rank) before = all, mine = rows[i];
+        const uint32_t kept = min(all, room);
+        all = min(all + rows[i], kMost);
+        if (any_own) add_to(&s.keeper.kept[first + i], is_own ? min(all, room) - kept : 0);
       }
     }
-    const uint32_t demand = static_cast<uint32_t>(min(all, uint64_t{0x7fffffff}));
-    if (p.limit != 0 && demand > p.limit) atomicOr(&totals.over[owner / 32], 1u << owner % 32), totals.exceeded = 1;
-    if (!is_own) continue;
-    const uint32_t place = place_of(p.route.owners, expert, owner), kept = static_cast<uint32_t>(min(all, room));
-    atomicMax(&totals.demand, demand);
-    atomicAdd(&totals.rows, kept);
-    atomicAdd(&totals.dropped, static_cast<uint32_t>(all) - kept);
-    p.block_counts[place] = kept;
+    const uint32_t kept_of_mine = min(before + mine, room) - min(before, room);
+    add_for(s.ranks, owner, is_one ? kept_of_mine : 0);
+    add_to(&totals.missing, is_one ? mine - kept_of_mine : 0);
+    if (p.limit != 0 && all > p.limit) atomicOr(&totals.over[owner / 32], 1u << owner % 32), totals.exceeded = 1;
+    if (!any_own) continue;
+    const uint32_t kept = min(all, room), most = __reduce_max_sync(~0u, is_own ? all : 0);
+    if (tid % 32 == 0) atomicMax(&totals.demand, most);
+    add_to(&totals.rows, is_own ? kept : 0);
+    add_to(&totals.dropped, is_own ? all - kept : 0);
+    if (is_own) p.block_counts[place_of(p.route.owners, expert, owner)] = kept;
   }
   __syncthreads();
   if (totals.exceeded) {
     // Of the first such rank, what its fullest expert would get.
     const uint32_t rank = first_over(totals);
+#pragma unroll 1
     for (uint32_t expert = tid; expert < p.route.owners.experts; expert += kPairThreads) {
       if (owner_of(p.route.owners, expert) != rank) continue;
       uint32_t all = 0;
+#pragma unroll 1
       for (uint32_t source = 0; source < seat.ranks; ++source) all += count_of(seat, p.counts, source, expert);
       atomicMax(&totals.over_demand, all);
     }
   }
+#pragma unroll 1
   for (uint32_t rank = tid; rank < seat.ranks; rank += kPairThreads) {
     p.route.rows_for[rank] = s.ranks[rank];
     receive.kept_counts[rank] = s.keeper.kept[rank];
   }
   if (tid == 0) {
     p.summary[0] = totals.demand, p.summary[1] = totals.dropped, p.summary[2] = totals.missing;
-    if (totals.exceeded) p.summary[1] = ~first_over(totals);
+    if (totals.exceeded) p.summary[1] = ~first_over(totals), p.summary[2] = totals.over_demand;
   }
   __syncthreads();
 }
 
-// The same of a dispatch that is replayed. One that was void for its rows is so again.
+// If the counts of the ranks below `end` are here, or come before `is_late` says (of one thread) that it is. The block calls
+// it.
+template <class IsLate>
+__device__ __forceinline__ bool look_for_counts(const PairsParams& p, uint32_t epoch, uint32_t end, const IsLate& is_late) {
+  constexpr uint32_t kSources = 8;
+  for (;;) {
+    bool here = true;
+#pragma unroll 1
+    for (uint32_t expert = threadIdx.x; expert < p.route.owners.experts; expert += kPairThreads) {
+#pragma unroll 1
+      for (uint32_t first = 0; first < end && here; first += kSources) {
+        uint32_t rows[kSources];
+        here = look_at_counts(p.seat, p.counts, first, end, expert, epoch, rows);
+      }
+    }
+    if (__syncthreads_and(here)) return true;
+    if (__syncthreads_or(threadIdx.x == 0 && is_late())) return false;
+  }
+}
+
+// Of this rank's rows those that are kept, by rank, into s.ranks: what is known from the counts of lower ranks. The block
+// calls it.
+__device__ __forceinline__ void count_kept(const PairsParams& p, PairShared& s) {
+  const uint64_t room = p.block;
+  clear(s.ranks, p.seat.ranks);
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t expert = threadIdx.x; expert < p.route.owners.experts; expert += kPairThreads) {
+    uint64_t before = 0;
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < p.seat.rank; ++rank) before += count_of(p.seat, p.counts, rank, expert);
+    const uint64_t all = before + count_of(p.seat, p.counts, p.seat.rank, expert);
+    const uint32_t kept = static_cast<uint32_t>(min(all, room) - min(before, room));
+    if (kept != 0) atomicAdd(&s.ranks[owner_of(p.route.owners, expert)], kept);
+  }
+  __syncthreads();
+}
+
+// The same of a dispatch that is replayed, or whose first half added up. One that was void for its rows is so again.
 __device__ __forceinline__ void recall(const PairsParams& p, PairShared& s) {
   Totals& totals = s.keeper.totals;
   const uint32_t tid = threadIdx.x;
@@ -470,9 +566,12 @@ __device__ __forceinline__ void recall(const PairsParams& p, PairShared& s) {
     totals.rows = totals.exceeded = 0;
     totals.demand = p.summary[0], totals.dropped = p.summary[1], totals.missing = p.summary[2];
     const int32_t dropped = p.summary[1];
-    if (dropped < 0) totals.exceeded = 1, totals.over[~dropped / 32] = 1u << ~dropped % 32, totals.over_demand = 0;
+    if (dropped < 0) {
+      totals.exceeded = 1, totals.over[~dropped / 32] = 1u << ~dropped % 32, totals.over_demand = totals.missing;
+    }
   }
   __syncthreads();
+#pragma unroll 1
   for (uint32_t rank = tid; rank < p.seat.ranks; rank += kPairThreads) {
     s.ranks[rank] = p.route.rows_for[rank];
     atomicAdd(&totals.rows, static_cast<uint32_t>(p.receive.kept_counts[rank]));
@@ -485,17 +584,57 @@ __device__ __forceinline__ void hand_out_counts(const PairsParams& p) {
   constexpr uint32_t kThreads = kPairThreads - 32;
   const Receive& receive = p.receive;
   if (threadIdx.x >= kThreads) return;
+#pragma unroll 1
   for (uint32_t rank = threadIdx.x; rank < p.seat.ranks && receive.rank_counts != nullptr; rank += kThreads) {
     receive.rank_counts[rank] = receive.kept_counts[rank];
   }
+#pragma unroll 1
   for (uint32_t place = threadIdx.x; place < receive.local; place += kThreads) {
     const int32_t rows = p.block_counts[place];
     if (receive.expert_counts != nullptr) receive.expert_counts[place] = rows;
     if (p.expert_stats != nullptr) p.expert_stats[place] += rows;
   }
+#pragma unroll 1
   for (uint32_t place = threadIdx.x; place <= receive.local && p.expert_offsets != nullptr; place += kThreads) {
     p.expert_offsets[place] = place * p.block;
   }
+}
+
+// Decides where the rows of a half on its own go. The counts of lower ranks, behind whose rows this rank's come, are here if
+// those are at the same step, or come in a moment. The block calls it.
+__device__ __forceinline__ void decide(const PairsParams& p, PairShared& s, Finish& finish) {
+  const Seat& seat = p.seat;
+  uint64_t& placed = seat.slot->placed;
+  const uint64_t started = ptx::globaltimer();
+#ifdef A2A_JITTER
+  const uint64_t patience = started / 32 % 3 == 0 ? 0 : 50 * kCountsNs;
+#else
+  const uint64_t patience = kCountsNs;
+#endif
+  const auto is_late = [&] { return ptx::globaltimer() - started >= patience; };
+  const auto is_stored = [&] { return ptx::ld_relaxed_sys(&seat.slot->arrived) == gridDim.x - 1; };
+  const bool in_place = look_for_counts(p, finish.epoch, seat.rank, is_late);
+  if (threadIdx.x == 0) ptx::st_relaxed_sys(&placed, pack(finish.epoch, in_place ? kInPlace : kInBanks));
+  if (!in_place) {
+    finish.mark = 1u << 31, finish.row_bytes = p.bank_bytes;
+    clear(s.ranks, seat.ranks);
+    __syncthreads();
+    count_choices(own_choices(p), p.route.owners, p.topk_bits, 0, 0, p.route.tokens, nullptr, s.ranks);
+    __syncthreads();
+  } else if (look_for_counts(p, finish.epoch, seat.ranks, is_stored)) {
+    // While rows are on their way, and so that the other half need not.
+    add_up(p, s, finish.epoch);
+    // What of too many rows is to be said, the other half finds again.
+    if (threadIdx.x == 0 && !s.keeper.totals.exceeded) {
+      ptx::st_relaxed_sys(&placed, pack(finish.epoch, kInPlace | kAddedUp));
+      ptx::add_relaxed_gpu(&seat.shared->counters[kHops], 1);
+    }
+    return;
+  } else {
+    count_kept(p, s);
+  }
+#pragma unroll 1
+  for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPairThreads) p.route.rows_for[rank] = s.ranks[rank];
 }
 
 __device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
@@ -503,28 +642,31 @@ __device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
   Slot& slot = *seat.slot;
   const Standing at = standing_of(slot, p.flags & kAfterOpen);
   const ulonglong2 first = look_early(seat);
-  const bool raises = p.flags & kRaises, waits = p.flags & kWaits, banks = p.flags & kBanks;
+  const uint64_t placed = slot.placed;
+  const bool raises = p.flags & kRaises, waits = p.flags & kWaits;
   const uint64_t started = at.state == kOpened ? at.started : ptx::globaltimer();
   Ending& end = s.keeper.end;
   const Totals* totals = &s.keeper.totals;
-  const Finish finish(seat, p.receive, p.flags, s.ranks, at, end, totals, banks ? 1u << 31 : 0);
+  Finish finish(seat, p.receive, p.flags, s.ranks, at, end, totals);
+  // A second half may start when the movers have stored.
+  if (!waits) ptx::launch_dependents();
   if (raises && !seat.replays) {
-    tell_counts(seat, at, p.route, p.counts, own_choices(p), p.topk_bits, s.experts, banks ? s.ranks : nullptr);
+    tell_counts(seat, at, p.route, p.counts, own_choices(p), p.topk_bits, s.experts);
   }
   bool lost = false;
   if (raises ? at.opens() : at.receives(seat.routing)) {
     if (raises && threadIdx.x >= kPairThreads - 32) tell_shape(seat, p.receive, finish.epoch);
-    if (seat.replays) {
+    if (seat.replays || (!raises && placed == pack(finish.epoch, kInPlace | kAddedUp))) {
       recall(p, s);
     } else if (waits) {
       const Wait wait{kDispatch, finish.epoch, finish.sequence, true, kCountsFlag};
-      lost = !await(seat, wait, end.meeting, started);
+      // A dispatch flag comes after its rank's counts.
+      const bool here = !raises && finish.all_came(first);
+      if (here && threadIdx.x == 0) ptx::add_relaxed_gpu(&seat.shared->counters[kHops], 1);
+      lost = !here && !await(seat, wait, end.meeting, started);
       if (!lost) add_up(p, s, finish.epoch);
     } else {
-      clear(s.keeper.totals.over, kMaxRanks / 32);
-      if (threadIdx.x == 0) s.keeper.totals.exceeded = 0;
-      __syncthreads();
-      for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPairThreads) p.route.rows_for[rank] = s.ranks[rank];
+      decide(p, s, finish);
     }
     if (lost) {
       if (finish.first_raiser()) finish.advance(kDispatchSent);
@@ -661,10 +803,11 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
   const bool raises = p.flags & kRaises;
   const bool goes = raises ? at.opens() : at.receives(seat.routing);
   const uint32_t epoch = at.epoch + (raises ? 1 : 0);
-  const Mover<In> mover{p, s, s.feed, goes, epoch, raises && p.flags & kBanks};
+  const Mover<In> mover{p, s, s.feed, goes, epoch};
   const uint64_t jobs = mover.jobs();
   if (threadIdx.x == 0) {
     s.share = share_of(raises ? route.tokens * jobs : 0, number, movers);
+    s.to_banks = p.flags & kBanks;
     s.feed = Feed{own_choices(p), p.tokens, p.token_stride, seat.rank, 0, false};
   }
   // First this rank's rows, then this block's of those that came into banks.
@@ -673,6 +816,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
     if (!mover.run(s.share) || !goes) return;
     if (!landing) {
       __syncthreads();
+      if (!(p.flags & kWaits)) ptx::launch_dependents();
       if (threadIdx.x == 0) {
         // What has stored nothing says only that it has seen the slot.
         if (raises) {
@@ -683,7 +827,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
       }
       if (!(p.flags & kWaits)) return;
       // While rows are on their way.
-      if (raises || seat.replays) pad_blocks(p, number, movers, epoch);
+      pad_blocks(p, number, movers, epoch);
       if (seat.replays) return;
       if (!await_sources(seat, epoch, raises, s.ranks)) return;
       if (threadIdx.x == 0) s.banked = share_of(banked_rows(seat, s.ranks) * jobs, number, movers);
@@ -696,14 +840,14 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
     if (!more) break;
     if (threadIdx.x == 0) next_bank(p, s, jobs);
   }
-  if (raises) return;
-  find_rows(p, number, movers);
-  pad_blocks(p, number, movers, epoch);
+  if (s.ranks[seat.rank] >> 31) find_rows(p, number, movers);
 }
 
 template <class In>
 __device__ __forceinline__ void pairs(const PairsParams& p) {
   __shared__ PairShared s;
+  // A second half starts while what is before it ends.
+  if (!(p.flags & kRaises)) ptx::wait_prerequisites();
   if (blockIdx.x == 0) {
     keep(p, s);
   } else {

@@ -120,9 +120,11 @@ __device__ __forceinline__ void lose(const Seat& seat, const Wait& wait, Meeting
   __syncthreads();
   if (!meeting.first) return;
   const uint32_t words = mask_words(seat.ranks);
+#pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     uint8_t* window = window_of(seat, peer);
     auto* mask = reinterpret_cast<uint64_t*>(window + seat.loss_masks) + static_cast<uint64_t>(seat.rank) * words;
+#pragma unroll 1
     for (uint32_t i = 0; i < words; ++i) {
       ptx::st_relaxed_sys(mask + i, static_cast<uint64_t>(meeting.lost[2 * i + 1]) << 32 | meeting.lost[2 * i]);
     }
@@ -131,6 +133,7 @@ __device__ __forceinline__ void lose(const Seat& seat, const Wait& wait, Meeting
     ptx::st_release_sys(mail64(box, kLoss),
                         kGeneration << 48 | static_cast<uint64_t>(loss.status) << 32 | wait.epoch);
   }
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) {
     seat.slot->lost[i] = meeting.lost[i];
     ptx::st_relaxed_sys(&seat.record->lost[i], meeting.lost[i]);
@@ -163,26 +166,30 @@ __device__ __forceinline__ bool replay_differs(uint32_t mine, uint32_t theirs) {
   return (mine == kDispatch && theirs == kReplay) || (mine == kReplay && theirs == kDispatch);
 }
 
-// Every way a wait can end without its flags; false if it has. The cause is read before the flag is looked at once
+// What a look for trouble finds.
+enum class Trouble { kNone, kAborted, kLoss };
+
+// Every way a wait can end without its flags, and why, into `meeting`. The cause is read before the flag is looked at once
 // more: a rank that left, died or went on *after* its flag is no loss.
-__device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+__device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
   const uint64_t none = ~0ull;
   __syncthreads();
   if (threadIdx.x == 0) {
     meeting.best = none;
     meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
   }
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
   __syncthreads();
   if (meeting.aborted) {
     // The host knows why; later kernels of the slot end at once.
     if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
-    __syncthreads();
-    return false;
+    return Trouble::kAborted;
   }
 
   // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
   uint64_t key = none, word = 0;
+#pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     const uint64_t now = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, peer), kProgress));
     const int32_t ahead = steps_ahead(now, wait.epoch);
@@ -213,12 +220,12 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
                         static_cast<uint64_t>(ahead)};
       }
     }
-    lose(seat, wait, meeting);
-    return false;
+    return Trouble::kLoss;
   }
 
   // Somebody else gave up on the step or an earlier one; a loss of a later step leaves this one to its own flags.
   key = none;
+#pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     if (peer == seat.rank) continue;
     const uint64_t loss = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, peer), kLoss));
@@ -230,21 +237,24 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   }
   if (key != none) atomicMin(&meeting.best, key);
   bool missing = false;
+#pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) missing |= !has_come(seat, wait, peer);
   missing = __syncthreads_or(missing);
-  if (!missing) return true;
+  if (!missing) return Trouble::kNone;
   if (meeting.best != none) {
     if (key == meeting.best) meeting.word = word;
     const uint32_t observer = meeting.best;
     const uint32_t words = mask_words(seat.ranks);
     const auto* mask = reinterpret_cast<const uint64_t*>(window_of(seat, seat.rank) + seat.loss_masks) +
                        static_cast<uint64_t>(observer) * words;
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
       const uint64_t lost = ptx::ld_relaxed_sys(mask + i);
       meeting.lost[2 * i] = static_cast<uint32_t>(lost), meeting.lost[2 * i + 1] = static_cast<uint32_t>(lost >> 32);
     }
     __syncthreads();
     uint32_t first = observer;
+#pragma unroll 1
     for (uint32_t i = 0; i < 2 * words; ++i) {
       if (meeting.lost[i] != 0) {
         first = 32 * i + __ffs(meeting.lost[i]) - 1;
@@ -258,13 +268,13 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
       const uint32_t status = meeting.word >> 32 & 0xffff;
       meeting.loss = {status, kCauseGaveUp, first, 0, origin, wait.epoch, seen, 0};
     }
-    lose(seat, wait, meeting);
-    return false;
+    return Trouble::kLoss;
   }
 
   // Ranks that can send nothing more, then the deadline.
   __syncthreads();
   const auto* gone = reinterpret_cast<const uint32_t*>(window_of(seat, seat.rank));
+#pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     uint32_t why = ptx::ld_acquire_sys(gone + peer);
     if (why == 0 && ptx::ld_acquire_sys(&seat.control->dead[peer]) != 0) why = 3;
@@ -281,13 +291,13 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
       const uint32_t why = meeting.best % 4;
       meeting.loss = {kPeerLost, kCauseGone, peer, why, seat.rank, wait.epoch, seen, 0};
     }
-    lose(seat, wait, meeting);
-    return false;
+    return Trouble::kLoss;
   }
   const bool first_step = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
   const uint64_t budget = ptx::ld_relaxed_sys(first_step ? &seat.control->first_step_ns : &seat.control->step_ns);
   const bool late = __syncthreads_or(threadIdx.x == 0 && ptx::globaltimer() - started >= budget);
-  if (!late) return true;
+  if (!late) return Trouble::kNone;
+#pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     if (!has_come(seat, wait, peer)) {
       mark(meeting, peer);
@@ -295,12 +305,19 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
     }
   }
   __syncthreads();
-  if (meeting.best == none) return true;
+  if (meeting.best == none) return Trouble::kNone;
   const uint32_t peer = meeting.best;
   const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), wait.flag)) >> 32;
   if (threadIdx.x == 0) meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, seen, budget};
-  lose(seat, wait, meeting);
-  return false;
+  return Trouble::kLoss;
+}
+
+// The same; false if there is trouble, for which the step is then given up.
+__device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+  const Trouble trouble = find_trouble(seat, wait, meeting, started);
+  if (trouble == Trouble::kLoss) lose(seat, wait, meeting);
+  __syncthreads();
+  return trouble == Trouble::kNone;
 }
 
 // Waits, as a block, until every rank's flag has reached the epoch; false if the step is lost. `started`: when the
@@ -308,6 +325,7 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
 __device__ __forceinline__ bool await(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
   for (uint32_t polls = 1;; ++polls) {
     bool here = true;
+#pragma unroll 1
     for (uint32_t source = threadIdx.x; source < seat.ranks; source += blockDim.x) {
       here &= has_come(seat, wait, source);
     }
@@ -339,6 +357,7 @@ __device__ __forceinline__ bool lose_for(const Seat& seat, const Wait& wait, Mee
                                       const Loss& mine) {
   __syncthreads();
   if (threadIdx.x == 0) meeting.best = ~0ull;
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
   __syncthreads();
   if (key != ~0ull) atomicMin(&meeting.best, key);
@@ -356,6 +375,7 @@ __device__ __forceinline__ bool lose_for(const Seat& seat, const Wait& wait, Mee
 __device__ __forceinline__ void write_status(int32_t* status, uint32_t ranks, int4 words, const uint32_t* lost) {
   if (status == nullptr) return;
   if (threadIdx.x == 0) status[0] = words.x, status[1] = words.y, status[2] = words.z, status[3] = words.w;
+#pragma unroll 1
   for (uint32_t rank = threadIdx.x; rank < ranks; rank += blockDim.x) {
     status[4 + rank] = lost != nullptr && (lost[rank / 32] >> rank % 32 & 1);
   }

@@ -116,9 +116,13 @@ struct Slot {
   uint32_t bad_ids;
   // The half before this kernel went through: what follows it may hand out or sum.
   uint32_t whole;
+  // Where the rows of a half on its own go, {epoch, kInPlace or kInBanks}, once that is decided; + kAddedUp: the half has
+  // heard everybody's counts, and the routing has what they come to.
+  uint64_t placed;
   uint32_t lost[kMaxRanks / 32];
 };
-static_assert(sizeof(Slot) == 48 + kMaxRanks / 8);
+constexpr uint32_t kInPlace = 1, kInBanks = 2, kAddedUp = 4;
+static_assert(sizeof(Slot) == 56 + kMaxRanks / 8);
 
 // Device memory, one a comm. The counters are those of a2a_stats_t, in its order.
 enum Counter : uint32_t {
@@ -359,6 +363,8 @@ struct PairsParams {
   // Lists of RoutingMap: [local experts] rows of each; {demanded, dropped here, dropped elsewhere}.
   int32_t* block_counts;
   int32_t* summary;
+  // What a row in a bank takes of the link; receive.wire_bytes: one in place.
+  uint64_t bank_bytes;
   // Rows of a block, which is an expert's.
   uint32_t block;
   // Rows of a block that are too many, or 0.
@@ -371,13 +377,13 @@ struct PairsParams {
   uint32_t scale_words;
   uint32_t scale_pitch;
   uint32_t sides;
-  // As FinishParams has it, and: 4: into the banks; 8: follows a2a_open; 16: padding gets weights; 32: and sources;
+  // As FinishParams has it, and: 4: into the banks, if counts are late; 8: follows a2a_open; 16: padding gets weights; 32: and sources;
   // 64: UE8M0 scales.
   uint32_t flags;
   Side side[kSides];
 };
 constexpr uint32_t kBanks = 4, kAfterOpen = 8, kPadsWeights = 16, kPadsSource = 32, kPairPowers = 64;
-static_assert(sizeof(PairsParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 16 + 128 + 32 + sizeof(Side) * kSides);
+static_assert(sizeof(PairsParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 16 + 136 + 32 + sizeof(Side) * kSides);
 
 // A plane as it is handed out.
 struct Out {
@@ -421,7 +427,7 @@ struct LandParams {
 };
 constexpr uint32_t kGathered = 1, kZeroPadding = 2, kWideIds = 4;
 constexpr uint32_t kOutOther = 0, kOutTokens = 1, kOutIds = 2, kOutWeights = 3, kOutSource = 4,
-                   kInPlace = 8;
+                   kOutInPlace = 8;
 static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 40 + 24 + 56 * (4 + kSides));
 
 // a2a_stage: the experts' rows to where peers can read them.

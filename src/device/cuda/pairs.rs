@@ -36,9 +36,8 @@ impl Cuda {
         let mut params = self.pairs_params(d)?;
         let present = (0..d.send.shape.plane_bytes.len()).filter(|p| d.send.shape.plane_bytes[*p] > 0);
         params.receive = receive;
-        if !banks {
-            params.receive.wire_bytes = present.map(|plane| d.row_bytes(plane) as u64).sum();
-        }
+        params.bank_bytes = params.receive.wire_bytes;
+        params.receive.wire_bytes = present.map(|plane| d.row_bytes(plane) as u64).sum();
         let pads = |plane: usize, flag: u32| if matches!(d.recv[plane], Target::View) { flag } else { 0 };
         params.flags = if sends { flag::RAISES } else { 0 }
             | if waits { flag::WAITS } else { 0 }
@@ -50,7 +49,9 @@ impl Cuda {
                 _ => 0,
             };
         let grid = 1 + self.movers(d, &params, kernel, sends, waits);
-        let shape = Launch { grid, block: THREADS, after_previous: opens, ..Launch::default() };
+        // A second half starts while a first one before it ends, and waits for the end of whatever is before it.
+        let after_previous = opens || !sends;
+        let shape = Launch { grid, block: THREADS, after_previous, ..Launch::default() };
         // SAFETY: the caller's rows, which comm checked, the routing's memory, the group's windows.
         unsafe { self.launch(&self.station.kernels.pairs[kernel], shape, &d.call, &params) }
     }

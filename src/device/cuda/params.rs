@@ -22,7 +22,7 @@ const ROUTE: usize = 144;
 const RECEIVE: usize = 392;
 const SIDE: usize = 48;
 const PUSH: usize = SEAT + ROUTE + 80 + SIDE * SIDES;
-const PAIRS: usize = SEAT + ROUTE + RECEIVE + 176;
+const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
 const MEET: usize = SEAT + 88;
 
 /// Addresses in device memory, or 0.
@@ -58,9 +58,9 @@ twins! {
         sequence: u64, expected: u64, seen: u64, aux: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a slot.
-    Slot: 48 + MAX_RANKS / 8, lost at 48 => {
+    Slot: 56 + MAX_RANKS / 8, lost at 56 => {
         state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, arrived: u32, bad_ids: u32,
-        whole: u32, lost: [u32; MAX_RANKS / 32],
+        whole: u32, placed: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
     Shared: 136, records at 132 => { counters: [u64; 16], first_step_done: u32, records: u32 }
@@ -104,7 +104,7 @@ twins! {
         seat: Seat, route: Route, receive: Receive, counts: Counts, tokens: Address, token_stride: u64,
         to_tokens: u64, to_weights: u64, to_source: u64, to_scales: u64, bank_tokens: u64, bank_ids: u64,
         bank_weights: u64, bank_source: u64, bank_scales: u64, own: Address, expert_stats: Address,
-        expert_offsets: Address, block_counts: Address, summary: Address, block: u32, limit: u32, vectors: u32,
+        expert_offsets: Address, block_counts: Address, summary: Address, bank_bytes: u64, block: u32, limit: u32, vectors: u32,
         topk_bits: u32, scale_words: u32, scale_pitch: u32, sides: u32, flags: u32, side: [Side; SIDES],
     }
     Out: 56, kind at 52 => {

@@ -356,6 +356,7 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
 
   // The routing's memory is older than the kernel before this one.
   uint64_t base = static_cast<uint64_t>(seat.rank) * seat.bound;
+  if (p.flags & kReducePacked) base = 0;
   if (gathered) {
     base = 0;
     for (uint32_t source = 0; source < seat.rank; ++source) base += p.kept_counts[source];

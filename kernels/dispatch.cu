@@ -8,9 +8,8 @@
 // source's rows is written by the source, which knows how many there are before anybody else.
 //
 // What one block does once is not unrolled: that would be more code and no speed.
-#include "copy.cuh"
 #include "finish.cuh"
-#include "route.cuh"
+#include "places.cuh"
 #include "wait.cuh"
 
 namespace a2a {
@@ -78,25 +77,6 @@ __device__ __forceinline__ Job<n> take_job(const PushParams& p, uint32_t token, 
     if (job.begin + 32 * u + threadIdx.x % 32 < job.end) job.value[u] = ptx::ld_stream(from + 512 * u);
   }
   return job;
-}
-
-// Where a token goes, a destination a lane: its window, the row there among this rank's, and the rank (-1: none).
-struct Places {
-  uint32_t count;
-  uint8_t* window;
-  uint32_t row;
-  int32_t rank;
-};
-
-// As they were found before.
-__device__ __forceinline__ Places read_places(const PushParams& p, uint32_t token) {
-  const Route& route = p.route;
-  const uint32_t lane = threadIdx.x % 32;
-  const uint64_t at = static_cast<uint64_t>(token) * route.fanout + lane;
-  const int32_t rank = lane < route.fanout ? route.target_ranks[at] : -1;
-  const uint32_t row = lane < route.fanout ? route.target_rows[at] : 0;
-  return Places{static_cast<uint32_t>(__popc(__ballot_sync(~0u, rank >= 0))),
-                rank >= 0 ? window_of(p.seat, rank) : nullptr, row, rank};
 }
 
 // Where a token goes that is the first of this rank's, or comes behind few: by a warp, from the ids.
@@ -169,8 +149,6 @@ __device__ __forceinline__ void keep_places(const Route& route, uint32_t token, 
 // Stores what a job has to every place. A warp calls it.
 template <uint32_t n>
 __device__ __forceinline__ void do_job(const PushParams& p, const Job<n>& job, const Places& to) {
-  const Seat& seat = p.seat;
-  const Route& route = p.route;
   const uint32_t lane = threadIdx.x % 32;
   if (!job.beside) {
     uint8_t* row = to.window + p.to_tokens + (p.row_base + to.row) * 16ull * p.vectors + 16ull * job.begin;
@@ -184,40 +162,7 @@ __device__ __forceinline__ void do_job(const PushParams& p, const Job<n>& job, c
     return;
   }
 
-  const bool publishes = p.flags & kPublishes;
-  keep_choice(seat, route, job.token, job.id, job.weight, job.bad);
-  const uint64_t row = p.row_base + to.row;
-  uint8_t* ids = to.window + p.to_ids + row * route.topk * 4;
-  const uint64_t to_weights = p.to_weights - p.to_ids;
-#pragma unroll 1
-  for (uint32_t i = 0; i < to.count; ++i) {
-    auto* at = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(ids), i)) + 4 * lane;
-    if (lane >= route.topk) continue;
-    *reinterpret_cast<int32_t*>(at) = job.id;
-    *reinterpret_cast<float*>(at + to_weights) = job.weight;
-  }
-  if (lane < to.count && !publishes) {
-    reinterpret_cast<int2*>(to.window + p.to_source)[row] = make_int2(seat.rank, job.token);
-  }
-  for (uint32_t number = 0; number < p.sides; ++number) {
-    const Side& side = p.side[number];
-    const uint64_t block = publishes ? 0 : seat.rank;
-    // A row that a warp can hold is read once.
-    const uint32_t vectors = side.bytes / 16;
-    const bool held = side.pitch == 0 && side.unit == 16 && vectors <= 32;
-    int4 value = make_int4(0, 0, 0, 0);
-    if (held && lane < vectors) value = ptx::ld_stream(side.from + job.token * side.stride + 16 * lane);
-#pragma unroll 1
-    for (uint32_t i = 0; i < to.count; ++i) {
-      auto* window = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(to.window), i));
-      const uint32_t its_row = __shfl_sync(~0u, to.row, i);
-      if (!held) {
-        copy_side(side, job.token, window, block, its_row, seat.bound);
-      } else if (lane < vectors) {
-        ptx::st_row(window + side.to + (block * seat.bound + its_row) * side.bytes + 16 * lane, value);
-      }
-    }
-  }
+  store_beside(p, job.token, job.id, job.weight, job.bad, to);
 }
 
 // Where a published row lies: in the own window, at the token's number.
@@ -261,8 +206,31 @@ extern "C" __global__ void __launch_bounds__(kMoveThreads, 4) a2a_push(const __g
   if (part < p.jobs && at.opens()) do_job(p, job, places);
 }
 
+// What a2a_place found, and the outputs that follow from it alone. The block calls it.
+__device__ __forceinline__ void hand_out_sums(const FinishParams& p, Totals& totals) {
+  const Seat& seat = p.seat;
+  const Receive& receive = p.receive;
+  read_totals(seat, p.summary, receive.kept_counts, totals);
+#pragma unroll 1
+  for (uint32_t rank = threadIdx.x; rank < seat.ranks && totals.exceeded; rank += kFinishThreads) {
+    const uint32_t demand = p.demands[rank];
+    if (demand > p.limit) atomicOr(&totals.over[rank / 32], 1u << rank % 32);
+    if (rank == static_cast<uint32_t>(~p.summary[1])) totals.over_demand = demand;
+  }
+#pragma unroll 1
+  for (uint32_t rank = threadIdx.x; rank < seat.ranks && receive.rank_counts != nullptr; rank += kFinishThreads) {
+    receive.rank_counts[rank] = receive.kept_counts[rank];
+  }
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; receive.expert_counts != nullptr && i < receive.local; i += kFinishThreads) {
+    receive.expert_counts[i] = 0;
+  }
+  __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const __grid_constant__ FinishParams p) {
   __shared__ Ending end;
+  __shared__ Totals totals;
   __shared__ uint32_t count[kMaxRanks];
   const Seat& seat = p.seat;
   const uint32_t tid = threadIdx.x;
@@ -279,7 +247,11 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   }
   __syncthreads();
   const uint32_t* sent = p.flags & kRaises && !(p.receive.flags & kGathers) ? count : nullptr;
-  Finish(seat, p.receive, p.flags, sent, at, end).run([] { ptx::wait_prerequisites(); }, first);
+  const bool sums = p.summary != nullptr && p.flags & kWaits;
+  if (sums) hand_out_sums(p, totals);
+  Finish finish(seat, p.receive, p.flags, sent, at, end, sums ? &totals : nullptr);
+  if (p.flags & kBanked) finish.mark = 1u << 31;
+  finish.run([] { ptx::wait_prerequisites(); }, first);
 }
 
 extern "C" __global__ void __launch_bounds__(kOneThreads, 1) a2a_dispatch(const __grid_constant__ DispatchParams q) {

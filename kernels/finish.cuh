@@ -93,6 +93,30 @@ __device__ __forceinline__ uint32_t first_over(const Totals& totals) {
   return rank;
 }
 
+// The same from the lists of a routing, if they are those of this step. The block calls it. A step that was void for its rows
+// is so again; `over_demand` is what the first such rank would have received, where the lists say that.
+__device__ __forceinline__ void read_totals(const Seat& seat, const int32_t* summary, const int32_t* kept_counts,
+                                            Totals& totals) {
+  const uint32_t tid = threadIdx.x;
+#pragma unroll 1
+  for (uint32_t i = tid; i < kMaxRanks / 32; i += blockDim.x) totals.over[i] = 0;
+  __syncthreads();
+  if (tid == 0) {
+    totals.rows = totals.exceeded = 0;
+    totals.demand = summary[0], totals.dropped = summary[1], totals.missing = summary[2];
+    const int32_t dropped = summary[1];
+    if (dropped < 0) {
+      totals.exceeded = 1, totals.over[~dropped / 32] = 1u << ~dropped % 32, totals.over_demand = totals.missing;
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t rank = tid; rank < seat.ranks; rank += blockDim.x) {
+    atomicAdd(&totals.rows, static_cast<uint32_t>(kept_counts[rank]));
+  }
+  __syncthreads();
+}
+
 // What the block of a dispatch's end shares.
 struct Ending {
   Meeting meeting;

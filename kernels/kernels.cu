@@ -7,6 +7,8 @@
 
 #include "pairs.cu"
 
+#include "flat.cu"
+
 #include "combine.cu"
 
 #include "quant.cu"

@@ -556,27 +556,11 @@ __device__ __forceinline__ void count_kept(const PairsParams& p, PairShared& s) 
   __syncthreads();
 }
 
-// The same of a dispatch that is replayed, or whose first half added up. One that was void for its rows is so again.
+// The same of a dispatch that is replayed, or whose first half added up.
 __device__ __forceinline__ void recall(const PairsParams& p, PairShared& s) {
-  Totals& totals = s.keeper.totals;
-  const uint32_t tid = threadIdx.x;
-  clear(totals.over, kMaxRanks / 32);
-  __syncthreads();
-  if (tid == 0) {
-    totals.rows = totals.exceeded = 0;
-    totals.demand = p.summary[0], totals.dropped = p.summary[1], totals.missing = p.summary[2];
-    const int32_t dropped = p.summary[1];
-    if (dropped < 0) {
-      totals.exceeded = 1, totals.over[~dropped / 32] = 1u << ~dropped % 32, totals.over_demand = totals.missing;
-    }
-  }
-  __syncthreads();
 #pragma unroll 1
-  for (uint32_t rank = tid; rank < p.seat.ranks; rank += kPairThreads) {
-    s.ranks[rank] = p.route.rows_for[rank];
-    atomicAdd(&totals.rows, static_cast<uint32_t>(p.receive.kept_counts[rank]));
-  }
-  __syncthreads();
+  for (uint32_t rank = threadIdx.x; rank < p.seat.ranks; rank += kPairThreads) s.ranks[rank] = p.route.rows_for[rank];
+  read_totals(p.seat, p.summary, p.receive.kept_counts, s.keeper.totals);
 }
 
 // The small outputs that a step's counts are, once it is known to be one. By all warps but the last, which raises flags.

@@ -7,7 +7,11 @@
 // each of them released its own.
 //
 // No fence.proxy.alias is needed: within a process a window is mapped once (thread ranks share the mapping), and two
-// processes each see one address of it. No bulk copies are used, so no fence.proxy.async either.
+// processes each see one address of it.
+//
+// Bulk copies go by another proxy. What is copied into shared memory is read by bulk copies alone, so no fence.proxy.async is
+// needed before it is copied over; a bulk store is finished only when its group is waited for without `.read`, and a fence
+// lets what comes after it by ordinary stores follow it.
 #pragma once
 #include <cstdint>
 
@@ -175,5 +179,51 @@ __device__ __forceinline__ uint32_t ld_cluster(const uint32_t* at, uint32_t bloc
 // Programmatic dependent launch: the kernel behind may start; everything before it has ended and can be seen.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// A barrier in shared memory that counts bytes of bulk copies; one thread arrives.
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+__device__ __forceinline__ void init_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+// What was initialised is seen by bulk copies too.
+__device__ __forceinline__ void fence_barriers() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void await_bytes(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Bulk copies, of multiples of sixteen bytes between addresses that are: into shared memory, whose barrier then counts them;
+// out of it, in groups.
+__device__ __forceinline__ void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  const uint32_t at = shared_address(barrier);
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(at)
+               : "memory");
+}
+__device__ __forceinline__ void store_bulk(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the last `n` groups have been read from shared memory.
+template <int n>
+__device__ __forceinline__ void await_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory");
+}
+// All groups are where they go.
+__device__ __forceinline__ void await_stored() {
+  asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+}
 
 }  // namespace a2a::ptx

@@ -300,11 +300,11 @@ struct PushParams {
   uint32_t counted;
   uint32_t sides;
   // 1: follows a2a_open; 2: into the own window, at a token's number; 4: follows a2a_route, for which
-  // the other blocks wait.
+  // the other blocks wait; 8: rows are those of one list, whoever's they are.
   uint32_t flags;
   Side side[kSides];
 };
-constexpr uint32_t kPublishes = 2, kRouted = 4;
+constexpr uint32_t kPublishes = 2, kRouted = 4, kPacked = 8;
 // Tokens that a block can count.
 constexpr uint32_t kMostCounted = 512;
 static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + sizeof(Side) * kSides);
@@ -314,12 +314,17 @@ struct FinishParams {
   Seat seat;
   Route route;
   Receive receive;
-  // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: counts tokens itself.
+  // Lists that a2a_place made, or null: {demanded, dropped here, dropped elsewhere}; [ranks] rows that each is to receive.
+  const int32_t* summary;
+  const int32_t* demands;
+  // Rows of a rank that are too many, or 0.
+  uint32_t limit;
+  // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: counts tokens itself;
+  // 8: this rank's rows are in banks.
   uint32_t flags;
-  uint32_t reserved;
 };
-constexpr uint32_t kRaises = 1, kWaits = 2, kCounts = 4;
-static_assert(sizeof(FinishParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 8);
+constexpr uint32_t kRaises = 1, kWaits = 2, kCounts = 4, kBanked = 8;
+static_assert(sizeof(FinishParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 24);
 
 // a2a_dispatch: all of it by one block, where tokens are very few.
 struct DispatchParams {
@@ -331,11 +336,56 @@ struct DispatchParams {
 };
 static_assert(sizeof(DispatchParams) == sizeof(PushParams) + sizeof(Receive) + 8);
 
-// Everybody's rows by expert: [ranks, experts] words {epoch, rows} in every window, a source's `stride` bytes apart.
+// Everybody's rows by expert, or by rank: [ranks, keys] words {epoch, rows} in every window, a source's `stride` bytes apart.
 struct Counts {
   uint64_t region;
   uint64_t stride;
 };
+
+// a2a_place: where rows without gaps go and lie, by everybody's counts.
+struct PlaceParams {
+  Seat seat;
+  Route route;
+  Counts counts;
+  // Lists of RoutingMap: [ranks] rows from each; [1] rows received; {demanded, dropped here, dropped elsewhere};
+  // [ranks] rows that each is to receive.
+  int32_t* kept_counts;
+  int32_t* received;
+  int32_t* summary;
+  int32_t* demands;
+  // Rows that a rank has room for, and that are too many (0: none are).
+  uint32_t room;
+  uint32_t limit;
+  // As FinishParams has it, for counts and not for flags, and: 8: follows a2a_open.
+  uint32_t flags;
+  uint32_t reserved;
+};
+static_assert(sizeof(PlaceParams) == sizeof(Seat) + sizeof(Route) + 16 + 48);
+
+// a2a_settle: rows without gaps from the banks to their places, and the padding behind them.
+struct SettleParams {
+  Seat seat;
+  const int32_t* kept_counts;
+  // Regions in the own window: received rows, and the banks.
+  uint64_t to_tokens;
+  uint64_t to_ids;
+  uint64_t to_weights;
+  uint64_t to_source;
+  uint64_t bank_tokens;
+  uint64_t bank_ids;
+  uint64_t bank_weights;
+  uint64_t bank_source;
+  // Rows of the outputs.
+  uint64_t rows;
+  uint32_t vectors;
+  uint32_t topk;
+  uint32_t sides;
+  // Padding that is written: 1: ids; 2: weights; 4: sources.
+  uint32_t flags;
+  Side side[kSides];
+};
+constexpr uint32_t kPadIds = 1, kPadWeights = 2, kPadSource = 4;
+static_assert(sizeof(SettleParams) == sizeof(Seat) + 96 + sizeof(Side) * kSides);
 
 // a2a_pairs_*: a dispatch whose rows are (token, expert) pairs, or either half of it.
 struct PairsParams {
@@ -502,10 +552,10 @@ struct ReduceParams {
   // 16-byte vectors of a result.
   uint32_t vectors;
   uint32_t splits;
-  // 1: gathered; 2: every rank has a result; 4: adds what stands in out
+  // 1: gathered; 2: every rank has a result; 4: adds what stands in out; 8: rows are those of one list
   uint32_t flags;
 };
-constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4;
+constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4, kReducePacked = 8;
 static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 112 + 24);
 
 // a2a_tell: every rank's tokens as the host was told, where they do not fit into a kernel's own parameters.

@@ -2,15 +2,17 @@
 // rows go is known beforehand; no ids, no counts, no flags, no peer is waited for. What a library takes beyond these
 // times is its protocol.
 //
-//   data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS [IDS [GPU [rank|expert]]]
+//   data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS [IDS [GPU [rank|expert [SMS]]]]
 //
 // A rank is a stream and a window; TOKENS are each rank's. f8: a row is HIDDEN e4m3 numbers with a float32 for each
 // 128 of them, as one piece. Results are bf16 always. IDS is a file of int32 [RANKS][TOKENS][TOPK]; without it tokens
 // choose by the keyed hash that a2a-perf uses, with seed 1. Experts lie in consecutive blocks.
 //   rank, expert  a token has a row for each rank that it goes to (the default), or for each of its experts
+//   SMS     (IDS may then be '-': none) on so many multiprocessors for each rank, dispatch alone, by bulk copies
 //
 // Everything that is timed is checked first. Prints CSV; every line that is not of the table begins with '#'.
-//   kernel  split: a row over blocks of 128 threads, one 16-byte piece each; block: a row to a block of 256 threads
+//   kernel  split: a row over blocks of 128 threads, one 16-byte piece each; block: a row to a block of 256 threads;
+//           bulk: half a row to a warp, by bulk copies through shared memory
 //   scope   all: every rank's kernel at once; rank0: its kernel alone
 // Dispatch and combine are timed in turn, as a step has them: either finds the cache full of what the other wrote.
 // Times are of device events behind a kernel that spins until the host has put everything on the streams.
@@ -123,6 +125,49 @@ template <int N> __global__ void __launch_bounds__(BLOCK) dispatch_block(Job job
     Targets<N> to(job, token);
 #pragma unroll 4
     for (int at = threadIdx.x; at < job.token_vectors; at += BLOCK) to.store(at, __ldg(from + at));
+}
+
+// A warp takes pieces of rows by turns, two of which have room in shared memory: one is brought while another is stored.
+constexpr int BULK = 448, STAGES = 2, MOST_PIECE = 448;
+__device__ inline unsigned shared_address(const void *at) { return (unsigned)__cvta_generic_to_shared(at); }
+__global__ void __launch_bounds__(BULK, 1) dispatch_bulk(Job job, int piece) {
+    extern __shared__ __align__(128) uint4 stages[];
+    __shared__ unsigned long long barriers[BULK / 32][STAGES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pieces = (job.token_vectors + piece - 1) / piece;
+    const int items = job.tokens * pieces, first = warp * gridDim.x + blockIdx.x, step = gridDim.x * (BULK / 32);
+    auto bytes = [&](int item) { return min(piece, job.token_vectors - item % pieces * piece) * 16; };
+    auto load = [&](int turn) {
+        const int item = first + turn * step;
+        if (item >= items || lane) return;
+        const unsigned barrier = shared_address(&barriers[warp][turn % STAGES]);
+        const uint4 *from = job.input + (size_t)(item / pieces) * job.token_vectors + item % pieces * piece;
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes(item)) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         shared_address(stages + (warp * STAGES + turn % STAGES) * piece)),
+                     "l"(from), "r"(bytes(item)), "r"(barrier)
+                     : "memory");
+    };
+    if (lane < STAGES) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(&barriers[warp][lane])));
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    load(0);
+    for (int turn = 0, item = first; item < items; turn++, item += step) {
+        const int token = item / pieces;
+        const unsigned barrier = shared_address(&barriers[warp][turn % STAGES]);
+        const int2 place = lane < job.count[token] ? job.places[(size_t)token * job.width + lane] : make_int2(-1, 0);
+        asm volatile("{\n\t.reg .pred done;\nagain:\n\tmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n\t"
+                     "@!done bra again;\n\t}" ::"r"(barrier), "r"(turn / STAGES % 2) : "memory");
+        if (place.x >= 0) {
+            uint4 *to = job.windows[place.x] + (size_t)place.y * job.token_vectors + item % pieces * piece;
+            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(
+                             shared_address(stages + (warp * STAGES + turn % STAGES) * piece)),
+                         "r"(bytes(item)) : "memory");
+        }
+        asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 1;" ::: "memory");
+        __syncwarp();
+        load(turn + 1);
+    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 template <int N> __global__ void __launch_bounds__(SPLIT) combine_split(Job job, int pieces) {
@@ -305,6 +350,18 @@ struct Kernels {
     std::function<void(const Job &, cudaStream_t)> dispatch, combine;
 };
 
+Kernels bulk_kernels(int sms) {
+    const int most = BULK / 32 * STAGES * MOST_PIECE * 16;
+    CUDA(cudaFuncSetAttribute(dispatch_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    return {"bulk",
+            [=](const Job &job, cudaStream_t stream) {
+                int pieces = (job.token_vectors + MOST_PIECE - 1) / MOST_PIECE;
+                int piece = (job.token_vectors + pieces - 1) / pieces;
+                dispatch_bulk<<<sms, BULK, BULK / 32 * STAGES * piece * 16, stream>>>(job, piece);
+            },
+            nullptr};
+}
+
 template <int N> std::vector<Kernels> kernels() {
     auto pieces = [](int vectors) { return (vectors + SPLIT - 1) / SPLIT; };
     return {
@@ -325,12 +382,12 @@ template <int N> std::vector<Kernels> kernels() {
 
 [[noreturn]] void usage(const char *why) {
     fprintf(stderr, "data_plane: %s\nusage: data_plane RANKS TOKENS HIDDEN bf16|f8 TOPK EXPERTS WARMUP ITERATIONS "
-                    "[IDS [GPU [rank|expert]]]\n", why);
+                    "[IDS [GPU [rank|expert [SMS]]]]\n", why);
     exit(2);
 }
 
 int main(int argc, char **argv) {
-    if (argc < 9 || argc > 12) usage("wrong number of arguments");
+    if (argc < 9 || argc > 13) usage("wrong number of arguments");
     auto number = [&](int at, int least) {
         char *end;
         long value = strtol(argv[at], &end, 10);
@@ -344,12 +401,13 @@ int main(int argc, char **argv) {
     if (topk > 32 || topk > experts || experts < ranks) usage("top-k is at most 32 and the experts, experts at least the ranks");
     const bool by_expert = argc > 11 && !strcmp(argv[11], "expert");
     if (argc > 11 && !by_expert && strcmp(argv[11], "rank")) usage(argv[11]);
+    const int sms = argc > 12 ? number(12, 1) : 0;
     const int token_bytes = f8 ? hidden + (hidden + 127) / 128 * 4 : hidden * 2, result_bytes = hidden * 2;
     if (token_bytes % 16 || result_bytes % 16) usage("rows are no multiple of 16 bytes");
     const int token_vectors = token_bytes / 16, result_vectors = result_bytes / 16;
 
     std::vector<int32_t> ids;
-    if (argc > 9) {
+    if (argc > 9 && strcmp(argv[9], "-")) {
         ids.resize((size_t)ranks * tokens * topk);
         FILE *file = fopen(argv[9], "rb");
         if (!file || fread(ids.data(), sizeof(int32_t), ids.size(), file) != ids.size()) usage(argv[9]);
@@ -419,12 +477,14 @@ int main(int argc, char **argv) {
     for (size_t count : rows) all_rows += count;
     Clock clock(ranks);
     printf("operation,kernel,scope,rows,memory_bytes,p10_us,p50_us,p90_us,p99_us\n");
-    for (const Kernels &kernel : width <= 8 ? kernels<8>() : kernels<32>()) {
+    const auto tried = sms ? std::vector<Kernels>{bulk_kernels(sms)} : width <= 8 ? kernels<8>() : kernels<32>();
+    for (const Kernels &kernel : tried) {
         auto dispatch = [&](int rank, cudaStream_t stream) {
             kernel.dispatch(jobs[rank], stream);
             CUDA(cudaGetLastError());
         };
         auto combine = [&](int rank, cudaStream_t stream) {
+            if (!kernel.combine) return;
             kernel.combine(jobs[rank], stream);
             CUDA(cudaGetLastError());
         };
@@ -438,7 +498,7 @@ int main(int argc, char **argv) {
         CUDA(cudaDeviceSynchronize());
         for (const Job &job : jobs) {
             check_dispatch<<<tokens, 256>>>(job, wrong);
-            check_combine<<<tokens, 256>>>(job, wrong);
+            if (kernel.combine) check_combine<<<tokens, 256>>>(job, wrong);
         }
         unsigned long long count;
         CUDA(cudaMemcpy(&count, wrong, sizeof count, cudaMemcpyDeviceToHost));
@@ -451,11 +511,15 @@ int main(int argc, char **argv) {
             std::vector<double> times[2];
             for (int i = 0; i < warmup + iterations; i++) {
                 double dispatched = all ? clock.all(dispatch) : clock.first(dispatch);
+                if (kernel.combine == nullptr) {
+                    if (i >= warmup) times[0].push_back(dispatched);
+                    continue;
+                }
                 double combined = all ? clock.all(combine) : clock.first(combine);
                 if (i >= warmup) times[0].push_back(dispatched), times[1].push_back(combined);
             }
             const size_t moved = all ? all_rows : rows[0], own = (size_t)tokens * (all ? ranks : 1);
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < (kernel.combine ? 2 : 1); i++) {
                 std::sort(times[i].begin(), times[i].end());
                 printf("%s,%s,%s,%zu,%zu,%.3f,%.3f,%.3f,%.3f\n", i ? "combine" : "dispatch", kernel.name, scope, moved,
                        (moved + own) * (i ? result_bytes : token_bytes), percentile(times[i], 10),

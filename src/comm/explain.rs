@@ -27,8 +27,12 @@ const AUTO: [BackendKind; 5] = [
 ];
 
 /// The strategies whose ops have kernels.
-const ON_CUDA: [BackendKind; 3] =
-    [BackendKind::NvlinkOneSided, BackendKind::AllgatherReducescatter, BackendKind::LowLatency];
+const ON_CUDA: [BackendKind; 4] = [
+    BackendKind::NvlinkOneSided,
+    BackendKind::AllgatherReducescatter,
+    BackendKind::LowLatency,
+    BackendKind::HighThroughput,
+];
 
 /// What a config leads to.
 #[derive(Clone, Debug)]
@@ -125,6 +129,9 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
         return Err(format!("layout {} asked for, it offers {}", config.layout.name(), offered.join(", ")));
     }
     let layout = if config.layout == LayoutKind::Auto { offered[0] } else { config.layout };
+    if config.device == DeviceKind::Cuda && layout == LayoutKind::ExpertContiguous {
+        return Err(format!("layout {} is not on cuda in this build", layout.name()));
+    }
     let fixed = matches!(layout, LayoutKind::Gathered | LayoutKind::RankMajor);
     if config.max_recv_rows != 0 && fixed {
         return Err(format!(

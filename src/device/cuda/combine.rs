@@ -59,13 +59,16 @@ impl Cuda {
         }
         let slot = c.call.slot;
         let local = self.experts.count(self.rank);
-        let (blocks, block) = match c.grid.block() {
-            Some(block) => (c.grid.blocks(local) as u64, block),
-            // Gathered: as many as there can be.
-            None => (self.ranks as u64 * c.grid.bound as u64, 1),
+        let (blocks, block) = match self.is_gathered() {
+            // As many as there can be.
+            true => (self.ranks as u64 * c.grid.bound as u64, 1),
+            false => {
+                let all = c.grid.capacity(local);
+                (c.grid.blocks(local) as u64, c.grid.block().unwrap_or(all))
+            }
         };
-        // An expert's block is rarely full: those that share it take what there is in turn.
-        let spread = match Self::weighs(c) {
+        // The block of an expert, or of all, is rarely full: those that share it take what there is in turn.
+        let spread = match Self::weighs(c) || self.is_flat() {
             true => block.min((STAGE_BLOCKS_PER_SM * self.station.sms() as u64).div_ceil(blocks.max(1))),
             false => block,
         };
@@ -109,7 +112,11 @@ impl Cuda {
             },
             rows_for: self.list(c.memory, self.routing.rows_for),
             kept_counts: self.list(c.memory, self.routing.rank_counts),
-            summary: if Self::weighs(c) { self.list(c.memory, self.routing.summary) } else { 0 },
+            summary: if Self::weighs(c) || self.is_flat() {
+                self.list(c.memory, self.routing.summary)
+            } else {
+                0
+            },
             result_bytes: Self::result_bytes(c),
             staged_bytes: if staged { rows + weights } else { 0 },
             weight_bytes: c.weight_bytes() as u64,
@@ -185,6 +192,7 @@ impl Cuda {
             splits,
             flags: if self.is_gathered() { flag::REDUCE_GATHERED } else { 0 }
                 | if c.everyone { flag::REDUCE_EVERYONE } else { 0 }
+                | if self.is_flat() { flag::REDUCE_PACKED } else { 0 }
                 | if c.accumulate { flag::ACCUMULATE } else { 0 },
         };
         // One more meets for all.

@@ -164,7 +164,7 @@ impl Cuda {
     }
 
     /// Where a plane comes from: the caller's tensor, or what was made of it.
-    fn source(&self, d: &Dispatch, plane: usize) -> (u64, u64) {
+    pub(super) fn source(&self, d: &Dispatch, plane: usize) -> (u64, u64) {
         if d.send.quant.is_some() && matches!(plane, TOKENS | SCALES) {
             let bytes = d.send.shape.plane_bytes;
             let start = self.scratch[d.call.slot as usize].address();
@@ -174,7 +174,7 @@ impl Cuda {
         d.send.planes[plane].map_or((0, 0), |rows| (rows.ptr as u64, rows.stride as u64))
     }
 
-    fn quantise(&self, d: &Dispatch, from: Float, quant: QuantKind) -> Result<()> {
+    pub(super) fn quantise(&self, d: &Dispatch, from: Float, quant: QuantKind) -> Result<()> {
         let Some(rows) = &d.send.planes[TOKENS] else { return Ok(()) };
         let hidden = d.send.shape.plane_bytes[TOKENS];
         let params = QuantParams {
@@ -334,7 +334,7 @@ impl Cuda {
             route: self.route_params(d),
             receive,
             flags,
-            reserved: 0,
+            ..FinishParams::default()
         };
         let after_previous = flags & flag::RAISES != 0;
         let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous, ..Launch::default() };
@@ -358,7 +358,7 @@ impl Cuda {
             expert_counts: if pairs { 0 } else { self.small(d.expert_counts, slot, Region::ExpertCounts) },
             expert_stats: d.expert_stats.filter(|_| !pairs).map_or(0, |rows| rows.ptr as u64),
             rows: d.capacity as u64,
-            block: d.grid.block().unwrap_or(1) as u32,
+            block: if gathers { 1 } else { d.grid.block().unwrap_or(d.capacity as u64) as u32 },
             topk: d.grid.topk,
             outs: 0,
             flags: if gathers { flag::GATHERED } else { 0 }

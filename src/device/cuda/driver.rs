@@ -503,6 +503,14 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Lets launches ask for so many bytes of dynamic shared memory: without it, 48 KiB at most.
+    pub fn allow_shared(&self, bytes: u32) -> Result<()> {
+        let _entered = self.module.context.enter()?;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a kernel of a loaded module.
+        let set = unsafe { sys::cuFuncSetAttribute(self.raw, attribute, bytes as c_int) };
+        check("cuFuncSetAttribute", set)
+    }
     /// Blocks that an SM can hold at a time.
     pub fn blocks_per_sm(&self, threads: u32, dynamic_shared: u32) -> Result<u32> {
         let _entered = self.module.context.enter()?;

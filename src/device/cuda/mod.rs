@@ -9,6 +9,7 @@ mod combine;
 mod dispatch;
 pub mod driver;
 mod failure;
+mod flat;
 #[cfg(feature = "jitter")]
 mod jitter;
 mod module;
@@ -420,9 +421,10 @@ impl Cuda {
         }
     }
 
-    /// The rows of each block of what this rank received: by source, or by expert.
+    /// The rows of each block of what this rank received: by source, by expert, or of the one block that there is.
     fn kept_counts(&self, memory: &Block) -> u64 {
-        self.list(memory, if self.is_by_pairs() { self.routing.counts } else { self.routing.rank_counts })
+        let by_source = !self.is_by_pairs() && !self.is_flat();
+        self.list(memory, if by_source { self.routing.rank_counts } else { self.routing.counts })
     }
 
     /// The address of a list of a routing; 0 if it is empty.
@@ -576,11 +578,7 @@ impl Device for Cuda {
     fn signal_dispatch(&self, d: &Dispatch) -> Result<()> {
         #[cfg(feature = "jitter")]
         self.poison_before_dispatch(d)?;
-        match (d.split, self.is_by_pairs()) {
-            (false, _) => Ok(()),
-            (true, true) => self.launch_pairs(d, true, false),
-            (true, false) => self.launch_dispatch(d, false),
-        }
+        if !d.split { Ok(()) } else { self.launch_halves(d, true, false) }
     }
     fn wait_dispatch(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
@@ -592,11 +590,7 @@ impl Device for Cuda {
         Ok(())
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
-        match (d.split, self.is_by_pairs()) {
-            (split, true) => self.launch_pairs(d, !split, true)?,
-            (true, false) => self.launch_receive(d)?,
-            (false, false) => self.launch_dispatch(d, true)?,
-        };
+        self.launch_halves(d, !d.split, true)?;
         self.launch_land(d)?;
         #[cfg(feature = "jitter")]
         self.poison_results(d)?;
@@ -718,6 +712,19 @@ impl Device for Cuda {
 }
 
 impl Cuda {
+    /// A dispatch, or either half of it.
+    fn launch_halves(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
+        if self.is_by_pairs() {
+            self.launch_pairs(d, sends, waits)
+        } else if self.is_flat() {
+            self.launch_flat(d, sends, waits)
+        } else if sends {
+            self.launch_dispatch(d, waits)
+        } else {
+            self.launch_receive(d)
+        }
+    }
+
     fn not_yet(&self, op: &str) -> Result<()> {
         Err(Error::new(Status::Internal, format!("rank {}: {op} has no kernel", self.rank)))
     }

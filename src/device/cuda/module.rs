@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use super::driver::{Context, Kernel, Module};
+use super::flat::CARRY_SHARED;
 use crate::device::Float;
 use crate::error::{Error, Result};
 
@@ -32,6 +33,9 @@ pub struct Kernels {
     pub dispatch: Kernel,
     /// Of rows as they are, and of bf16, f16, f32 that are quantised.
     pub pairs: [Kernel; 4],
+    pub place: Kernel,
+    pub carry: Kernel,
+    pub settle: Kernel,
     pub tell: Kernel,
     pub land: Kernel,
     pub stage: Kernel,
@@ -90,6 +94,9 @@ impl Kernels {
                 load(c"a2a_pairs_f16")?,
                 load(c"a2a_pairs_f32")?,
             ],
+            place: load(c"a2a_place")?,
+            carry: load(c"a2a_carry")?,
+            settle: load(c"a2a_settle")?,
             tell: load(c"a2a_tell")?,
             land: load(c"a2a_land")?,
             stage: load(c"a2a_stage")?,
@@ -102,6 +109,7 @@ impl Kernels {
             weigh: sums!(module, "a2a_weigh"),
             few_weigh: sums!(module, "a2a_combine_weigh"),
         };
+        kernels.carry.allow_shared(CARRY_SHARED)?;
         Ok(kernels)
     }
 

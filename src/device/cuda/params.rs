@@ -93,13 +93,22 @@ twins! {
         to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, counted: u32, sides: u32, flags: u32,
         side: [Side; SIDES],
     }
-    FinishParams: SEAT + ROUTE + RECEIVE + 8, flags at SEAT + ROUTE + RECEIVE => {
-        seat: Seat, route: Route, receive: Receive, flags: u32, reserved: u32,
+    FinishParams: SEAT + ROUTE + RECEIVE + 24, flags at SEAT + ROUTE + RECEIVE + 20 => {
+        seat: Seat, route: Route, receive: Receive, summary: Address, demands: Address, limit: u32, flags: u32,
     }
     DispatchParams: PUSH + RECEIVE + 8, flags at PUSH + RECEIVE => {
         push: PushParams, receive: Receive, flags: u32, reserved: u32,
     }
     Counts: 16, stride at 8 => { region: u64, stride: u64 }
+    PlaceParams: SEAT + ROUTE + 64, flags at SEAT + ROUTE + 56 => {
+        seat: Seat, route: Route, counts: Counts, kept_counts: Address, received: Address, summary: Address,
+        demands: Address, room: u32, limit: u32, flags: u32, reserved: u32,
+    }
+    SettleParams: SEAT + 96 + SIDE * SIDES, side at SEAT + 96 => {
+        seat: Seat, kept_counts: Address, to_tokens: u64, to_ids: u64, to_weights: u64, to_source: u64,
+        bank_tokens: u64, bank_ids: u64, bank_weights: u64, bank_source: u64, rows: u64, vectors: u32, topk: u32,
+        sides: u32, flags: u32, side: [Side; SIDES],
+    }
     PairsParams: PAIRS + SIDE * SIDES, side at PAIRS => {
         seat: Seat, route: Route, receive: Receive, counts: Counts, tokens: Address, token_stride: u64,
         to_tokens: u64, to_weights: u64, to_source: u64, to_scales: u64, bank_tokens: u64, bank_ids: u64,
@@ -159,10 +168,16 @@ pub mod flag {
     pub const FOLLOWS: u32 = 1;
     pub const PUBLISHES: u32 = 2;
     pub const ROUTED: u32 = 4;
+    pub const PACKED: u32 = 8;
 
     pub const RAISES: u32 = 1;
     pub const WAITS: u32 = 2;
     pub const COUNTS: u32 = 4;
+    pub const BANKED: u32 = 8;
+
+    pub const PAD_IDS: u32 = 1;
+    pub const PAD_WEIGHTS: u32 = 2;
+    pub const PAD_SOURCE: u32 = 4;
 
     pub const BANKS: u32 = 4;
     pub const AFTER_OPEN: u32 = 8;
@@ -183,6 +198,7 @@ pub mod flag {
     pub const REDUCE_GATHERED: u32 = 1;
     pub const REDUCE_EVERYONE: u32 = 2;
     pub const ACCUMULATE: u32 = 4;
+    pub const REDUCE_PACKED: u32 = 8;
 
     pub const UE8M0: u32 = 4;
 }

@@ -1,0 +1,70 @@
+// Where a token's rows go, and what travels beside them.
+#pragma once
+#include "copy.cuh"
+#include "route.cuh"
+#include "wait.cuh"
+
+namespace a2a {
+
+// Where a token goes, a destination a lane: its window, the row there among this rank's, and the rank (-1: none).
+struct Places {
+  uint32_t count;
+  uint8_t* window;
+  uint32_t row;
+  int32_t rank;
+};
+
+// As they were found before.
+__device__ __forceinline__ Places read_places(const PushParams& p, uint32_t token) {
+  const Route& route = p.route;
+  const uint32_t lane = threadIdx.x % 32;
+  const uint64_t at = static_cast<uint64_t>(token) * route.fanout + lane;
+  const int32_t rank = lane < route.fanout ? route.target_ranks[at] : -1;
+  const uint32_t row = lane < route.fanout ? route.target_rows[at] : 0;
+  return Places{static_cast<uint32_t>(__popc(__ballot_sync(~0u, rank >= 0))),
+                rank >= 0 ? window_of(p.seat, rank) : nullptr, row, rank};
+}
+
+// Stores what is beside a token's row to every place. A warp calls it; a choice a lane.
+__device__ __forceinline__ void store_beside(const PushParams& p, uint32_t token, int32_t id, float weight, bool is_bad,
+                                             const Places& to) {
+  const Seat& seat = p.seat;
+  const Route& route = p.route;
+  const uint32_t lane = threadIdx.x % 32;
+  const bool publishes = p.flags & kPublishes;
+  keep_choice(seat, route, token, id, weight, is_bad);
+  const uint64_t row = p.row_base + to.row;
+  uint8_t* ids = to.window + p.to_ids + row * route.topk * 4;
+  const uint64_t to_weights = p.to_weights - p.to_ids;
+#pragma unroll 1
+  for (uint32_t i = 0; i < to.count; ++i) {
+    auto* at = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(ids), i)) + 4 * lane;
+    if (lane >= route.topk) continue;
+    *reinterpret_cast<int32_t*>(at) = id;
+    *reinterpret_cast<float*>(at + to_weights) = weight;
+  }
+  if (lane < to.count && !publishes) {
+    reinterpret_cast<int2*>(to.window + p.to_source)[row] = make_int2(seat.rank, token);
+  }
+  for (uint32_t number = 0; number < p.sides; ++number) {
+    const Side& side = p.side[number];
+    const uint64_t block = p.flags & (kPublishes | kPacked) ? 0 : seat.rank;
+    // A row that a warp can hold is read once.
+    const uint32_t vectors = side.bytes / 16;
+    const bool held = side.pitch == 0 && side.unit == 16 && vectors <= 32;
+    int4 value = make_int4(0, 0, 0, 0);
+    if (held && lane < vectors) value = ptx::ld_stream(side.from + token * side.stride + 16 * lane);
+#pragma unroll 1
+    for (uint32_t i = 0; i < to.count; ++i) {
+      auto* window = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(to.window), i));
+      const uint32_t its_row = __shfl_sync(~0u, to.row, i);
+      if (!held) {
+        copy_side(side, token, window, block, its_row, seat.bound);
+      } else if (lane < vectors) {
+        ptx::st_row(window + side.to + (block * seat.bound + its_row) * side.bytes + 16 * lane, value);
+      }
+    }
+  }
+}
+
+}  // namespace a2a

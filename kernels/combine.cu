@@ -13,10 +13,10 @@
 
 namespace a2a {
 
-constexpr uint32_t kStageThreads = 256;
+constexpr uint32_t kStageThreads = 1024;
 constexpr uint32_t kMeetThreads = 128;
-// At most: a token's row is split over smaller blocks where tokens are few.
-constexpr uint32_t kSumThreads = 256;
+// At most: a token's row is split over smaller blocks, but where blocks are to be few.
+constexpr uint32_t kSumThreads = 768;
 
 // Copies a row, and what goes back beside it. A block calls it.
 __device__ __forceinline__ void stage_row(const StageParams& p, uint8_t* window, uint64_t row) {
@@ -24,37 +24,40 @@ __device__ __forceinline__ void stage_row(const StageParams& p, uint8_t* window,
     const uint8_t* from = p.rows + row * p.stride;
     uint8_t* to = window + p.to_rows + row * 16ull * p.vectors;
     uint32_t i = threadIdx.x;
-    for (; i + 3 * kStageThreads < p.vectors; i += 4 * kStageThreads) {
+    for (; i + 3 * blockDim.x < p.vectors; i += 4 * blockDim.x) {
       int4 v[4];
 #pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) v[j] = ptx::ld_stream(from + 16ull * (i + j * kStageThreads));
+      for (uint32_t j = 0; j < 4; ++j) v[j] = ptx::ld_stream(from + 16ull * (i + j * blockDim.x));
 #pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) ptx::st_row(to + 16ull * (i + j * kStageThreads), v[j]);
+      for (uint32_t j = 0; j < 4; ++j) ptx::st_row(to + 16ull * (i + j * blockDim.x), v[j]);
     }
-    for (; i < p.vectors; i += kStageThreads) ptx::st_row(to + 16ull * i, ptx::ld_stream(from + 16ull * i));
+    for (; i < p.vectors; i += blockDim.x) ptx::st_row(to + 16ull * i, ptx::ld_stream(from + 16ull * i));
   }
   if (p.weights != nullptr) {
     const auto* from = reinterpret_cast<const uint32_t*>(p.weights + row * p.weights_stride);
     auto* to = reinterpret_cast<uint32_t*>(window + p.to_weights + row * p.weight_bytes);
-    for (uint32_t i = threadIdx.x; i < p.weight_bytes / 4; i += kStageThreads) to[i] = from[i];
+    for (uint32_t i = threadIdx.x; i < p.weight_bytes / 4; i += blockDim.x) to[i] = from[i];
   }
 }
 
 // Some blocks stage the rows of each block of rows. Gathered rows stand together: each is a block's.
-extern "C" __global__ void __launch_bounds__(kStageThreads) a2a_stage(const __grid_constant__ StageParams p) {
+extern "C" __global__ void __launch_bounds__(kStageThreads, 1) a2a_stage(const __grid_constant__ StageParams p) {
   ptx::launch_dependents();
   const Seat& seat = p.seat;
+  const OnSm on_sm(seat);
   if (seat.slot->closed != 0 || seat.slot->state != kDispatched) return;
   uint8_t* window = window_of(seat, seat.rank);
   if (p.flags & kGathered) {
     uint64_t all = 0;
     for (uint32_t source = 0; source < seat.ranks; ++source) all += p.kept_counts[source];
-    if (blockIdx.x < all) stage_row(p, window, blockIdx.x);
+    for (uint64_t row = blockIdx.x; row < all; row += gridDim.x) stage_row(p, window, row);
     return;
   }
-  const uint32_t block = blockIdx.x / p.spread, rows = p.kept_counts[block];
-  for (uint32_t row = blockIdx.x - block * p.spread; row < rows; row += p.spread) {
-    stage_row(p, window, static_cast<uint64_t>(block) * p.block + row);
+  for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    const uint32_t block = unit / p.spread, rows = p.kept_counts[block];
+    for (uint32_t row = unit - block * p.spread; row < rows; row += p.spread) {
+      stage_row(p, window, static_cast<uint64_t>(block) * p.block + row);
+    }
   }
 }
 
@@ -182,6 +185,7 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
 extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __grid_constant__ MeetParams p) {
   __shared__ Meeting meeting;
   if (p.flags & kStaged) ptx::wait_prerequisites();
+  const OnSm on_sm(p.seat);
   // What sums waits for this kernel's end, so the rest is left to it.
   const bool went = meet(p, meeting);
   if (went && p.flags & kSettles) settle(p);
@@ -333,24 +337,14 @@ __device__ __forceinline__ void add_rows(const uint8_t* const* rows, const float
   }
 }
 
-// `few`: the blocks wait for themselves, behind one that meets. `pairs`: results are weighted, one for each choice.
+// Sums a part of a token's results. `few`: the block waits for itself, behind one that meets. `pairs`: results are weighted, one
+// for each choice. A block calls it; `rows` and `targets` are its shared memory.
 template <class From, class To, bool few, bool pairs>
-__device__ __forceinline__ void reduce(const ReduceParams& p) {
+__device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, const uint8_t** rows, Targets& targets) {
   constexpr uint32_t kElements = 16 / From::kBytes;
   constexpr uint32_t kInFlight = 8;
-  // [ranks or top-k]: where the rows of this block's token start.
-  extern __shared__ const uint8_t* rows[];
-  __shared__ Targets targets;
   const Seat& seat = p.meet.seat;
-  if constexpr (few) {
-    __shared__ Meeting meeting;
-    if (blockIdx.x == 0) {
-      if (meet(p.meet, meeting)) settle(p.meet);
-      return;
-    }
-  }
-  const uint32_t block = few ? blockIdx.x - 1 : blockIdx.x;
-  const uint32_t token = block / p.splits, part = block - token * p.splits;
+  const uint32_t token = unit / p.splits, part = unit - token * p.splits;
   const uint32_t lane = threadIdx.x % 32;
   const bool gathered = p.flags & kReduceGathered, everyone = p.flags & kReduceEveryone;
 
@@ -434,11 +428,32 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
       pull_weights(p, token, targets, base, gathered);
     }
   }
-  if (!few && blockIdx.x == 0 && whole) settle(p.meet);
+  if (!few && unit == 0 && whole) settle(p.meet);
+}
+
+template <class From, class To, bool few, bool pairs>
+__device__ __forceinline__ void reduce(const ReduceParams& p) {
+  // [ranks or top-k]: where the rows of the token at hand start.
+  extern __shared__ const uint8_t* rows[];
+  __shared__ Targets targets;
+  const OnSm on_sm(p.meet.seat);
+  if constexpr (few) {
+    __shared__ Meeting meeting;
+    if (blockIdx.x != 0) return sum_part<From, To, few, pairs>(p, blockIdx.x - 1, rows, targets);
+    if (meet(p.meet, meeting)) settle(p.meet);
+  } else {
+    // Blocks are as many as there are parts, or fewer.
+#pragma unroll 1
+    for (uint32_t unit = blockIdx.x; unit < p.tokens * p.splits; unit += gridDim.x) {
+      // What was read of the one before is done with.
+      if (unit != blockIdx.x) __syncthreads();
+      sum_part<From, To, few, pairs>(p, unit, rows, targets);
+    }
+  }
 }
 
 #define A2A_SUMS(kernel, From, To, few, pairs)                                                           \
-  extern "C" __global__ void __launch_bounds__(kSumThreads, 3) kernel(const __grid_constant__ ReduceParams p) { \
+  extern "C" __global__ void __launch_bounds__(kSumThreads, 1) kernel(const __grid_constant__ ReduceParams p) { \
     reduce<From, To, few, pairs>(p);                                                                     \
   }
 #define A2A_REDUCE(name, From, To)                          \

@@ -233,6 +233,7 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   __shared__ Totals totals;
   __shared__ uint32_t count[kMaxRanks];
   const Seat& seat = p.seat;
+  const OnSm on_sm(seat);
   const uint32_t tid = threadIdx.x;
   const Standing at = standing_of(*seat.slot);
   const ulonglong2 first = look_early(seat);
@@ -251,7 +252,12 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   if (sums) hand_out_sums(p, totals);
   Finish finish(seat, p.receive, p.flags, sent, at, end, sums ? &totals : nullptr);
   if (p.flags & kBanked) finish.mark = 1u << 31;
-  finish.run([] { ptx::wait_prerequisites(); }, first);
+  finish.run(
+      [&] {
+        ptx::wait_prerequisites();
+        if (finish.first_raiser()) seat.slot->taken = 0;
+      },
+      first);
 }
 
 extern "C" __global__ void __launch_bounds__(kOneThreads, 1) a2a_dispatch(const __grid_constant__ DispatchParams q) {

@@ -134,6 +134,7 @@ __device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks,
 extern "C" __global__ void __launch_bounds__(kPlaceThreads, 1) a2a_place(const __grid_constant__ PlaceParams p) {
   __shared__ Placing s;
   const Seat& seat = p.seat;
+  const OnSm on_sm(seat);
   const Route& route = p.route;
   const bool tells = p.flags & kRaises, hears = p.flags & kWaits;
   const Standing at = standing_of(*seat.slot, p.flags & kAfterOpen);
@@ -167,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(kPlaceThreads, 1) a2a_place(const _
 extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const __grid_constant__ PushParams p) {
   extern __shared__ __align__(128) uint8_t stages[];
   __shared__ uint64_t barriers[kCarryWarps][kCarryStages];
+  const OnSm on_sm(p.seat);
   const Route& route = p.route;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Standing at = standing_of(*p.seat.slot, p.flags & kFollows);
@@ -185,31 +187,31 @@ extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const _
     return;
   }
 
-  const uint64_t items = static_cast<uint64_t>(route.tokens) * p.jobs;
-  const uint64_t first = static_cast<uint64_t>(warp) * gridDim.x + blockIdx.x;
-  const uint32_t piece = 16 * p.piece, step = gridDim.x * kCarryWarps;
+  // Two multiprocessors may share a way to memory that others have for themselves, so the warps take what they have time for.
+  const uint64_t items = static_cast<uint64_t>(route.tokens) * p.jobs, firsts = gridDim.x * kCarryWarps;
+  const uint32_t piece = 16 * p.piece;
   uint8_t* const stage = stages + warp * kCarryStages * piece;
   uint64_t* const barrier = barriers[warp];
   const auto bytes_of = [&](uint32_t job) { return 16 * min(p.piece, p.vectors - job * p.piece); };
-  // Of the piece that is the warp's after so many turns.
-  const auto load = [&](uint32_t turns) {
-    const uint64_t item = first + static_cast<uint64_t>(turns) * step;
+  const auto load = [&](uint64_t item, uint32_t at) {
     if (item >= items || lane != 0) return;
-    const uint32_t token = item / p.jobs, job = item - static_cast<uint64_t>(token) * p.jobs, at = turns % kCarryStages;
+    const uint32_t token = item / p.jobs, job = item - static_cast<uint64_t>(token) * p.jobs;
     ptx::load_bulk(stage + at * piece, p.tokens + token * p.token_stride + job * piece, bytes_of(job), barrier + at);
   };
   if (lane < kCarryStages) ptx::init_barrier(barrier + lane);
   ptx::fence_barriers();
   __syncwarp();
-  load(0);
+  uint64_t item = static_cast<uint64_t>(warp) * gridDim.x + blockIdx.x;
+  load(item, 0);
   ptx::wait_prerequisites();
   ptx::launch_dependents();
   // The kernel before may have closed the slot.
   const bool goes = at.opens() && !has_closed(p.seat);
-  uint32_t turns = 0;
 #pragma unroll 1
-  for (uint64_t item = first; item < items; item += step, ++turns) {
+  for (uint32_t turns = 0; item < items; ++turns) {
     const uint32_t token = item / p.jobs, job = item - static_cast<uint64_t>(token) * p.jobs, at = turns % kCarryStages;
+    uint64_t next = 0;
+    if (lane == 0) next = firsts + atomicAdd(&p.seat.slot->taken, 1);
     const Places to = read_places(p, token);
     ptx::await_bytes(barrier + at, turns / kCarryStages % 2);
     if (!goes) return;
@@ -221,7 +223,8 @@ extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const _
     // What was stored of the other stage is out of it.
     ptx::await_read<kCarryStages - 1>();
     __syncwarp();
-    load(turns + 1);
+    load(next, (turns + 1) % kCarryStages);
+    item = __shfl_sync(~0u, next, 0);
   }
   ptx::await_stored();
 }
@@ -236,6 +239,7 @@ struct Settling {
 extern "C" __global__ void __launch_bounds__(kSettleThreads, 1) a2a_settle(const __grid_constant__ SettleParams p) {
   __shared__ Settling s;
   const Seat& seat = p.seat;
+  const OnSm on_sm(seat);
   if (seat.slot->whole == 0) return;
   const uint32_t tid = threadIdx.x, lane = tid % 32;
   const uint32_t warp = (blockIdx.x * kSettleThreads + tid) / 32, warps = gridDim.x * kSettleThreads / 32;

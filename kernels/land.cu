@@ -8,15 +8,14 @@
 
 namespace a2a {
 
-constexpr uint32_t kLandThreads = 128;
+constexpr uint32_t kLandThreads = 512;
 
-extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid_constant__ LandParams p) {
-  __shared__ uint32_t where[2];
+// Brings a row (a part of it) to where it is wanted. A block calls it; `where` is its shared memory.
+__device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_t* where) {
   const Seat& seat = p.seat;
   const bool gathered = p.flags & kGathered;
-  const uint64_t row = blockIdx.x / p.splits;
-  const uint32_t part = blockIdx.x % p.splits, tid = threadIdx.x;
-  if (seat.slot->whole == 0) return;
+  const uint64_t row = unit / p.splits;
+  const uint32_t part = unit % p.splits, tid = threadIdx.x;
 
   // Where the row comes from: its source, and its place among the source's rows; no source: padding.
   if (tid == 0) {
@@ -46,14 +45,14 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
   const uint64_t from_row = gathered ? place : row;
   // The block of rows, and the row in it, where outputs have blocks.
   const uint64_t block = gathered ? 0 : row / p.block, inside = gathered ? row : row % p.block;
-  const uint32_t start = part * kLandThreads + tid, step = p.splits * kLandThreads;
+  const uint32_t start = part * blockDim.x + tid, step = p.splits * blockDim.x;
 
   for (uint32_t i = 0; i < p.outs; ++i) {
     const Out& out = p.out[i];
     const uint32_t kind = out.kind % kOutInPlace;
     // Only tokens are wide enough to be worth splitting.
     if (part != 0 && kind != kOutTokens) continue;
-    const uint32_t begin = kind == kOutTokens ? start : tid, stride = kind == kOutTokens ? step : kLandThreads;
+    const uint32_t begin = kind == kOutTokens ? start : tid, stride = kind == kOutTokens ? step : blockDim.x;
     const bool marks = kind == kOutIds || kind == kOutSource;
     const bool zeroes = kind == kOutWeights || p.flags & kZeroPadding;
     if (pads ? !marks && !zeroes : out.kind >= kOutInPlace) continue;
@@ -101,6 +100,19 @@ extern "C" __global__ void __launch_bounds__(kLandThreads) a2a_land(const __grid
       if (p.expert_counts != nullptr) atomicAdd(p.expert_counts + local, 1);
       if (p.expert_stats != nullptr) atomicAdd(p.expert_stats + local, 1ull);
     }
+  }
+}
+
+// Blocks are as many as there are parts of rows, or fewer.
+extern "C" __global__ void __launch_bounds__(kLandThreads, 1) a2a_land(const __grid_constant__ LandParams p) {
+  __shared__ uint32_t where[2];
+  const OnSm on_sm(p.seat);
+  if (p.seat.slot->whole == 0) return;
+#pragma unroll 1
+  for (uint64_t unit = blockIdx.x; unit < p.rows * p.splits; unit += gridDim.x) {
+    // What was read of the one before is done with.
+    if (unit != blockIdx.x) __syncthreads();
+    land(p, unit, where);
   }
 }
 

@@ -114,6 +114,13 @@ __device__ __forceinline__ void add_relaxed_gpu(uint32_t* at, uint32_t value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
+// The multiprocessor that a thread is on.
+__device__ __forceinline__ uint32_t sm_id() {
+  uint32_t id;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(id));
+  return id;
+}
+
 // Sixteen bytes that are read once.
 __device__ __forceinline__ int4 ld_stream(const void* at) {
   int4 v;

@@ -16,6 +16,7 @@ constexpr uint32_t kOpenThreads = 128;
 extern "C" __global__ void __launch_bounds__(kOpenThreads) a2a_open(const __grid_constant__ OpenParams p) {
   __shared__ Meeting meeting;
   const Seat& seat = p.seat;
+  const OnSm on_sm(seat);
   Slot& slot = *seat.slot;
   const uint32_t state = slot.state, epoch = slot.epoch;
   const uint64_t started = ptx::globaltimer();

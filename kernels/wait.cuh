@@ -11,6 +11,24 @@
 
 namespace a2a {
 
+// In a build for tests, counts the multiprocessors that a rank's kernels are on at a time, for a call may bound them. A block's
+// first thread stands for it.
+struct OnSm {
+#ifdef A2A_JITTER
+  Shared& shared;
+  const uint32_t sm;
+  __device__ explicit OnSm(const Seat& seat) : shared(*seat.shared), sm(ptx::sm_id() % kSms) {
+    if (threadIdx.x != 0 || atomicAdd(&shared.on_sm[sm], 1) != 0) return;
+    atomicMax(&shared.most_sms, atomicAdd(&shared.sms, 1) + 1);
+  }
+  __device__ ~OnSm() {
+    if (threadIdx.x == 0 && atomicSub(&shared.on_sm[sm], 1) == 1) atomicSub(&shared.sms, 1);
+  }
+#else
+  __device__ explicit OnSm(const Seat&) {}
+#endif
+};
+
 // Why a step is given up.
 struct Loss {
   uint32_t status;

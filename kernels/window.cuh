@@ -119,10 +119,14 @@ struct Slot {
   // Where the rows of a half on its own go, {epoch, kInPlace or kInBanks}, once that is decided; + kAddedUp: the half has
   // heard everybody's counts, and the routing has what they come to.
   uint64_t placed;
+  // Of the rows at work, pieces that warps have taken beside their first ones.
+  unsigned long long taken;
   uint32_t lost[kMaxRanks / 32];
 };
 constexpr uint32_t kInPlace = 1, kInBanks = 2, kAddedUp = 4;
-static_assert(sizeof(Slot) == 56 + kMaxRanks / 8);
+static_assert(sizeof(Slot) == 64 + kMaxRanks / 8);
+
+constexpr uint32_t kSms = 256;
 
 // Device memory, one a comm. The counters are those of a2a_stats_t, in its order.
 enum Counter : uint32_t {
@@ -148,8 +152,12 @@ struct Shared {
   uint64_t counters[kCounters];
   uint32_t first_step_done;
   uint32_t records;
+  // In a build for tests: multiprocessors that kernels were on at a time, at most; that they are on; blocks by multiprocessor.
+  uint32_t most_sms;
+  uint32_t sms;
+  uint32_t on_sm[kSms];
 };
-static_assert(sizeof(Shared) == 8 * kCounters + 8);
+static_assert(sizeof(Shared) == 8 * kCounters + 16 + 4 * kSms);
 
 // Who runs a kernel, and what it can reach.
 struct Seat {
@@ -498,7 +506,8 @@ struct StageParams {
   // Rows of a block, and blocks of the grid that share them.
   uint32_t block;
   uint32_t spread;
-  uint32_t reserved;
+  // Blocks that do it, if they are not fewer.
+  uint32_t units;
 };
 static_assert(sizeof(StageParams) == sizeof(Seat) + 80);
 

@@ -60,6 +60,8 @@ pub struct DataPlane {
     program: PathBuf,
     ordinal: i32,
     limit: Duration,
+    /// Multiprocessors of each rank; 0: all, for all.
+    sms: u16,
 }
 
 /// A line of its table.
@@ -76,9 +78,9 @@ struct Line {
 }
 
 impl DataPlane {
-    pub fn find(ordinal: i32, limit: Duration) -> Result<DataPlane, String> {
+    pub fn find(ordinal: i32, limit: Duration, sms: u16) -> Result<DataPlane, String> {
         let program = peers::folder_of(PROGRAM, "build_data_plane.sh")?.join(PROGRAM);
-        Ok(DataPlane { program, ordinal, limit })
+        Ok(DataPlane { program, ordinal, limit, sms })
     }
 
     /// Dispatch and combine in every scope asked for, each by the fastest kernel. The program checks its results
@@ -101,19 +103,31 @@ impl DataPlane {
         let numbers = [shape.topk, shape.experts, shape.warmup, shape.iterations];
         command.args(numbers.map(|number| number.to_string())).arg(&ids).arg(self.ordinal.to_string());
         command.arg(per.argument());
+        // On few multiprocessors it only dispatches.
+        let operations: &[&str] = if self.sms > 0 { &["dispatch"] } else { &["dispatch", "combine"] };
+        if self.sms > 0 {
+            command.arg(self.sms.to_string());
+        }
         let said = peers::run(command, self.limit).map_err(|why| format!("{}: {why}", per.name()))?;
-        rows(&said, shape, kind, per, scopes).map_err(|why| format!("{}: {why}", per.name()))
+        rows(&said, shape, kind, per, scopes, operations).map_err(|why| format!("{}: {why}", per.name()))
     }
 }
 
-fn rows(said: &str, shape: &Shape, kind: Kind, per: Per, scopes: &[String]) -> Result<Vec<Row>, String> {
+fn rows(
+    said: &str,
+    shape: &Shape,
+    kind: Kind,
+    per: Per,
+    scopes: &[String],
+    operations: &[&str],
+) -> Result<Vec<Row>, String> {
     let mut csv = csv::ReaderBuilder::new().comment(Some(b'#')).from_reader(said.as_bytes());
     let lines: Vec<Line> = csv.deserialize().collect::<Result<_, _>>().map_err(|error| error.to_string())?;
     let sent: Vec<u64> = (0..shape.ranks).map(|rank| per.rows_of(shape, rank).len() as u64).collect();
     let (token, result) = (kind.wire_bytes(shape.hidden), shape.hidden * kind.float().bytes());
     let mut rows = Vec::new();
     for scope in scopes {
-        for operation in ["dispatch", "combine"] {
+        for &operation in operations {
             let of = |line: &&Line| (&line.scope, &*line.operation) == (scope, operation);
             let fastest = lines.iter().filter(of).min_by(|a, b| a.p50_us.total_cmp(&b.p50_us));
             let line = fastest.ok_or_else(|| format!("it printed no {operation} of {scope}"))?;
@@ -162,6 +176,7 @@ mod tests {
     use super::*;
     use crate::peers::tests::SHAPE;
 
+    const BOTH: [&str; 2] = ["dispatch", "combine"];
     const SAID: &str = "\
 # NVIDIA H100, 2 ranks share it: not NVLink timings
 operation,kernel,scope,rows,memory_bytes,p10_us,p50_us,p90_us,p99_us
@@ -176,7 +191,7 @@ combine,split,rank0,3,80,1,2,6,7
     #[test]
     fn the_fastest_kernel_stands_for_an_operation() {
         let scopes = ["all".to_string(), "rank0".into()];
-        let found = rows(SAID, &SHAPE, Kind::Bf16, Per::Rank, &scopes).unwrap();
+        let found = rows(SAID, &SHAPE, Kind::Bf16, Per::Rank, &scopes, &BOTH).unwrap();
         let said: Vec<_> =
             found.iter().map(|row| (&*row.operation, &*row.scope, row.p50_us, row.logical_bytes)).collect();
         let expected = [
@@ -187,9 +202,9 @@ combine,split,rank0,3,80,1,2,6,7
         ];
         assert_eq!(said, expected);
         let one_row_more = SAID.replace(",3,80,", ",4,80,");
-        let why = rows(&one_row_more, &SHAPE, Kind::Bf16, Per::Rank, &scopes).unwrap_err();
+        let why = rows(&one_row_more, &SHAPE, Kind::Bf16, Per::Rank, &scopes, &BOTH).unwrap_err();
         assert_eq!(why, "it moved 4 rows, here they are 3");
-        let why = rows("", &SHAPE, Kind::Bf16, Per::Rank, &scopes).unwrap_err();
+        let why = rows("", &SHAPE, Kind::Bf16, Per::Rank, &scopes, &BOTH).unwrap_err();
         assert_eq!(why, "it printed no dispatch of all");
     }
 
@@ -198,12 +213,12 @@ combine,split,rank0,3,80,1,2,6,7
         let scopes = ["all".to_string(), "rank0".into()];
         // Rank 0 sends four rows where it sent three, and so does the busiest rank.
         let said = SAID.replace(",4,128,", ",5,144,").replace(",3,80,", ",4,96,");
-        let found = rows(&said, &SHAPE, Kind::Bf16, Per::Expert, &scopes).unwrap();
+        let found = rows(&said, &SHAPE, Kind::Bf16, Per::Expert, &scopes, &BOTH).unwrap();
         for row in &found {
             let said = (&*row.backend, row.logical_bytes, row.wire_bytes);
             assert_eq!(said, ("data plane (per expert)", 48, 64), "{row:?}");
         }
-        let why = rows(SAID, &SHAPE, Kind::Bf16, Per::Expert, &scopes).unwrap_err();
+        let why = rows(SAID, &SHAPE, Kind::Bf16, Per::Expert, &scopes, &BOTH).unwrap_err();
         assert_eq!(why, "it moved 4 rows, here they are 5");
     }
 

@@ -279,6 +279,7 @@ mod tests {
                 split: false,
                 staged: true,
                 max_recv_rows: 0,
+                max_sms: 0,
                 directory: String::new(),
             };
             let mut config = config(seat);

@@ -143,6 +143,7 @@ impl Rank {
         (config.max_topk, config.max_hidden) = (shape.topk as i32, shape.hidden as i32);
         config.max_tokens = shape.tokens.max(1) as i32;
         config.max_recv_rows = shape.max_recv_rows;
+        config.max_sms = shape.max_sms;
         shape.kind.configure(&mut config);
         let comm = Comm::create(&config)?;
         let routing = comm.routing(0)?;

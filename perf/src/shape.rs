@@ -193,6 +193,8 @@ pub struct Shape {
     /// Results are staged from the caller's tensor.
     pub staged: bool,
     pub max_recv_rows: i64,
+    /// Of a GPU; 0 = the library's choice.
+    pub max_sms: i32,
     /// Where each rank leaves what it measured.
     pub directory: String,
 }

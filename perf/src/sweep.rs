@@ -70,6 +70,10 @@ pub struct Sweep {
     /// Rows that each rank has room for; 0 = the layout's capacity (one_sided and allgather know nothing else)
     #[arg(long, default_value_t = 0)]
     max_recv_rows: i64,
+    /// CUDA: multiprocessors that the kernels of each rank may use, and the bare data plane's dispatch; 0 = the library's
+    /// choice (HIGH_THROUGHPUT knows another)
+    #[arg(long, default_value_t = 0)]
+    sms: u16,
     /// Beside them, in the same run: MPI_Alltoallv (perf/peers/build.sh) with two settings, and a plain copy; bf16
     /// only. On CUDA: the bare data plane (perf/peers/build_data_plane.sh), with a row for each (token, rank), and for
     /// each (token, expert) beside layouts that have those; bf16, fp8 and f8
@@ -213,7 +217,7 @@ impl Sweep {
         }
         let limit = Duration::from_secs(self.limit);
         if let Device::Cuda(ordinal) = device {
-            return DataPlane::find(ordinal, limit).map(Beside::Cuda);
+            return DataPlane::find(ordinal, limit, self.sms).map(Beside::Cuda);
         }
         let mut found = Peers::find()?;
         found.limit = limit;
@@ -283,6 +287,7 @@ impl Sweep {
             split: self.split,
             staged: self.staged,
             max_recv_rows: if limits { self.max_recv_rows } else { 0 },
+            max_sms: self.sms as i32,
             directory: directory.into(),
         }
     }

@@ -185,7 +185,7 @@ pub fn info(comm: &Comm) -> a2a_info_t {
         max_hidden: config.max_hidden as i32,
         max_tokens: config.max_tokens as i32,
         num_slots: config.num_slots as i32,
-        max_sms: 0,
+        max_sms: plan.max_sms(config) as i32,
         row_capacity: plan.row_capacity(config) as i64,
         window_bytes: plan.memory().window,
     }

@@ -9,7 +9,7 @@ use crate::comm::{
     ColumnTensor, CombineRecv, CombineSend, Comm, DispatchRecv, DispatchSend, Element, Output, Routing,
     Tensor, View,
 };
-use crate::config::{Config, DeviceKind, MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
+use crate::config::{DeviceKind, MAX_EXTRAS, ROW_ALIGN, ScaleLayout};
 use crate::device::map::{PLANES, Plane};
 use crate::device::{Columns, Rows, Stream};
 use crate::error::{Error, Result};
@@ -324,16 +324,18 @@ fn required<'a, T>(rank: u32, name: &str, value: &'a Option<T>) -> Result<&'a T>
     value.as_ref().ok_or_else(|| Error::invalid(format!("rank {rank}: {name} is NULL")))
 }
 
-fn check_sms(comm: &Comm, max_sms: i32) -> Result<()> {
-    let Config { rank, device, .. } = comm.config();
-    if max_sms < 0 {
-        return Err(Error::invalid(format!("rank {rank}: max_sms is {max_sms}, it must be at least 0")));
+/// A call's bound on multiprocessors; 0: none of its own.
+fn max_sms(comm: &Comm, max_sms: i32) -> Result<u32> {
+    let rank = comm.config().rank;
+    let sms = u32::try_from(max_sms)
+        .map_err(|_| Error::invalid(format!("rank {rank}: max_sms is {max_sms}, it must be at least 0")))?;
+    if sms > 0 && !comm.plan().heeds_sms() {
+        return Err(Error::unsupported(format!(
+            "rank {rank}: max_sms is {max_sms}, on cuda (2) backend {} only knows 0 in this build",
+            comm.plan().backend.name()
+        )));
     }
-    if max_sms > 0 && *device == DeviceKind::Cuda {
-        let text = format!("rank {rank}: max_sms is {max_sms}, this build only knows 0 on cuda (2)");
-        return Err(Error::unsupported(text));
-    }
-    Ok(())
+    Ok(sms)
 }
 
 /// # Safety
@@ -350,7 +352,7 @@ pub unsafe fn dispatch(
     if input.reserved != 0 {
         return Err(Error::invalid(format!("rank {rank}: reserved is {}, it must be 0", input.reserved)));
     }
-    check_sms(comm, input.max_sms)?;
+    let max_sms = max_sms(comm, input.max_sms)?;
     let send = match sends {
         // SAFETY: forwarded.
         true => Some(unsafe { dispatch_send(comm, input)? }),
@@ -364,7 +366,7 @@ pub unsafe fn dispatch(
         recv = Some(unsafe { dispatch_recv(comm, &outputs)? });
         raw = Some(outputs);
     }
-    let views = comm.dispatch(&handle.routing, send.as_ref(), recv.as_ref(), input.flags, stream)?;
+    let views = comm.dispatch(&handle.routing, send.as_ref(), recv.as_ref(), input.flags, max_sms, stream)?;
     if let Some(raw) = raw {
         let tensors = planes(&raw);
         let small = [
@@ -492,7 +494,7 @@ pub unsafe fn combine(
 ) -> Result<()> {
     let (rank, at) = (comm.config().rank, place(comm));
     let (sends, recvs) = phases(rank, input.phase)?;
-    check_sms(comm, input.max_sms)?;
+    let max_sms = max_sms(comm, input.max_sms)?;
     let send = match sends {
         true => {
             // SAFETY: forwarded.
@@ -523,7 +525,7 @@ pub unsafe fn combine(
         });
         raw = Some(outputs);
     }
-    let view = comm.combine(&handle.routing, send.as_ref(), recv.as_ref(), input.flags, stream)?;
+    let view = comm.combine(&handle.routing, send.as_ref(), recv.as_ref(), input.flags, max_sms, stream)?;
     if let (Some(view), Some(raw)) = (view, raw) {
         // SAFETY: a view was asked for through this pointer.
         unsafe { handle.show(place(comm), PLANES + 4, &view, raw.status) };

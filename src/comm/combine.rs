@@ -43,7 +43,7 @@ impl Comm {
     pub fn combine_buffer(&self, routing: &Routing, element: Option<Element>) -> Result<View> {
         let (_call, device) = self.enter()?;
         self.check_routing(routing)?;
-        device.check(&self.call(routing, Stream::none(), false), Half::CombineSend)?;
+        device.check(&self.call(routing, Stream::none(), false, 0), Half::CombineSend)?;
         if !self.backend.uses().rows {
             return Err(Error::unsupported(format!(
                 "rank {}: backend {} keeps no rows: results stay in the caller's tensor until they are sent",
@@ -97,6 +97,7 @@ impl Comm {
         send: Option<&CombineSend>,
         recv: Option<&CombineRecv>,
         flags: u64,
+        max_sms: u32,
         stream: Stream,
     ) -> Result<Option<View>> {
         let (_call, device) = self.enter()?;
@@ -110,7 +111,7 @@ impl Comm {
         if flags & !(ACCUMULATE | NO_WEIGHTS) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x3")));
         }
-        let call = self.call(routing, stream, false);
+        let call = self.call(routing, stream, false, max_sms);
         let due = if send.is_some() { Half::CombineSend } else { Half::CombineRecv };
         self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);

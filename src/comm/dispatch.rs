@@ -118,6 +118,7 @@ impl Comm {
         send: Option<&DispatchSend>,
         recv: Option<&DispatchRecv>,
         flags: u64,
+        max_sms: u32,
         stream: Stream,
     ) -> Result<DispatchViews> {
         let (_call, device) = self.enter()?;
@@ -125,7 +126,7 @@ impl Comm {
         if flags & !(HOST_COUNTS | ZERO_PADDING | UNIFORM | REUSE) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0xf")));
         }
-        let call = self.call(routing, stream, recv.is_some() && flags & HOST_COUNTS != 0);
+        let call = self.call(routing, stream, recv.is_some() && flags & HOST_COUNTS != 0, max_sms);
         let due = if send.is_some() { Half::DispatchSend } else { Half::DispatchRecv };
         self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);

@@ -34,6 +34,11 @@ const ON_CUDA: [BackendKind; 4] = [
     BackendKind::HighThroughput,
 ];
 
+/// True if the strategy's kernels keep to a number of multiprocessors.
+fn heeds_sms(kind: BackendKind) -> bool {
+    kind == BackendKind::HighThroughput
+}
+
 /// What a config leads to.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -60,6 +65,14 @@ pub struct Memory {
 impl Plan {
     pub fn memory(&self) -> Memory {
         memory(self.device, &self.map, &self.routing)
+    }
+    /// True if calls may bound the multiprocessors that kernels use: none has any on the CPU.
+    pub fn heeds_sms(&self) -> bool {
+        self.device == DeviceKind::Cpu || heeds_sms(self.backend)
+    }
+    /// Multiprocessors that kernels keep to; 0: there is no bound.
+    pub fn max_sms(&self, config: &Config) -> u32 {
+        if self.device == DeviceKind::Cuda { config.max_sms } else { 0 }
     }
     /// Rows of this rank's outputs in a full step.
     pub fn row_capacity(&self, config: &Config) -> u64 {
@@ -94,9 +107,6 @@ fn check_fields(config: &Config) -> Result<()> {
         )))
     };
     if config.device == DeviceKind::Cuda {
-        if config.max_sms != 0 {
-            return refuse("max_sms", config.max_sms.to_string(), "0 on cuda (2), the library's choice");
-        }
         let usable = cuda::check_kernels().and_then(|()| cuda::probe());
         usable.map_err(|e| e.context(format!("rank {}: device is cuda (2)", config.rank)))?;
     }
@@ -129,6 +139,9 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
         return Err(format!("layout {} asked for, it offers {}", config.layout.name(), offered.join(", ")));
     }
     let layout = if config.layout == LayoutKind::Auto { offered[0] } else { config.layout };
+    if config.device == DeviceKind::Cuda && config.max_sms != 0 && !heeds_sms(kind) {
+        return Err(format!("max_sms is {}, on cuda (2) it only knows 0 in this build", config.max_sms));
+    }
     if config.device == DeviceKind::Cuda && layout == LayoutKind::ExpertContiguous {
         return Err(format!("layout {} is not on cuda in this build", layout.name()));
     }
@@ -358,7 +371,7 @@ pub fn explain(config: &Config) -> String {
                 "quant": config.quant.name(),
                 "scale_layout": config.scale_layout.name(),
                 "max_wire_bytes": config.max_wire_bytes(),
-                "max_sms": 0,
+                "max_sms": plan.max_sms(config),
             });
         }
         Err(error) => {

@@ -225,13 +225,15 @@ impl Comm {
         Ok((call, self.device()?))
     }
 
-    fn call(&self, routing: &Routing, stream: Stream, host_waits: bool) -> Call {
+    /// `max_sms`: the call's own bound, or 0.
+    fn call(&self, routing: &Routing, stream: Stream, host_waits: bool, max_sms: u32) -> Call {
         let first = !self.first_step_done.load(Ordering::Relaxed);
         let ms = if first { &self.first_step_timeout_ms } else { &self.timeout_ms };
         Call {
             slot: routing.slot,
             stream,
             host_waits,
+            max_sms: [max_sms, self.config.max_sms].into_iter().filter(|sms| *sms > 0).min().unwrap_or(0),
             routing: routing.id,
             started: Instant::now(),
             budget: Duration::from_millis(ms.load(Ordering::Relaxed)),

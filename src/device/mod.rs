@@ -322,6 +322,8 @@ pub struct Call {
     pub stream: Stream,
     /// The host waits for the call's outcome.
     pub host_waits: bool,
+    /// Multiprocessors that its kernels may use; 0: all.
+    pub max_sms: u32,
     /// The routing, by a number that is never used twice.
     pub routing: u64,
     /// One deadline covers all waits of a call.

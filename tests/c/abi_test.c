@@ -768,10 +768,13 @@ static void test_cuda_or_why_not(void)
 {
     a2a_config_t config = config_of(0, 1), copy = config;
     config.device = copy.device = A2A_DEVICE_CUDA;
-    if (memory_with_config(&copy) == A2A_SUCCESS) OK(create_with_config(&config));
-    else refused_config(&config, A2A_UNSUPPORTED, "cuda");
-    config.max_sms = 8;
-    refused_config(&config, A2A_UNSUPPORTED, "max_sms");
+    if (memory_with_config(&copy) == A2A_SUCCESS) {
+        OK(create_with_config(&config));
+        config.backend = A2A_BACKEND_NVLINK_ONE_SIDED, config.max_sms = 8;
+        refused_config(&config, A2A_UNSUPPORTED, "max_sms");
+    } else {
+        refused_config(&config, A2A_UNSUPPORTED, "cuda");
+    }
 }
 
 static void test_features_not_in_this_build(void)

@@ -27,8 +27,9 @@ type PerBackend = fn(Backend) -> Result<(), String>;
 
 /// Adds the tests to the others.
 pub fn add(add: &mut impl FnMut(String, Left, Run)) {
-    let each: [(&str, PerBackend); 13] = [
+    let each: [(&str, PerBackend); 14] = [
         ("shapes_that_others_refuse", shapes_that_others_refuse),
+        ("few_multiprocessors", few_multiprocessors),
         ("a_layer_replayed_by_4", |backend| a_layer_replayed(backend, 4)),
         ("a_layer_replayed_by_8", |backend| a_layer_replayed(backend, 8)),
         ("a_dispatch_replayed_alone", a_dispatch_replayed_alone),
@@ -48,7 +49,8 @@ pub fn add(add: &mut impl FnMut(String, Left, Run)) {
                 let no_rows =
                     || (!backend.keeps_rows()).then(|| "no rows in a slot for a copy to read".into());
                 let small_gpu = || if name == "more_than_2_gib" { too_small() } else { None };
-                backend.refused_here().or_else(no_rows).or_else(small_gpu)
+                let heedless = || (name == "few_multiprocessors").then(|| heeds_sms(backend).err()).flatten();
+                backend.refused_here().or_else(no_rows).or_else(small_gpu).or_else(heedless)
             };
             let name = format!("gpu/{name}/{}", backend.name());
             add(name, Box::new(left), Box::new(move || run(backend)));
@@ -574,6 +576,43 @@ fn shapes_that_others_refuse(backend: Backend) -> Result<(), String> {
             }
             meet(seat)
         })?;
+    }
+    Ok(())
+}
+
+/// If a backend takes a bound on multiprocessors; else its refusal.
+fn heeds_sms(backend: Backend) -> Result<(), String> {
+    let seat = Seat { rank: 0, world: 1, id: GroupId::new(), args: Vec::new() };
+    let mut config = small(&seat, backend);
+    config.max_sms = 3;
+    query_memory(&config).map(|_| ()).map_err(|refusal| refusal.to_string())
+}
+
+/// The comm's bound on multiprocessors, and a lower one of some calls. A jitter build counts those that kernels are on.
+fn few_multiprocessors(backend: Backend) -> Result<(), String> {
+    for (world, sms) in [(4, 3), (3, 1)] {
+        for owns in [false, true] {
+            let form = Form { owns, ..Form::small(world) };
+            threads(world, GPU_LIMIT, move |seat| {
+                let mut config = small(seat, backend);
+                config.max_sms = sms;
+                let comm = Comm::create(&config)?;
+                expect("max_sms of a2a_get_info", comm.info()?.max_sms, sms)?;
+                let mut layer = Layer::of(form.clone(), seat, backend, &comm, 0)?;
+                meet(seat)?;
+                for number in 0..8 {
+                    let step = form.step(backend, number);
+                    layer.put(&step);
+                    let done = if (number + seat.rank) % 3 == 0 { layer.halves() } else { layer.whole() };
+                    done.and_then(|()| layer.check(&step))
+                        .map_err(|error| format!("{world} ranks, {sms} SMs, step {number}: {error}"))?;
+                }
+                let record = comm.async_error()?;
+                expect("the status of a2a_get_async_error", record.status, A2A_SUCCESS)
+                    .map_err(|error| format!("{error}: {}", message(&record)))?;
+                meet(seat)
+            })?;
+        }
     }
     Ok(())
 }

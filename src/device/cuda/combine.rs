@@ -1,18 +1,20 @@
 //! Combine: what its kernels are told, and which are launched.
 
-use super::Cuda;
 use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{MeetParams, ReduceParams, StageParams, flag};
+use super::{Cuda, threads, within};
 use crate::device::{Combine, Device, Float, Region, Target, Weighting};
 use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernels have it.
 const STAGE_THREADS: u32 = 256;
+const MOST_STAGE_THREADS: u32 = 1024;
 /// Where blocks share a block of rows.
 const STAGE_BLOCKS_PER_SM: u64 = 32;
 const MEET_THREADS: u32 = 128;
 const SUM_THREADS: u32 = 128;
+const MOST_SUM_THREADS: u32 = 768;
 
 impl Cuda {
     fn is_gathered(&self) -> bool {
@@ -72,6 +74,8 @@ impl Cuda {
             true => block.min((STAGE_BLOCKS_PER_SM * self.station.sms() as u64).div_ceil(blocks.max(1))),
             false => block,
         };
+        let text = || Error::internal("more rows than a grid has blocks");
+        let units = u32::try_from(blocks * spread).map_err(|_| text())?;
         let params = StageParams {
             seat: self.seat(&c.call, c.grid.bound, false),
             kept_counts: self.kept_counts(c.memory),
@@ -86,14 +90,13 @@ impl Cuda {
             flags: if self.is_gathered() { flag::GATHERED } else { 0 },
             block: block as u32,
             spread: spread as u32,
-            reserved: 0,
+            units,
         };
-        if blocks * spread == 0 {
+        if units == 0 {
             return Ok(());
         }
-        let text = || Error::internal("more rows than a grid has blocks");
-        let grid = u32::try_from(blocks * spread).map_err(|_| text())?;
-        let shape = Launch { grid, block: STAGE_THREADS, ..Launch::default() };
+        let block = threads(&c.call, STAGE_THREADS, MOST_STAGE_THREADS);
+        let shape = Launch { grid: within(&c.call, units), block, ..Launch::default() };
         // SAFETY: the experts' rows, which comm checked, and this rank's own window.
         unsafe { self.launch(&self.station.kernels.stage, shape, &c.call, &params) }
     }
@@ -153,16 +156,17 @@ impl Cuda {
         };
         let slot = c.call.slot;
         let vectors = (Self::result_bytes(c) / 16) as u32;
-        let mut splits = vectors.div_ceil(SUM_THREADS);
+        let most = threads(&c.call, SUM_THREADS, MOST_SUM_THREADS);
+        let mut splits = vectors.div_ceil(most);
         // So many blocks of a token may wait by themselves, beside those of every slot and of every rank on this device; a
         // thread that sums two vectors takes less time than a kernel before it.
         let waiting = self.waiting_blocks.saturating_sub(1) / c.tokens;
-        let itself = meet.flags & flag::STAGED == 0 && waiting >= splits.div_ceil(2);
+        let itself = meet.flags & flag::STAGED == 0 && waiting >= splits.div_ceil(2) && c.call.max_sms == 0;
         if itself {
             splits = splits.min(waiting);
         }
         // As even as they can be; a block that meets has a warp that raises flags and one that looks.
-        let block = vectors.div_ceil(splits).next_multiple_of(32).clamp(64, SUM_THREADS);
+        let block = vectors.div_ceil(splits).next_multiple_of(32).clamp(64, most);
         let blocks = c.tokens as u64 * splits as u64;
         if !itself {
             self.launch_meet(c, &meet)?;
@@ -198,9 +202,10 @@ impl Cuda {
         // One more meets for all.
         let blocks = blocks + itself as u64;
         let grid = u32::try_from(blocks).map_err(|_| Error::internal("more blocks than a grid has"))?;
+        let grid = within(&c.call, grid);
         // Where each row of a token starts.
-        let most = if Self::weighs(c) { c.grid.topk } else { self.routing.fanout };
-        let shared = 8 * if c.everyone { self.ranks } else { most.max(1) };
+        let places = if Self::weighs(c) { c.grid.topk } else { self.routing.fanout };
+        let shared = 8 * if c.everyone { self.ranks } else { places.max(1) };
         let shape = Launch { grid, block, shared, after_previous: !itself, ..Launch::default() };
         let kernel = self.station.kernels.sums(c.send_type, c.out_type, Self::weighs(c), itself);
         // SAFETY: the caller's output, which comm checked, the routing's memory, the group's windows.

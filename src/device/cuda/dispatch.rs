@@ -5,7 +5,7 @@ use super::params::{
     DispatchParams, FinishParams, LandParams, MOST_COUNTED, OUTS, OpenParams, Out, PushParams, QuantParams,
     Receive, Route, RouteParams, SIDES, Side, TELL, TOLD_DIRECTLY, TellParams, flag, kind,
 };
-use super::{Cuda, lock, reciprocal};
+use super::{Cuda, lock, reciprocal, threads, within};
 use crate::config::{QUANT_GROUP, QuantKind};
 use crate::device::map::{COLUMN_PAD, IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Device, Dispatch, Float, Region, Rows, Target, column_shape};
@@ -20,10 +20,12 @@ const OPEN_THREADS: u32 = 128;
 /// Vectors of the piece that its warps move.
 const ONE_PIECE: u32 = 64;
 const LAND_THREADS: u32 = 128;
+const MOST_LAND_THREADS: u32 = 512;
 /// Tokens that a block of a2a_route places, which are its threads, and blocks of a cluster.
 const ROUTE_TOKENS: u32 = 512;
 const ROUTE_BLOCKS: u32 = 8;
 const QUANT_THREADS: u32 = 256;
+const MOST_QUANT_THREADS: u32 = 1024;
 const TELL_THREADS: u32 = 256;
 
 /// The blocks of so many tokens find their places themselves; where there are more, a kernel places them all, in a jitter
@@ -188,11 +190,12 @@ impl Cuda {
             flags: from as u32 | if quant == QuantKind::Fp8Ue8m0 { flag::UE8M0 } else { 0 },
         };
         let warps = d.send.tokens as u64 * hidden.div_ceil(QUANT_GROUP) as u64;
-        let blocks = warps.div_ceil(QUANT_THREADS as u64 / 32);
+        let block = threads(&d.call, QUANT_THREADS, MOST_QUANT_THREADS);
+        let blocks = warps.div_ceil(block as u64 / 32);
         if blocks == 0 {
             return Ok(());
         }
-        let shape = Launch { grid: self.grid(blocks)?, block: QUANT_THREADS, ..Launch::default() };
+        let shape = Launch { grid: within(&d.call, self.grid(blocks)?), block, ..Launch::default() };
         // SAFETY: the caller's rows, and scratch memory for as many as the configured maximum.
         unsafe { self.launch(&self.station.kernels.quantise, shape, &d.call, &params) }
     }
@@ -413,15 +416,16 @@ impl Cuda {
             };
             params.outs += 1;
             if plane == TOKENS {
-                params.splits = splits(bytes[TOKENS] / 16);
+                params.splits = if d.call.max_sms > 0 { 1 } else { splits(bytes[TOKENS] / 16) };
             }
         }
         let counts = params.expert_counts != 0 || params.expert_stats != 0;
         if (params.outs == 0 && !counts) || params.rows == 0 {
             return Ok(());
         }
-        let grid = self.grid(params.rows * params.splits as u64)?;
-        let shape = Launch { grid, block: LAND_THREADS, ..Launch::default() };
+        let grid = within(&d.call, self.grid(params.rows * params.splits as u64)?);
+        let block = threads(&d.call, LAND_THREADS, MOST_LAND_THREADS);
+        let shape = Launch { grid, block, ..Launch::default() };
         // SAFETY: the caller's outputs, which comm checked, and the group's windows.
         unsafe { self.launch(&self.station.kernels.land, shape, &d.call, &params) }
     }

@@ -1,9 +1,9 @@
 //! Dispatch where rows are (token, rank) pairs without gaps: places by everybody's counts, then copies by few
 //! multiprocessors.
 
-use super::Cuda;
 use super::driver::Launch;
 use super::params::{Counts, FinishParams, PlaceParams, PushParams, SIDES, SettleParams, Side, flag};
+use super::{Cuda, within};
 use crate::config::{LayoutKind, OverflowKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Dispatch, Target};
@@ -22,8 +22,12 @@ const MOST_PIECE: u32 = 448;
 /// Shared memory of a block whose warps carry the largest pieces: a multiprocessor has room for one.
 pub(super) const CARRY_SHARED: u32 = CARRY_WARPS * CARRY_STAGES * MOST_PIECE * 16;
 
-/// Multiprocessors, and so blocks, that carry rows: three times as much as a link of eight takes.
+/// Multiprocessors, and so blocks, that carry rows unless a call says how many: they take three times a link's rate.
 const SMS: u32 = 20;
+
+fn carriers(d: &Dispatch) -> u32 {
+    if d.call.max_sms > 0 { d.call.max_sms } else { SMS }
+}
 
 impl Cuda {
     pub(super) fn is_flat(&self) -> bool {
@@ -125,7 +129,7 @@ impl Cuda {
             params.sides += 1;
         }
         let items = d.send.tokens as u64 * jobs as u64;
-        let grid = items.div_ceil(CARRY_WARPS as u64).clamp(1, SMS as u64) as u32;
+        let grid = items.div_ceil(CARRY_WARPS as u64).clamp(1, carriers(d) as u64) as u32;
         let shape = Launch {
             grid,
             block: CARRY_THREADS,
@@ -189,7 +193,7 @@ impl Cuda {
             params.side[params.sides as usize] = Side { unit, ..side };
             params.sides += 1;
         }
-        let shape = Launch { grid: SMS, block: SETTLE_THREADS, ..Launch::default() };
+        let shape = Launch { grid: within(&d.call, SMS), block: SETTLE_THREADS, ..Launch::default() };
         // SAFETY: this rank's own window and the routing's memory.
         unsafe { self.launch(&self.station.kernels.settle, shape, &d.call, &params) }
     }

@@ -21,14 +21,15 @@
 //!   steps that come to nothing too.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use super::driver::Launch;
-use super::params::{PoisonParams, Slot};
+use super::params::{PoisonParams, Shared, Slot};
 use super::{Cuda, lock};
 use crate::device::map::TOKENS;
 use crate::device::order::State;
 use crate::device::{Call, Combine, Dispatch};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernel has it.
 const THREADS: u32 = 256;
@@ -45,6 +46,23 @@ const DISPATCHED: u32 = 1 << State::Dispatched as u32;
 const ANY: u64 = 0;
 
 impl Cuda {
+    /// Keeps the loosest bound on multiprocessors of all calls.
+    pub(super) fn note_bound(&self, call: &Call) {
+        let bound = if call.max_sms > 0 { call.max_sms } else { u32::MAX };
+        self.loosest.fetch_max(bound, Ordering::Relaxed);
+    }
+
+    /// Kernels were on more multiprocessors at a time than any call allowed. What poisons memory is not counted.
+    pub(super) fn too_many_sms(&self) -> Option<Error> {
+        let mut word = [0u8; 4];
+        let at = self.layout.shared + std::mem::offset_of!(Shared, most_sms) as u64;
+        self.private.read(at, &mut word).ok()?;
+        let (most, bound) = (u32::from_le_bytes(word), self.loosest.load(Ordering::Relaxed));
+        let text =
+            || format!("rank {}: kernels were on {most} multiprocessors, max_sms is {bound}", self.rank);
+        (bound > 0 && most > bound).then(|| Error::internal(text()))
+    }
+
     pub(super) fn poison_before_dispatch(&self, d: &Dispatch) -> Result<()> {
         let slot = d.call.slot;
         if lock(&self.slots[slot as usize]).opens {

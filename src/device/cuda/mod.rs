@@ -230,6 +230,9 @@ pub struct Cuda {
     pinned: Arc<Pinned>,
     slots: Vec<Mutex<HostSlot>>,
     stats: Stats,
+    /// Of all calls, the loosest bound on multiprocessors; 0 before the first.
+    #[cfg(feature = "jitter")]
+    loosest: AtomicU32,
     /// By slot: memory of routings that are gone, for those to come. It never goes back while the comm lives, since
     /// work that uses it may still be on its way; the work of a slot is in order.
     spare: Arc<Vec<Mutex<Vec<DeviceMemory>>>>,
@@ -334,6 +337,8 @@ impl Cuda {
             sharing,
             pinned,
             stats: Stats::default(),
+            #[cfg(feature = "jitter")]
+            loosest: AtomicU32::new(0),
             aborted: AtomicBool::new(false),
         };
         cuda.reset_window()?;
@@ -441,6 +446,10 @@ impl Cuda {
         call: &Call,
         params: &P,
     ) -> Result<()> {
+        #[cfg(feature = "jitter")]
+        self.note_bound(call);
+        // Kernels that overlap use a multiprocessor more than the larger of them.
+        let shape = Launch { after_previous: shape.after_previous && call.max_sms == 0, ..shape };
         let _entered = self.station.context.enter()?;
         // SAFETY: forwarded; the context is current.
         unsafe { launch(kernel, &shape, self.stream_of(call.stream), params) }
@@ -666,6 +675,10 @@ impl Device for Cuda {
         }
     }
     fn async_error(&self) -> Option<Error> {
+        #[cfg(feature = "jitter")]
+        if let Some(error) = self.too_many_sms() {
+            return Some(error);
+        }
         self.first_failure()
     }
     fn stats(&self) -> &Stats {
@@ -709,6 +722,16 @@ impl Device for Cuda {
             let _ = unsafe { self.station.stream.start_copy_in(at, from) };
         }
     }
+}
+
+/// As many blocks as a call may use multiprocessors, since each may be on one of its own.
+fn within(call: &Call, blocks: u32) -> u32 {
+    if call.max_sms > 0 { blocks.min(call.max_sms) } else { blocks }
+}
+
+/// Threads of a block: `few` where blocks are many, `most` where they must not be.
+fn threads(call: &Call, few: u32, most: u32) -> u32 {
+    if call.max_sms > 0 { most } else { few }
 }
 
 impl Cuda {

@@ -13,6 +13,7 @@ pub const TOLD_DIRECTLY: usize = if cfg!(feature = "jitter") { 2 } else { TOLD_R
 pub const SIDES: usize = 9;
 pub const OUTS: usize = 4 + SIDES;
 pub const TELL: usize = 512;
+pub const SMS: usize = 256;
 pub const NEAR_RANKS: usize = 16;
 /// Tokens that a block of a2a_push has room to count.
 pub const MOST_COUNTED: u32 = 512;
@@ -58,12 +59,14 @@ twins! {
         sequence: u64, expected: u64, seen: u64, aux: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a slot.
-    Slot: 56 + MAX_RANKS / 8, lost at 56 => {
+    Slot: 64 + MAX_RANKS / 8, lost at 64 => {
         state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, arrived: u32, bad_ids: u32,
-        whole: u32, placed: u64, lost: [u32; MAX_RANKS / 32],
+        whole: u32, placed: u64, taken: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
-    Shared: 136, records at 132 => { counters: [u64; 16], first_step_done: u32, records: u32 }
+    Shared: 144 + 4 * SMS, on_sm at 144 => {
+        counters: [u64; 16], first_step_done: u32, records: u32, most_sms: u32, sms: u32, on_sm: [u32; SMS],
+    }
     Seat: SEAT, near at 80 => {
         windows: Address, control: Address, record: Address, slot: Address, shared: Address, mailboxes: u64,
         loss_masks: u64, routing: u64, rank: u32, ranks: u32, bound: u32, replays: u32,
@@ -128,7 +131,7 @@ twins! {
     StageParams: SEAT + 80, spread at SEAT + 72 => {
         seat: Seat, kept_counts: Address, rows: Address, stride: u64, to_rows: u64, weights: Address,
         weights_stride: u64, to_weights: u64, vectors: u32, weight_bytes: u32, flags: u32, block: u32,
-        spread: u32, reserved: u32,
+        spread: u32, units: u32,
     }
     MeetParams: MEET, flags at MEET - 8 => {
         seat: Seat, status: Address, rows_for: Address, kept_counts: Address, summary: Address, result_bytes: u64,

@@ -830,6 +830,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
 template <class In>
 __device__ __forceinline__ void pairs(const PairsParams& p) {
   __shared__ PairShared s;
+  const OnSm on_sm(p.seat);
   // A second half starts while what is before it ends.
   if (!(p.flags & kRaises)) ptx::wait_prerequisites();
   if (blockIdx.x == 0) {

@@ -71,7 +71,7 @@ pub struct Sweep {
     #[arg(long, default_value_t = 0)]
     max_recv_rows: i64,
     /// CUDA: multiprocessors that the kernels of each rank may use, and the bare data plane's dispatch; 0 = the library's
-    /// choice (HIGH_THROUGHPUT knows another)
+    /// choice (HIGH_THROUGHPUT and LOW_LATENCY know others)
     #[arg(long, default_value_t = 0)]
     sms: u16,
     /// Beside them, in the same run: MPI_Alltoallv (perf/peers/build.sh) with two settings, and a plain copy; bf16

@@ -329,12 +329,7 @@ fn max_sms(comm: &Comm, max_sms: i32) -> Result<u32> {
     let rank = comm.config().rank;
     let sms = u32::try_from(max_sms)
         .map_err(|_| Error::invalid(format!("rank {rank}: max_sms is {max_sms}, it must be at least 0")))?;
-    if sms > 0 && !comm.plan().heeds_sms() {
-        return Err(Error::unsupported(format!(
-            "rank {rank}: max_sms is {max_sms}, on cuda (2) backend {} only knows 0 in this build",
-            comm.plan().backend.name()
-        )));
-    }
+    comm.plan().check_sms(sms).map_err(|why| Error::unsupported(format!("rank {rank}: {why}")))?;
     Ok(sms)
 }
 

@@ -34,9 +34,14 @@ const ON_CUDA: [BackendKind; 4] = [
     BackendKind::HighThroughput,
 ];
 
-/// True if the strategy's kernels keep to a number of multiprocessors.
-fn heeds_sms(kind: BackendKind) -> bool {
-    kind == BackendKind::HighThroughput
+/// Why a strategy's kernels cannot keep to a number of multiprocessors that is not 0.
+fn check_sms(kind: BackendKind, max_sms: u32) -> std::result::Result<(), String> {
+    match kind {
+        BackendKind::HighThroughput => Ok(()),
+        BackendKind::LowLatency if max_sms > 1 => Ok(()),
+        BackendKind::LowLatency => Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 2")),
+        _ => Err(format!("max_sms is {max_sms}, on cuda (2) it only knows 0 in this build")),
+    }
 }
 
 /// What a config leads to.
@@ -66,9 +71,12 @@ impl Plan {
     pub fn memory(&self) -> Memory {
         memory(self.device, &self.map, &self.routing)
     }
-    /// True if calls may bound the multiprocessors that kernels use: none has any on the CPU.
-    pub fn heeds_sms(&self) -> bool {
-        self.device == DeviceKind::Cpu || heeds_sms(self.backend)
+    /// Refuses a call's bound on the multiprocessors that its kernels use, if they cannot keep to it. The CPU has none.
+    pub fn check_sms(&self, max_sms: u32) -> std::result::Result<(), String> {
+        if self.device == DeviceKind::Cpu || max_sms == 0 {
+            return Ok(());
+        }
+        check_sms(self.backend, max_sms).map_err(|why| format!("backend {}: {why}", self.backend.name()))
     }
     /// Multiprocessors that kernels keep to; 0: there is no bound.
     pub fn max_sms(&self, config: &Config) -> u32 {
@@ -139,8 +147,8 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
         return Err(format!("layout {} asked for, it offers {}", config.layout.name(), offered.join(", ")));
     }
     let layout = if config.layout == LayoutKind::Auto { offered[0] } else { config.layout };
-    if config.device == DeviceKind::Cuda && config.max_sms != 0 && !heeds_sms(kind) {
-        return Err(format!("max_sms is {}, on cuda (2) it only knows 0 in this build", config.max_sms));
+    if config.device == DeviceKind::Cuda && config.max_sms != 0 {
+        check_sms(kind, config.max_sms)?;
     }
     if config.device == DeviceKind::Cuda && layout == LayoutKind::ExpertContiguous {
         return Err(format!("layout {} is not on cuda in this build", layout.name()));

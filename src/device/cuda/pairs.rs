@@ -3,7 +3,7 @@
 use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{Counts, PairsParams, SIDES, Side, flag};
-use super::{Cuda, lock};
+use super::{Cuda, lock, within};
 use crate::config::{OverflowKind, QuantKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Dispatch, Region, Target};
@@ -48,7 +48,7 @@ impl Cuda {
                 Some((_, QuantKind::Fp8Ue8m0)) => flag::PAIR_POWERS,
                 _ => 0,
             };
-        let grid = 1 + self.movers(d, &params, kernel, sends, waits);
+        let grid = within(&d.call, 1 + self.movers(d, &params, kernel, sends, waits));
         // A second half starts while a first one before it ends, and waits for the end of whatever is before it.
         let after_previous = opens || !sends;
         let shape = Launch { grid, block: THREADS, after_previous, ..Launch::default() };

@@ -131,6 +131,36 @@ __device__ __forceinline__ void await_counts(const Seat& seat, const Counts& cou
   }
 }
 
+// Rows with one key, of all sources, of this one, and of those before it. Sums stay below 2^31, as their terms are.
+struct Shares {
+  uint32_t all;
+  uint32_t mine;
+  uint32_t before;
+  __device__ uint32_t kept_of_mine(uint32_t room) const { return min(before + mine, room) - min(before, room); }
+};
+
+// Adds up the counts of one key, once they are there. `keep` is told of each source, and of some behind the last, how many of
+// its rows there is room for.
+template <class Keep>
+__device__ __forceinline__ Shares add_sources(const Seat& seat, const Counts& counts, uint32_t key, uint32_t epoch,
+                                              uint32_t room, const Keep& keep) {
+  constexpr uint32_t kSources = 8, kMost = 0x7fffffff;
+  Shares shares{0, 0, 0};
+#pragma unroll 1
+  for (uint32_t first = 0; first < seat.ranks; first += kSources) {
+    uint32_t rows[kSources];
+    await_counts(seat, counts, first, key, epoch, rows);
+#pragma unroll
+    for (uint32_t i = 0; i < kSources; ++i) {
+      if (first + i == seat.rank) shares.before = shares.all, shares.mine = rows[i];
+      const uint32_t kept = min(shares.all, room);
+      shares.all = min(shares.all + rows[i], kMost);
+      keep(first + i, min(shares.all, room) - kept);
+    }
+  }
+  return shares;
+}
+
 // Tells every rank this rank's counts of the step that a slot is to begin, and that they are on their way, if the slot may. A
 // block calls it; `experts` is its shared memory.
 __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at, const Route& route, const Counts& counts,

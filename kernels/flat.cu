@@ -51,29 +51,19 @@ __device__ __forceinline__ void tell_rows(const PlaceParams& p, uint32_t epoch, 
 // What everybody's counts come to: where this rank's rows start at each rank, into s.next, and how many are kept; what is
 // received here. The block calls it.
 __device__ __forceinline__ void hear_rows(const PlaceParams& p, uint32_t epoch, Placing& s) {
-  constexpr uint32_t kSources = 8, kMost = 0x7fffffff;
   const Seat& seat = p.seat;
   if (threadIdx.x == 0) s.missing = 0, s.exceeded = kNone;
   __syncthreads();
 #pragma unroll 1
   for (uint32_t to = threadIdx.x; to < seat.ranks; to += kPlaceThreads) {
-    uint32_t all = 0, mine = 0, before = 0;
-#pragma unroll 1
-    for (uint32_t first = 0; first < seat.ranks; first += kSources) {
-      uint32_t rows[kSources];
-      await_counts(seat, p.counts, first, to, epoch, rows);
-#pragma unroll
-      for (uint32_t i = 0; i < kSources; ++i) {
-        if (first + i == seat.rank) before = all, mine = rows[i];
-        const uint32_t kept = min(all, p.room);
-        all = min(all + rows[i], kMost);
-        if (to == seat.rank && first + i < seat.ranks) p.kept_counts[first + i] = min(all, p.room) - kept;
-      }
-    }
-    const uint32_t kept = min(before + mine, p.room) - min(before, p.room);
-    s.next[to] = before;
+    const auto keep = [&](uint32_t source, uint32_t kept) {
+      if (to == seat.rank && source < seat.ranks) p.kept_counts[source] = kept;
+    };
+    const Shares shares = add_sources(seat, p.counts, to, epoch, p.room, keep);
+    const uint32_t all = shares.all, kept = shares.kept_of_mine(p.room);
+    s.next[to] = shares.before;
     p.route.rows_for[to] = kept, p.demands[to] = all;
-    if (mine != kept) atomicAdd(&s.missing, mine - kept);
+    if (shares.mine != kept) atomicAdd(&s.missing, shares.mine - kept);
     if (p.limit != 0 && all > p.limit) atomicMin(&s.exceeded, to);
     if (to == seat.rank) p.received[0] = min(all, p.room), p.summary[0] = all, p.summary[1] = all - min(all, p.room);
   }

@@ -459,8 +459,6 @@ __device__ __forceinline__ void add_up(const PairsParams& p, PairShared& s, uint
   clear(totals.over, kMaxRanks / 32);
   if (tid == 0) totals.demand = totals.rows = totals.dropped = totals.missing = totals.exceeded = totals.over_demand = 0;
   __syncthreads();
-  // Sums stay below 2^31, as their terms are.
-  constexpr uint32_t kSources = 8, kMost = 0x7fffffff;
   const uint32_t room = p.block;
   // A lane takes an expert; a warp goes through as many as any of its lanes.
 #pragma unroll 1
@@ -469,22 +467,12 @@ __device__ __forceinline__ void add_up(const PairsParams& p, PairShared& s, uint
     const uint32_t expert = is_one ? base + tid % 32 : base;
     const uint32_t owner = owner_of(p.route.owners, expert);
     const bool is_own = is_one && owner == seat.rank, any_own = __any_sync(~0u, is_own);
-    uint32_t all = 0, mine = 0, before = 0;
-#pragma unroll 1
-    for (uint32_t first = 0; first < seat.ranks; first += kSources) {
-      uint32_t rows[kSources];
-      await_counts(seat, p.counts, first, expert, epoch, rows);
-#pragma unroll
-      for (uint32_t i = 0; i < kSources; ++i) {
-        if (first + i == seat.rank) before = all, mine = rows[i];
-        const uint32_t kept = min(all, room);
-        all = min(all + rows[i], kMost);
-        if (any_own) add_to(&s.keeper.kept[first + i], is_own ? min(all, room) - kept : 0);
-      }
-    }
-    const uint32_t kept_of_mine = min(before + mine, room) - min(before, room);
+    const Shares shares = add_sources(seat, p.counts, expert, epoch, room, [&](uint32_t source, uint32_t kept) {
+      if (any_own) add_to(&s.keeper.kept[source], is_own ? kept : 0);
+    });
+    const uint32_t all = shares.all, kept_of_mine = shares.kept_of_mine(room);
     add_for(s.ranks, owner, is_one ? kept_of_mine : 0);
-    add_to(&totals.missing, is_one ? mine - kept_of_mine : 0);
+    add_to(&totals.missing, is_one ? shares.mine - kept_of_mine : 0);
     if (p.limit != 0 && all > p.limit) atomicOr(&totals.over[owner / 32], 1u << owner % 32), totals.exceeded = 1;
     if (!any_own) continue;
     const uint32_t kept = min(all, room), most = __reduce_max_sync(~0u, is_own ? all : 0);

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// Warps of a block that moves, at most.
 const MOST_MOVE_WARPS: u32 = 8;
 /// Threads of a block, as the kernels have it.
-const FINISH_THREADS: u32 = 128;
+pub(super) const FINISH_THREADS: u32 = 128;
 const ONE_THREADS: u32 = 672;
 const OPEN_THREADS: u32 = 128;
 /// Vectors of the piece that its warps move.
@@ -64,6 +64,21 @@ fn digest(words: &[u32], replays: bool) -> u32 {
 }
 
 impl Cuda {
+    /// A plane beside the tokens, as it is pushed into peers' received rows or banks; `pitch`: of scales by column.
+    pub(super) fn side(&self, slot: u32, plane: usize, bytes: u32, rows: (u64, u64), pitch: u32) -> Side {
+        let (from, stride) = rows;
+        Side {
+            from,
+            stride,
+            to: self.map.received(slot, plane),
+            bank: self.map.bank(slot, plane),
+            bytes,
+            unit: unit(&[from, stride, bytes as u64]),
+            pitch: if plane == SCALES { pitch } else { 0 },
+            reserved: 0,
+        }
+    }
+
     /// A kernel's blocks or jobs, or why there are none.
     fn grid(&self, blocks: u64) -> Result<u32> {
         let text =
@@ -308,17 +323,12 @@ impl Cuda {
         };
         for (plane, &bytes) in bytes.iter().enumerate().skip(SCALES).filter(|(_, bytes)| **bytes > 0) {
             let (from, stride) = self.source(d, plane);
-            let by_column = plane == SCALES && d.columns && !publishes;
-            params.side[params.sides as usize] = Side {
-                from,
-                stride,
-                to: region(plane),
-                bank: 0,
-                bytes,
-                unit: unit(&[from, stride, bytes as u64]),
-                pitch: if by_column { d.grid.bound.next_multiple_of(COLUMN_PAD as u32) } else { 0 },
-                reserved: 0,
+            let pitch = match d.columns && !publishes {
+                true => d.grid.bound.next_multiple_of(COLUMN_PAD as u32),
+                false => 0,
             };
+            let side = self.side(slot, plane, bytes, (from, stride), pitch);
+            params.side[params.sides as usize] = Side { to: region(plane), ..side };
             params.sides += 1;
         }
         Ok(params)

@@ -1,8 +1,9 @@
 //! Dispatch where rows are (token, rank) pairs without gaps: places by everybody's counts, then copies by few
 //! multiprocessors.
 
+use super::dispatch::FINISH_THREADS;
 use super::driver::Launch;
-use super::params::{Counts, FinishParams, PlaceParams, PushParams, SIDES, SettleParams, Side, flag};
+use super::params::{Counts, FinishParams, PlaceParams, PushParams, SettleParams, Side, flag};
 use super::{Cuda, within};
 use crate::config::{LayoutKind, OverflowKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
@@ -16,7 +17,6 @@ const BESIDE_WARPS: u32 = 4;
 const CARRY_THREADS: u32 = 32 * (CARRY_WARPS + BESIDE_WARPS);
 const CARRY_STAGES: u32 = 2;
 const SETTLE_THREADS: u32 = 512;
-const FINISH_THREADS: u32 = 128;
 /// Vectors of the largest piece of a row that a warp carries.
 const MOST_PIECE: u32 = 448;
 /// Shared memory of a block whose warps carry the largest pieces: a multiprocessor has room for one.
@@ -144,24 +144,11 @@ impl Cuda {
     /// The planes beside tokens, ids, weights and sources.
     fn flat_sides(&self, d: &Dispatch) -> impl Iterator<Item = Side> {
         let slot = d.call.slot;
-        let bytes = d.send.shape.plane_bytes;
-        const { assert!(SIDES == crate::device::map::PLANES - SCALES) };
-        bytes.into_iter().enumerate().skip(SCALES).filter(|(_, bytes)| *bytes > 0).map(
-            move |(plane, bytes)| {
-                let (from, stride) = self.source(d, plane);
-                let by_column = plane == SCALES && d.columns;
-                Side {
-                    from,
-                    stride,
-                    to: self.map.received(slot, plane),
-                    bank: self.map.bank(slot, plane),
-                    bytes,
-                    unit: super::dispatch::unit(&[from, stride, bytes as u64]),
-                    pitch: if by_column { d.capacity.next_multiple_of(COLUMN_PAD as u32) } else { 0 },
-                    reserved: 0,
-                }
-            },
-        )
+        let pitch = if d.columns { d.capacity.next_multiple_of(COLUMN_PAD as u32) } else { 0 };
+        let planes = d.send.shape.plane_bytes.into_iter().enumerate().skip(SCALES);
+        planes
+            .filter(|(_, bytes)| *bytes > 0)
+            .map(move |(plane, bytes)| self.side(slot, plane, bytes, self.source(d, plane), pitch))
     }
 
     fn launch_settle(&self, d: &Dispatch) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::driver::Launch;
 use super::module::Kernels;
-use super::params::{Counts, PairsParams, SIDES, Side, flag};
+use super::params::{Counts, PairsParams, SIDES, flag};
 use super::{Cuda, lock, within};
 use crate::config::{OverflowKind, QuantKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
@@ -112,17 +112,8 @@ impl Cuda {
         for (plane, &bytes) in bytes.iter().enumerate().skip(SCALES).filter(|(_, bytes)| **bytes > 0) {
             // Scales that are made on the way have no source but a bank.
             let rows = d.send.planes[plane].filter(|_| !(made && plane == SCALES));
-            let (from, stride) = rows.map_or((0, 0), |rows| (rows.ptr as u64, rows.stride as u64));
-            params.side[params.sides as usize] = Side {
-                from,
-                stride,
-                to: self.map.received(slot, plane),
-                bank: self.map.bank(slot, plane),
-                bytes,
-                unit: super::dispatch::unit(&[from, stride, bytes as u64]),
-                pitch: if plane == SCALES { pitch } else { 0 },
-                reserved: 0,
-            };
+            let rows = rows.map_or((0, 0), |rows| (rows.ptr as u64, rows.stride as u64));
+            params.side[params.sides as usize] = self.side(slot, plane, bytes, rows, pitch);
             params.sides += 1;
         }
         const { assert!(SIDES == crate::device::map::PLANES - SCALES) };

@@ -55,8 +55,9 @@ extern "C" __global__ void __launch_bounds__(kStageThreads, 1) a2a_stage(const _
   }
   for (uint32_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
     const uint32_t block = unit / p.spread, rows = p.kept_counts[block];
+    const uint64_t start = p.starts != nullptr ? p.starts[block] : static_cast<uint64_t>(block) * p.block;
     for (uint32_t row = unit - block * p.spread; row < rows; row += p.spread) {
-      stage_row(p, window, static_cast<uint64_t>(block) * p.block + row);
+      stage_row(p, window, start + row);
     }
   }
 }

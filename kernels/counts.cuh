@@ -16,9 +16,6 @@ constexpr uint32_t kExpertsAtOnce = 6;
 #else
 constexpr uint32_t kExpertsAtOnce = 2048;
 #endif
-// No expert, no row, no rank.
-constexpr uint32_t kNone = ~0u;
-
 // Rows of ids: the caller's, a routing's, or those in a bank.
 struct Choices {
   const uint8_t* ids;
@@ -47,6 +44,32 @@ __device__ __forceinline__ uint32_t first_alike(uint32_t value, uint32_t row) {
   return __ffs(__match_any_sync(~0u, key)) - 1;
 }
 
+// This rank's ids: the caller's, or those that a replay goes by.
+__device__ __forceinline__ Choices own_choices(const Route& route) {
+  const bool given = route.flags & kHasIds;
+  return Choices{given ? route.ids_in : reinterpret_cast<const uint8_t*>(route.ids),
+                 given ? route.ids_stride : 4ull * route.topk,
+                 route.topk,
+                 route.owners.experts,
+                 given && route.flags & kIdsAre64 ? 2u : 1u,
+                 kNone};
+}
+
+// An expert that a token names twice has one row, whose weight is the sum, k ascending. A warp calls it, a choice a lane;
+// `leader`: the first lane with the same expert, whose sum counts.
+__device__ __forceinline__ float sum_alike(float weight, uint32_t leader, uint32_t topk) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (__ballot_sync(~0u, leader != lane) == 0) return weight;
+  float sum = weight;
+#pragma unroll 1
+  for (uint32_t k = 1; k < topk; ++k) {
+    const float other = __shfl_sync(~0u, weight, k);
+    const uint32_t its_leader = __shfl_sync(~0u, leader, k);
+    if (k > lane && its_leader == lane) sum = __fadd_rn(sum, other);
+  }
+  return sum;
+}
+
 // Adds the rows from `start` to `end`: to experts[e - base] those that name expert e (once, if they name it twice), to
 // ranks[r] those that go to rank r; either may be null. A block calls it, and meets afterwards.
 __device__ __forceinline__ void count_choices(const Choices& choices, const Owners& owners, uint32_t topk_bits, uint32_t base,
@@ -63,6 +86,52 @@ __device__ __forceinline__ void count_choices(const Choices& choices, const Owne
     if (ranks == nullptr) continue;
     const uint32_t owner = id != kNone ? owner_of(owners, id) : kNone;
     if (first_alike(owner, row) == lane && owner != kNone) atomicAdd(&ranks[owner], 1);
+  }
+}
+
+// Choices of some groups of rows from `first` on, a choice a lane, all of them on their way at once; kNone past `last`.
+template <uint32_t n>
+__device__ __forceinline__ void read_groups(const Choices& choices, const Owners& owners, uint32_t topk_bits, uint32_t first,
+                                            uint32_t last, uint32_t (&ids)[n]) {
+  const uint32_t lane = threadIdx.x % 32, rows = 32u >> topk_bits, row = lane >> topk_bits;
+  const uint32_t k = lane & ((1u << topk_bits) - 1);
+  uint32_t words[n][2];
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) {
+    const uint32_t at = first + i * rows + row;
+    const bool inside = at < last && k < choices.topk;
+    const auto* id = reinterpret_cast<const uint32_t*>(choices.ids + at * choices.stride) + k * choices.words;
+    words[i][0] = kNone, words[i][1] = 0;
+    if (inside) words[i][0] = id[0];
+    if (inside && choices.words == 2) words[i][1] = id[1];
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < n; ++i) {
+    const bool known = words[i][0] < choices.experts && words[i][1] == 0;
+    const bool wanted = known && (choices.owner == kNone || owner_of(owners, words[i][0]) == choices.owner);
+    ids[i] = wanted ? words[i][0] : kNone;
+  }
+}
+
+// Calls `act` with the choices of all groups of rows from `start` to `end` that are a warp's of some.
+template <class Act>
+__device__ __forceinline__ void each_group(const Choices& choices, const Owners& owners, uint32_t topk_bits, uint32_t start,
+                                           uint32_t end, uint32_t warp, uint32_t warps, const Act& act) {
+  constexpr uint32_t kGroups = 4;
+  const uint32_t rows = 32u >> topk_bits;
+#pragma unroll 1
+  for (uint32_t first = start + warp * kGroups * rows; first < end; first += warps * kGroups * rows) {
+    uint32_t ids[kGroups];
+    read_groups(choices, owners, topk_bits, first, end, ids);
+#pragma unroll 1
+    for (uint32_t i = 0; i < kGroups && first + i * rows < end; ++i) {
+      uint32_t id = ids[0];
+#pragma unroll
+      for (uint32_t j = 1; j < kGroups; ++j) id = i == j ? ids[j] : id;
+      act(first + i * rows, id);
+      // Lanes that had nothing to do wait for the others, with which they vote.
+      __syncwarp();
+    }
   }
 }
 
@@ -161,6 +230,29 @@ __device__ __forceinline__ Shares add_sources(const Seat& seat, const Counts& co
   return shares;
 }
 
+// Tells every rank this rank's counts of some experts (and of one more, if they are odd). A block calls it.
+__device__ __forceinline__ void store_counts(const Seat& seat, const Counts& counts, uint32_t epoch, uint32_t base,
+                                             uint32_t some, const uint32_t* experts) {
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < (some + 1) / 2; i += blockDim.x) {
+    const ulonglong2 words = make_ulonglong2(pack(epoch, experts[2 * i]), pack(epoch, experts[2 * i + 1]));
+#pragma unroll 4
+    for (uint32_t peer = 0; peer < seat.ranks; ++peer) {
+      A2A_JITTER_HERE;
+      auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
+      ptx::st_relaxed_sys(to + i, words);
+    }
+  }
+}
+
+// For those that look for trouble: counts themselves say that they are there. A warp calls it.
+__device__ __forceinline__ void say_counted(const Seat& seat, uint32_t epoch) {
+#pragma unroll 1
+  for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
+    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
+  }
+}
+
 // Tells every rank this rank's counts of the step that a slot is to begin, and that they are on their way, if the slot may. A
 // block calls it; `experts` is its shared memory.
 __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at, const Route& route, const Counts& counts,
@@ -168,31 +260,17 @@ __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at
   const uint32_t epoch = at.epoch + 1;
 #pragma unroll 1
   for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
-    const uint32_t some = min(choices.experts - base, kExpertsAtOnce), twos = (some + 1) / 2;
-    clear(experts, 2 * twos);
+    const uint32_t some = min(choices.experts - base, kExpertsAtOnce);
+    clear(experts, some + some % 2);
     __syncthreads();
     count_choices(choices, route.owners, topk_bits, base, 0, route.tokens, experts, nullptr);
     __syncthreads();
     // Not before: the slot and the ids are on their way at the same time.
     if (!at.opens()) return;
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < twos; i += blockDim.x) {
-      const ulonglong2 words = make_ulonglong2(pack(epoch, experts[2 * i]), pack(epoch, experts[2 * i + 1]));
-#pragma unroll 4
-      for (uint32_t peer = 0; peer < seat.ranks; ++peer) {
-        A2A_JITTER_HERE;
-        auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
-        ptx::st_relaxed_sys(to + i, words);
-      }
-    }
+    store_counts(seat, counts, epoch, base, some, experts);
     __syncthreads();
   }
-  if (threadIdx.x < blockDim.x - 32) return;
-#pragma unroll 1
-  for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-    // For those that look for trouble: counts themselves say that they are there.
-    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
-  }
+  if (threadIdx.x >= blockDim.x - 32) say_counted(seat, epoch);
 }
 
 }  // namespace a2a

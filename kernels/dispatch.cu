@@ -162,7 +162,7 @@ __device__ __forceinline__ void do_job(const PushParams& p, const Job<n>& job, c
     return;
   }
 
-  store_beside(p, job.token, job.id, job.weight, job.bad, to);
+  store_beside<false>(p, job.token, job.id, job.weight, job.bad, to);
 }
 
 // Where a published row lies: in the own window, at the token's number.
@@ -211,6 +211,7 @@ __device__ __forceinline__ void hand_out_sums(const FinishParams& p, Totals& tot
   const Seat& seat = p.seat;
   const Receive& receive = p.receive;
   read_totals(seat, p.summary, receive.kept_counts, totals);
+  if (threadIdx.x == 0 && p.flags & kEnds) totals.rows = p.summary[3];
 #pragma unroll 1
   for (uint32_t rank = threadIdx.x; rank < seat.ranks && totals.exceeded; rank += kFinishThreads) {
     const uint32_t demand = p.demands[rank];

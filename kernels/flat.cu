@@ -1,10 +1,11 @@
 // A dispatch whose rows are (token, rank) pairs without gaps, on few multiprocessors: a2a_place, a2a_carry, then a2a_finish,
-// then a2a_settle.
+// then a2a_settle. a2a_carry also carries what contiguous.cu places.
 //
 // One block places: it tells this rank's counts, hears everybody's and writes down where each row goes, so that those that
 // carry wait for nobody, and few of them can carry much: a warp has a row brought into shared memory and from there to all of
 // its ranks by bulk copies, and is free for what travels beside it. A first half on its own must not wait for counts: its
 // rows go into its source's bank at each rank, from where the second half settles them.
+#include "arrivals.cuh"
 #include "counts.cuh"
 #include "places.cuh"
 
@@ -172,7 +173,13 @@ extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const _
       int32_t id;
       float weight;
       const bool is_bad = read_choice(route, token, id, weight);
-      store_beside(p, token, id, weight, is_bad, read_places(p, token));
+      const Places to = read_places(p, token);
+      if (p.bank_rows == nullptr) {
+        store_beside<false>(p, token, id, weight, is_bad, to);
+      } else {
+        const uint32_t row = lane < to.count ? p.bank_rows[static_cast<uint64_t>(token) * route.fanout + lane] : 0;
+        store_beside<true>(p, token, id, weight, is_bad, to, row);
+      }
     }
     return;
   }
@@ -205,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const _
     const Places to = read_places(p, token);
     ptx::await_bytes(barrier + at, turns / kCarryStages % 2);
     if (!goes) return;
-    if (lane < to.count) {
+    if (lane < to.count && to.row != kNone) {
       uint8_t* row = to.window + p.to_tokens + (p.row_base + to.row) * 16ull * p.vectors;
       ptx::store_bulk(row + job * piece, stage + at * piece, bytes_of(job));
     }
@@ -219,36 +226,14 @@ extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const _
   ptx::await_stored();
 }
 
-// Where the rows of each source start, and which sources have theirs in banks.
-struct Settling {
-  uint32_t start[kMaxRanks + 1];
-  uint32_t banked[kMaxRanks / 32];
-  uint32_t any;
-};
-
 extern "C" __global__ void __launch_bounds__(kSettleThreads, 1) a2a_settle(const __grid_constant__ SettleParams p) {
-  __shared__ Settling s;
+  __shared__ Arrivals s;
   const Seat& seat = p.seat;
   const OnSm on_sm(seat);
   if (seat.slot->whole == 0) return;
   const uint32_t tid = threadIdx.x, lane = tid % 32;
   const uint32_t warp = (blockIdx.x * kSettleThreads + tid) / 32, warps = gridDim.x * kSettleThreads / 32;
-  clear(s.banked, kMaxRanks / 32);
-  if (tid == 0) s.any = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t source = tid; source < seat.ranks; source += kSettleThreads) {
-    s.start[source + 1] = p.kept_counts[source];
-    const uint64_t flag = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, source), kDispatchPair));
-    if (flag >> 31 & 1) atomicOr(&s.banked[source / 32], 1u << source % 32), s.any = 1;
-  }
-  __syncthreads();
-  if (tid == 0) {
-    s.start[0] = 0;
-#pragma unroll 1
-    for (uint32_t source = 0; source < seat.ranks; ++source) s.start[source + 1] += s.start[source];
-  }
-  __syncthreads();
+  read_arrivals(seat, p.kept_counts, s);
   const uint32_t all = s.start[seat.ranks];
   uint8_t* const own = window_of(seat, seat.rank);
   if (s.any) {
@@ -256,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(kSettleThreads, 1) a2a_settle(const
 #pragma unroll 1
     for (uint32_t row = warp; row < all; row += warps) {
       while (row >= s.start[source + 1]) ++source;
-      if (!(s.banked[source / 32] >> source % 32 & 1)) continue;
+      if (!s.is_banked(source)) continue;
       const uint64_t from = static_cast<uint64_t>(source) * seat.bound + row - s.start[source];
       copy_bytes(own + p.to_tokens + row * 16ull * p.vectors, own + p.bank_tokens + from * 16 * p.vectors,
                  16 * p.vectors, 16, lane, 32);

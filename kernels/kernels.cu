@@ -9,6 +9,8 @@
 
 #include "flat.cu"
 
+#include "contiguous.cu"
+
 #include "combine.cu"
 
 #include "quant.cu"

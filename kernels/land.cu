@@ -10,6 +10,16 @@ namespace a2a {
 
 constexpr uint32_t kLandThreads = 512;
 
+// The last block that starts at a row or before it. The first starts at 0.
+__device__ __forceinline__ uint32_t block_of(const LandParams& p, uint32_t row) {
+  uint32_t first = 0, last = p.blocks;
+  while (last - first > 1) {
+    const uint32_t middle = (first + last) / 2;
+    (static_cast<uint32_t>(p.starts[middle]) <= row ? first : last) = middle;
+  }
+  return first;
+}
+
 // Brings a row (a part of it) to where it is wanted. A block calls it; `where` is its shared memory.
 __device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_t* where) {
   const Seat& seat = p.seat;
@@ -31,8 +41,8 @@ __device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_
         before += count;
       }
     } else {
-      const uint32_t block = row / p.block;
-      place = row - static_cast<uint64_t>(block) * p.block;
+      const uint32_t block = p.starts != nullptr ? block_of(p, row) : row / p.block;
+      place = row - (p.starts != nullptr ? p.starts[block] : static_cast<uint64_t>(block) * p.block);
       // Any but `ranks` says that there is a row.
       if (place < static_cast<uint32_t>(p.kept_counts[block])) source = 0;
     }
@@ -76,7 +86,7 @@ __device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_
     const uint8_t* from = window + out.region + from_row * out.bytes;
     if (kind == kOutIds && p.flags & kWideIds) {
       auto* ids = reinterpret_cast<int32_t*>(to);
-      for (uint32_t i = begin; i < 2 * p.topk; i += stride) {
+      for (uint32_t i = begin; i < out.bytes / 2; i += stride) {
         const int32_t id = pads ? -1 : reinterpret_cast<const int32_t*>(from)[i / 2];
         ids[i] = i % 2 == 0 ? id : id >> 31;
       }

@@ -314,18 +314,8 @@ struct Mover {
         if (lane == 0) reinterpret_cast<int2*>(to.window + p.bank_source)[to.row] = pair;
       }
     } else {
-      // An expert that is named twice has one row, whose weight is the sum, k ascending.
       const uint32_t leader = first_alike(id, 0);
-      if (__ballot_sync(~0u, leader != lane) != 0) {
-        float sum = weight;
-#pragma unroll 1
-        for (uint32_t k = 1; k < topk; ++k) {
-          const float other = __shfl_sync(~0u, weight, k);
-          const uint32_t its_leader = __shfl_sync(~0u, leader, k);
-          if (k > lane && its_leader == lane) sum = __fadd_rn(sum, other);
-        }
-        weight = sum;
-      }
+      weight = sum_alike(weight, leader, topk);
       const uint32_t row = id >= 0 && leader == lane ? lot.row[t][lane] : kNone;
       if (row != kNone) {
         uint8_t* window = feed.landed ? own : window_of(seat, owner_of(route().owners, id));
@@ -419,18 +409,6 @@ struct Mover {
     return true;
   }
 };
-
-// This rank's ids: the caller's, or those that a replay goes by.
-__device__ __forceinline__ Choices own_choices(const PairsParams& p) {
-  const Route& route = p.route;
-  const bool given = route.flags & kHasIds;
-  return Choices{given ? route.ids_in : reinterpret_cast<const uint8_t*>(route.ids),
-                 given ? route.ids_stride : 4ull * route.topk,
-                 route.topk,
-                 route.owners.experts,
-                 given && route.flags & kIdsAre64 ? 2u : 1u,
-                 kNone};
-}
 
 // ------------------------------------------------------------------------------------------------- the block that keeps
 
@@ -591,7 +569,7 @@ __device__ __forceinline__ void decide(const PairsParams& p, PairShared& s, Fini
     finish.mark = 1u << 31, finish.row_bytes = p.bank_bytes;
     clear(s.ranks, seat.ranks);
     __syncthreads();
-    count_choices(own_choices(p), p.route.owners, p.topk_bits, 0, 0, p.route.tokens, nullptr, s.ranks);
+    count_choices(own_choices(p.route), p.route.owners, p.topk_bits, 0, 0, p.route.tokens, nullptr, s.ranks);
     __syncthreads();
   } else if (look_for_counts(p, finish.epoch, seat.ranks, is_stored)) {
     // While rows are on their way, and so that the other half need not.
@@ -623,7 +601,7 @@ __device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
   // A second half may start when the movers have stored.
   if (!waits) ptx::launch_dependents();
   if (raises && !seat.replays) {
-    tell_counts(seat, at, p.route, p.counts, own_choices(p), p.topk_bits, s.experts);
+    tell_counts(seat, at, p.route, p.counts, own_choices(p.route), p.topk_bits, s.experts);
   }
   bool lost = false;
   if (raises ? at.opens() : at.receives(seat.routing)) {
@@ -780,7 +758,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
   if (threadIdx.x == 0) {
     s.share = share_of(raises ? route.tokens * jobs : 0, number, movers);
     s.to_banks = p.flags & kBanks;
-    s.feed = Feed{own_choices(p), p.tokens, p.token_stride, seat.rank, 0, false};
+    s.feed = Feed{own_choices(p.route), p.tokens, p.token_stride, seat.rank, 0, false};
   }
   // First this rank's rows, then this block's of those that came into banks.
   for (bool landing = false;;) {

@@ -6,13 +6,24 @@
 
 namespace a2a {
 
-// Where a token goes, a destination a lane: its window, the row there among this rank's, and the rank (-1: none).
+// Where a token goes, a destination a lane: its window, the row there among this rank's (kNone: there is no room for it), and
+// the rank (-1: none).
 struct Places {
   uint32_t count;
   uint8_t* window;
   uint32_t row;
   int32_t rank;
 };
+
+// From one column to the next of scales at a rank, where rows are (token, expert) pairs in one list: as many as the rank has room
+// for (Grid::capacity in grid.rs), rounded up (COLUMN_PAD in map.rs).
+__device__ __forceinline__ uint32_t pitch_of(const Blocks& blocks, uint32_t rank) {
+  const uint64_t local = blocks.firsts[rank + 1] - blocks.firsts[rank], align = blocks.alignment;
+  const uint64_t most = blocks.tokens * min(local, static_cast<uint64_t>(blocks.topk)) + local * (align - 1);
+  uint64_t rows = (most + align - 1) / align * align;
+  if (blocks.limit != 0) rows = min(rows, static_cast<uint64_t>(blocks.limit));
+  return static_cast<uint32_t>((rows + 3) / 4 * 4);
+}
 
 // As they were found before.
 __device__ __forceinline__ Places read_places(const PushParams& p, uint32_t token) {
@@ -25,15 +36,18 @@ __device__ __forceinline__ Places read_places(const PushParams& p, uint32_t toke
                 rank >= 0 ? window_of(p.seat, rank) : nullptr, row, rank};
 }
 
-// Stores what is beside a token's row to every place. A warp calls it; a choice a lane.
+// Stores what is beside a token's row to every place. A warp calls it; a choice a lane. `pairs`: rows are (token, expert)
+// pairs, some of which may be left out, and what follows from the expert goes to the token's row in a bank, the lane's
+// `bank_row`.
+template <bool pairs>
 __device__ __forceinline__ void store_beside(const PushParams& p, uint32_t token, int32_t id, float weight, bool is_bad,
-                                             const Places& to) {
+                                             const Places& to, uint32_t bank_row = 0) {
   const Seat& seat = p.seat;
   const Route& route = p.route;
   const uint32_t lane = threadIdx.x % 32;
   const bool publishes = p.flags & kPublishes;
   keep_choice(seat, route, token, id, weight, is_bad);
-  const uint64_t row = p.row_base + to.row;
+  const uint64_t row = p.row_base + (pairs ? bank_row : to.row);
   uint8_t* ids = to.window + p.to_ids + row * route.topk * 4;
   const uint64_t to_weights = p.to_weights - p.to_ids;
 #pragma unroll 1
@@ -58,10 +72,15 @@ __device__ __forceinline__ void store_beside(const PushParams& p, uint32_t token
     for (uint32_t i = 0; i < to.count; ++i) {
       auto* window = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(to.window), i));
       const uint32_t its_row = __shfl_sync(~0u, to.row, i);
-      if (!held) {
+      if (pairs && its_row == kNone) continue;
+      if (held) {
+        if (lane < vectors) ptx::st_row(window + side.to + (block * seat.bound + its_row) * side.bytes + 16 * lane, value);
+      } else if constexpr (pairs) {
+        Side its = side;
+        if (its.pitch != 0) its.pitch = pitch_of(p.blocks, __shfl_sync(~0u, to.rank, i));
+        copy_side(its, token, window, block, its_row, seat.bound);
+      } else {
         copy_side(side, token, window, block, its_row, seat.bound);
-      } else if (lane < vectors) {
-        ptx::st_row(window + side.to + (block * seat.bound + its_row) * side.bytes + 16 * lane, value);
       }
     }
   }

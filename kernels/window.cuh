@@ -225,6 +225,23 @@ struct Route {
 constexpr uint32_t kIdsAre64 = 1, kIdsAreVectors = 2, kHasWeights = 4, kHasIds = 8;
 static_assert(sizeof(Route) == 144);
 
+// No expert, no row, no rank.
+constexpr uint32_t kNone = ~0u;
+
+// What the rows of a rank are made of, where they are (token, expert) pairs in one list.
+struct Blocks {
+  // [ranks + 1]: the number of a rank's first expert, where they are numbered rank after rank; or null.
+  const int32_t* firsts;
+  // Tokens of all ranks, at most.
+  uint64_t tokens;
+  uint32_t topk;
+  uint32_t alignment;
+  // max_recv_rows, or 0.
+  uint32_t limit;
+  uint32_t reserved;
+};
+static_assert(sizeof(Blocks) == 32);
+
 // A plane of rows beside the tokens.
 struct Side {
   const uint8_t* from;
@@ -310,28 +327,33 @@ struct PushParams {
   // 1: follows a2a_open; 2: into the own window, at a token's number; 4: follows a2a_route, for which
   // the other blocks wait; 8: rows are those of one list, whoever's they are.
   uint32_t flags;
+  // [tokens, fanout]: rows of ids, weights and source, where they are not the token's; or null.
+  const int32_t* bank_rows;
+  // Columns at a rank are as long as its rows are many.
+  Blocks blocks;
   Side side[kSides];
 };
 constexpr uint32_t kPublishes = 2, kRouted = 4, kPacked = 8;
 // Tokens that a block can count.
 constexpr uint32_t kMostCounted = 512;
-static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + sizeof(Side) * kSides);
+static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + 40 + sizeof(Side) * kSides);
 
 // a2a_finish: the end of a dispatch, or of either half.
 struct FinishParams {
   Seat seat;
   Route route;
   Receive receive;
-  // Lists that a2a_place made, or null: {demanded, dropped here, dropped elsewhere}; [ranks] rows that each is to receive.
+  // Lists that a2a_place made, or null: {demanded, dropped here, dropped elsewhere, where the last block ends}; [ranks] rows
+  // that each is to receive.
   const int32_t* summary;
   const int32_t* demands;
   // Rows of a rank that are too many, or 0.
   uint32_t limit;
   // 1: raises this rank's flags, once the kernel before it is done; 2: waits for the peers'; 4: counts tokens itself;
-  // 8: this rank's rows are in banks.
+  // 8: this rank's rows are in banks; 16: rows are those up to the last block's end.
   uint32_t flags;
 };
-constexpr uint32_t kRaises = 1, kWaits = 2, kCounts = 4, kBanked = 8;
+constexpr uint32_t kRaises = 1, kWaits = 2, kCounts = 4, kBanked = 8, kEnds = 16;
 static_assert(sizeof(FinishParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 24);
 
 // a2a_dispatch: all of it by one block, where tokens are very few.
@@ -394,6 +416,45 @@ struct SettleParams {
 };
 constexpr uint32_t kPadIds = 1, kPadWeights = 2, kPadSource = 4;
 static_assert(sizeof(SettleParams) == sizeof(Seat) + 96 + sizeof(Side) * kSides);
+
+// a2a_place_experts: the same as a2a_place where rows are (token, expert) pairs in one list.
+struct PlaceExpertsParams {
+  // `received`: [local experts] rows of each.
+  PlaceParams place;
+  Blocks blocks;
+  // Lists of RoutingMap: [experts] where their rows start, by their numbers; [local experts] the same of this rank's;
+  // [ranks] this rank's rows at each; [tokens, fanout] rows in banks.
+  int32_t* ends;
+  int32_t* starts;
+  int32_t* pairs_for;
+  int32_t* bank_rows;
+  uint32_t local;
+  uint32_t topk_bits;
+  // That count, by what there is of shared memory.
+  uint32_t warps;
+  uint32_t reserved;
+};
+static_assert(sizeof(PlaceExpertsParams) == sizeof(PlaceParams) + sizeof(Blocks) + 48);
+
+// a2a_spread: tokens from the first of their rows to the others, or from the banks to all, and what else a rank's rows have.
+struct SpreadParams {
+  // `kept_counts` is not looked at.
+  SettleParams settle;
+  Owners owners;
+  // Lists of RoutingMap: [local experts] where rows start, and how many they are; as FinishParams has it.
+  const int32_t* starts;
+  const int32_t* block_counts;
+  const int32_t* summary;
+  // [local experts], [local experts + 1], [local experts] added to; or null.
+  int32_t* expert_counts;
+  int32_t* expert_offsets;
+  unsigned long long* expert_stats;
+  uint32_t local;
+  uint32_t topk_bits;
+  uint32_t warps;
+  uint32_t room;
+};
+static_assert(sizeof(SpreadParams) == sizeof(SettleParams) + 40 + 64);
 
 // a2a_pairs_*: a dispatch whose rows are (token, expert) pairs, or either half of it.
 struct PairsParams {
@@ -472,6 +533,8 @@ struct LandParams {
   uint64_t ids_region;
   int32_t* expert_counts;
   unsigned long long* expert_stats;
+  // [blocks]: where blocks start, if not at multiples of `block`; or null.
+  const int32_t* starts;
   // Rows of the outputs, and of a block of them.
   uint64_t rows;
   uint32_t block;
@@ -480,19 +543,20 @@ struct LandParams {
   // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64
   uint32_t flags;
   uint32_t splits;
-  uint32_t reserved;
+  uint32_t blocks;
   Out out[4 + kSides];
 };
 constexpr uint32_t kGathered = 1, kZeroPadding = 2, kWideIds = 4;
 constexpr uint32_t kOutOther = 0, kOutTokens = 1, kOutIds = 2, kOutWeights = 3, kOutSource = 4,
                    kOutInPlace = 8;
-static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 40 + 24 + 56 * (4 + kSides));
+static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 48 + 24 + 56 * (4 + kSides));
 
 // a2a_stage: the experts' rows to where peers can read them.
 struct StageParams {
   Seat seat;
-  // Rows by source, or by block where blocks are experts'.
+  // Rows by source, or by block where blocks are experts'; where blocks start, if not at multiples of `block`.
   const int32_t* kept_counts;
+  const int32_t* starts;
   const uint8_t* rows;
   uint64_t stride;
   uint64_t to_rows;
@@ -509,7 +573,7 @@ struct StageParams {
   // Blocks that do it, if they are not fewer.
   uint32_t units;
 };
-static_assert(sizeof(StageParams) == sizeof(Seat) + 80);
+static_assert(sizeof(StageParams) == sizeof(Seat) + 88);
 
 // a2a_meet: the flags of a combine, out and in.
 struct MeetParams {

@@ -151,7 +151,14 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
         check_sms(kind, config.max_sms)?;
     }
     if config.device == DeviceKind::Cuda && layout == LayoutKind::ExpertContiguous {
-        return Err(format!("layout {} is not on cuda in this build", layout.name()));
+        let keys = config.experts.num() as u64 + config.num_ranks as u64;
+        if keys > cuda::MOST_KEYS as u64 {
+            return Err(format!(
+                "layout {} on cuda (2) counts num_experts + num_ranks in shared memory, they are {keys}, the limit is {}",
+                layout.name(),
+                cuda::MOST_KEYS
+            ));
+        }
     }
     let fixed = matches!(layout, LayoutKind::Gathered | LayoutKind::RankMajor);
     if config.max_recv_rows != 0 && fixed {

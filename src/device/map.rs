@@ -403,7 +403,8 @@ pub struct RoutingMap {
     /// [max_tokens, fanout]: the token's position among this rank's rows there. Empty where it is the token's number.
     pub target_rows: List,
     /// [max_tokens, K]: the expert by its number in the order (owner, place), or -1; the token's position among this
-    /// rank's rows for it. Where rows are (token, expert) pairs. On CUDA the second has the row at the owner, or -1.
+    /// rank's rows for it. Where rows are (token, expert) pairs. On CUDA the first has, as `target_rows`, where what is
+    /// beside a token goes; the second has the row at the owner, or -1.
     pub expert_keys: List,
     pub expert_rows: List,
     /// [ranks]: how many of this rank's rows went to each.
@@ -416,7 +417,11 @@ pub struct RoutingMap {
     pub counts: List,
     /// [ranks]: rows received from each rank.
     pub rank_counts: List,
-    /// Rows demanded, rows dropped, where the last block ends (on CUDA: this rank's rows that others dropped).
+    /// [ranks], on CUDA: rows that each is to receive; this rank's at each, where they are (token, expert) pairs.
+    pub demands: List,
+    pub pairs_for: List,
+    /// Rows demanded, rows dropped, where the last block ends (on CUDA: this rank's rows that others dropped, and then where
+    /// the last block ends).
     pub summary: List,
     bytes: u64,
 }
@@ -447,7 +452,9 @@ impl RoutingMap {
             starts: list(blocks),
             counts: list(blocks),
             rank_counts: list(ranks),
-            summary: list(3),
+            demands: list(if uses.counts { ranks } else { 0 }),
+            pairs_for: list(by_expert(ranks)),
+            summary: list(4),
             bytes: 0,
         };
         map.bytes = at.0.unwrap_or(0);

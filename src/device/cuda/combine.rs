@@ -70,7 +70,7 @@ impl Cuda {
             }
         };
         // The block of an expert, or of all, is rarely full: those that share it take what there is in turn.
-        let spread = match Self::weighs(c) || self.is_flat() {
+        let spread = match Self::weighs(c) || self.is_packed() {
             true => block.min((STAGE_BLOCKS_PER_SM * self.station.sms() as u64).div_ceil(blocks.max(1))),
             false => block,
         };
@@ -79,6 +79,7 @@ impl Cuda {
         let params = StageParams {
             seat: self.seat(&c.call, c.grid.bound, false),
             kept_counts: self.kept_counts(c.memory),
+            starts: self.block_starts(c.memory),
             rows: c.send.map_or(0, |rows| rows.ptr as u64),
             stride: c.send.map_or(0, |rows| rows.stride as u64),
             to_rows: self.map.combine(slot),
@@ -113,9 +114,12 @@ impl Cuda {
                 Target::Into(rows) => rows.ptr as u64,
                 Target::Nothing | Target::Columns(_) => 0,
             },
-            rows_for: self.list(c.memory, self.routing.rows_for),
+            rows_for: self.list(
+                c.memory,
+                if self.is_contiguous() { self.routing.pairs_for } else { self.routing.rows_for },
+            ),
             kept_counts: self.list(c.memory, self.routing.rank_counts),
-            summary: if Self::weighs(c) || self.is_flat() {
+            summary: if Self::weighs(c) || self.is_packed() {
                 self.list(c.memory, self.routing.summary)
             } else {
                 0

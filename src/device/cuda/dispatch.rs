@@ -3,7 +3,7 @@
 use super::driver::Launch;
 use super::params::{
     DispatchParams, FinishParams, LandParams, MOST_COUNTED, OUTS, OpenParams, Out, PushParams, QuantParams,
-    Receive, Route, RouteParams, SIDES, Side, TELL, TOLD_DIRECTLY, TellParams, flag, kind,
+    Receive, Route, RouteParams, Side, TELL, TOLD_DIRECTLY, TellParams, flag, kind,
 };
 use super::{Cuda, lock, reciprocal, threads, within};
 use crate::config::{QUANT_GROUP, QuantKind};
@@ -315,11 +315,10 @@ impl Cuda {
             // The last job of a token is what travels beside its row.
             jobs: vectors.div_ceil(piece) + 1,
             counted: if d.reuse { 0 } else { tokens.min(COUNTED) },
-            sides: 0,
             flags: if follows { flag::FOLLOWS } else { 0 }
                 | if publishes { flag::PUBLISHES } else { 0 }
                 | if routed { flag::ROUTED } else { 0 },
-            side: [Side::default(); SIDES],
+            ..PushParams::default()
         };
         for (plane, &bytes) in bytes.iter().enumerate().skip(SCALES).filter(|(_, bytes)| **bytes > 0) {
             let (from, stride) = self.source(d, plane);
@@ -361,7 +360,7 @@ impl Cuda {
         let gathers = self.map.sizes.uses.published;
         let bytes = d.send.shape.plane_bytes;
         let wide = d.ids_out_are_64;
-        let pairs = self.is_by_pairs();
+        let pairs = d.grid.layout.by_expert();
         let mut params = LandParams {
             seat: self.seat(&d.call, d.grid.bound, d.reuse),
             owners: self.owners,
@@ -370,6 +369,7 @@ impl Cuda {
             // The counts of pairs are known without looking at ids.
             expert_counts: if pairs { 0 } else { self.small(d.expert_counts, slot, Region::ExpertCounts) },
             expert_stats: d.expert_stats.filter(|_| !pairs).map_or(0, |rows| rows.ptr as u64),
+            starts: self.block_starts(d.memory),
             rows: d.capacity as u64,
             block: if gathers { 1 } else { d.grid.block().unwrap_or(d.capacity as u64) as u32 },
             topk: d.grid.topk,
@@ -378,7 +378,7 @@ impl Cuda {
                 | if d.zero_padding { flag::ZERO_PADDING } else { 0 }
                 | if wide { flag::WIDE_IDS } else { 0 },
             splits: 1,
-            reserved: 0,
+            blocks: d.grid.blocks(self.experts.count(self.rank)),
             out: [Out::default(); OUTS],
         };
         for plane in 0..PLANES {

@@ -1,9 +1,9 @@
-//! Dispatch where rows are (token, rank) pairs without gaps: places by everybody's counts, then copies by few
-//! multiprocessors.
+//! Dispatch of packed rows, (token, rank) pairs without gaps or (token, expert) pairs expert after expert: places by
+//! everybody's counts, then copies by few multiprocessors. What is for the latter alone is in contiguous.rs.
 
 use super::dispatch::FINISH_THREADS;
 use super::driver::Launch;
-use super::params::{Counts, FinishParams, PlaceParams, PushParams, SettleParams, Side, flag};
+use super::params::{Blocks, Counts, FinishParams, PlaceParams, PushParams, SettleParams, Side, flag};
 use super::{Cuda, within};
 use crate::config::{LayoutKind, OverflowKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
@@ -23,7 +23,7 @@ const MOST_PIECE: u32 = 448;
 pub(super) const CARRY_SHARED: u32 = CARRY_WARPS * CARRY_STAGES * MOST_PIECE * 16;
 
 /// Multiprocessors, and so blocks, that carry rows unless a call says how many: they take three times a link's rate.
-const SMS: u32 = 20;
+pub(super) const SMS: u32 = 20;
 
 fn carriers(d: &Dispatch) -> u32 {
     if d.call.max_sms > 0 { d.call.max_sms } else { SMS }
@@ -34,8 +34,13 @@ impl Cuda {
         self.map.sizes.grid.layout == LayoutKind::Flat
     }
 
+    /// Rows are those of one list.
+    pub(super) fn is_packed(&self) -> bool {
+        self.is_flat() || self.is_contiguous()
+    }
+
     /// `sends`: the first half; `waits`: the second.
-    pub(super) fn launch_flat(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
+    pub(super) fn launch_packed(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
         let opens = sends && super::lock(&self.slots[d.call.slot as usize]).opens;
         let banks = sends && !waits && !d.reuse;
         if let Some((from, quant)) = d.send.quant.filter(|_| sends) {
@@ -48,7 +53,15 @@ impl Cuda {
         }
         let halves = if sends { flag::RAISES } else { 0 } | if waits { flag::WAITS } else { 0 };
         if !d.reuse {
-            self.launch_place(d, halves, opens)?;
+            let place = self.place_params(d, halves, opens);
+            if self.is_contiguous() {
+                self.launch_place_experts(d, place, opens)?;
+            } else {
+                let shape =
+                    Launch { grid: 1, block: PLACE_THREADS, after_previous: opens, ..Launch::default() };
+                // SAFETY: the caller's ids, the routing's memory, the group's windows.
+                unsafe { self.launch(&self.station.kernels.place, shape, &d.call, &place)? };
+            }
         }
         if sends {
             self.launch_carry(d, banks, opens)?;
@@ -58,22 +71,28 @@ impl Cuda {
             route: self.route_params(d),
             receive,
             summary: self.list(d.memory, self.routing.summary),
-            demands: self.list(d.memory, self.routing.ends),
-            limit: self.flat_limit(d),
-            flags: halves | if banks { flag::BANKED } else { 0 },
+            demands: self.list(d.memory, self.routing.demands),
+            limit: self.packed_limit(d),
+            flags: halves
+                | if banks { flag::BANKED } else { 0 }
+                | if self.is_contiguous() { flag::ENDS } else { 0 },
         };
         let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous: sends, ..Launch::default() };
         // SAFETY: the group's windows, the routing's memory, the caller's outputs, which comm checked.
         unsafe { self.launch(&self.station.kernels.finish, shape, &d.call, &finish)? };
-        if waits { self.launch_settle(d) } else { Ok(()) }
+        match waits {
+            true if self.is_contiguous() => self.launch_spread(d),
+            true => self.launch_settle(d),
+            false => Ok(()),
+        }
     }
 
     /// Rows of a rank that are too many, or 0.
-    fn flat_limit(&self, d: &Dispatch) -> u32 {
+    fn packed_limit(&self, d: &Dispatch) -> u32 {
         if d.overflow == OverflowKind::Error { d.grid.limit as u32 } else { 0 }
     }
 
-    fn launch_place(&self, d: &Dispatch, halves: u32, opens: bool) -> Result<()> {
+    fn place_params(&self, d: &Dispatch, halves: u32, opens: bool) -> PlaceParams {
         let list = |list| self.list(d.memory, list);
         let mut route = self.route_params(d);
         if halves & flag::RAISES == 0 {
@@ -82,28 +101,34 @@ impl Cuda {
             (route.ids_in, route.ids_stride) = (route.ids, stride);
             route.flags = if route.topk.is_multiple_of(4) { flag::IDS_ARE_VECTORS } else { 0 };
         }
-        let params = PlaceParams {
+        PlaceParams {
             seat: self.seat(&d.call, d.grid.bound, false),
             route,
             counts: Counts { region: self.map.counts(d.call.slot, 0), stride: self.map.count_stride() },
             kept_counts: list(self.routing.rank_counts),
             received: list(self.routing.counts),
             summary: list(self.routing.summary),
-            demands: list(self.routing.ends),
-            room: d.grid.capacity(1) as u32,
-            limit: self.flat_limit(d),
+            demands: list(self.routing.demands),
+            room: self.room(d),
+            limit: self.packed_limit(d),
             flags: halves | if opens { flag::AFTER_OPEN } else { 0 },
             reserved: 0,
-        };
-        let shape = Launch { grid: 1, block: PLACE_THREADS, after_previous: opens, ..Launch::default() };
-        // SAFETY: the caller's ids, the routing's memory, the group's windows.
-        unsafe { self.launch(&self.station.kernels.place, shape, &d.call, &params) }
+        }
+    }
+
+    /// Rows from here on are dropped, on every rank alike: without a limit there is room for all that there can be.
+    pub(super) fn room(&self, d: &Dispatch) -> u32 {
+        if d.grid.limit > 0 { d.grid.limit as u32 } else { u32::MAX }
     }
 
     fn launch_carry(&self, d: &Dispatch, banks: bool, opens: bool) -> Result<()> {
         let slot = d.call.slot;
         let bytes = d.send.shape.plane_bytes;
-        let region = |plane| if banks { self.map.bank(slot, plane) } else { self.map.received(slot, plane) };
+        // What follows from experts goes to the banks in any case.
+        let split = self.is_contiguous();
+        let in_bank = |plane| banks || (split && matches!(plane, IDS | WEIGHTS | SOURCE));
+        let region =
+            |plane| if in_bank(plane) { self.map.bank(slot, plane) } else { self.map.received(slot, plane) };
         let vectors = bytes[TOKENS] / 16;
         let jobs = vectors.div_ceil(MOST_PIECE).max(1);
         let piece = vectors.div_ceil(jobs);
@@ -121,9 +146,11 @@ impl Cuda {
             piece,
             jobs,
             flags: flag::PACKED | if opens { flag::FOLLOWS } else { 0 },
+            bank_rows: if split && !banks { self.list(d.memory, self.routing.expert_keys) } else { 0 },
+            blocks: if split { self.blocks(d) } else { Blocks::default() },
             ..PushParams::default()
         };
-        for side in self.flat_sides(d) {
+        for side in self.packed_sides(d) {
             let side = if banks { Side { to: side.bank, pitch: 0, ..side } } else { side };
             params.side[params.sides as usize] = side;
             params.sides += 1;
@@ -142,9 +169,10 @@ impl Cuda {
     }
 
     /// The planes beside tokens, ids, weights and sources.
-    fn flat_sides(&self, d: &Dispatch) -> impl Iterator<Item = Side> {
+    fn packed_sides(&self, d: &Dispatch) -> impl Iterator<Item = Side> {
         let slot = d.call.slot;
-        let pitch = if d.columns { d.capacity.next_multiple_of(COLUMN_PAD as u32) } else { 0 };
+        // A rank without experts sends by column too.
+        let pitch = if d.columns { d.capacity.max(1).next_multiple_of(COLUMN_PAD as u32) } else { 0 };
         let planes = d.send.shape.plane_bytes.into_iter().enumerate().skip(SCALES);
         planes
             .filter(|(_, bytes)| *bytes > 0)
@@ -152,6 +180,13 @@ impl Cuda {
     }
 
     fn launch_settle(&self, d: &Dispatch) -> Result<()> {
+        let params = self.settle_params(d);
+        let shape = Launch { grid: within(&d.call, SMS), block: SETTLE_THREADS, ..Launch::default() };
+        // SAFETY: this rank's own window and the routing's memory.
+        unsafe { self.launch(&self.station.kernels.settle, shape, &d.call, &params) }
+    }
+
+    pub(super) fn settle_params(&self, d: &Dispatch) -> SettleParams {
         let slot = d.call.slot;
         let pads = |plane: usize, flag: u32| if matches!(d.recv[plane], Target::View) { flag } else { 0 };
         let (to, bank) = (|plane| self.map.received(slot, plane), |plane| self.map.bank(slot, plane));
@@ -174,14 +209,12 @@ impl Cuda {
                 | pads(SOURCE, flag::PAD_SOURCE),
             ..SettleParams::default()
         };
-        for side in self.flat_sides(d) {
+        for side in self.packed_sides(d) {
             // From a bank, whose rows begin at any multiple of their size.
             let unit = super::dispatch::unit(&[side.bank, side.bytes as u64]);
             params.side[params.sides as usize] = Side { unit, ..side };
             params.sides += 1;
         }
-        let shape = Launch { grid: within(&d.call, SMS), block: SETTLE_THREADS, ..Launch::default() };
-        // SAFETY: this rank's own window and the routing's memory.
-        unsafe { self.launch(&self.station.kernels.settle, shape, &d.call, &params) }
+        params
     }
 }

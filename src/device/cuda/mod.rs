@@ -6,6 +6,7 @@
 //! what the host keeps of a slot is good for sentences, and only as long as nothing on it was captured.
 
 mod combine;
+mod contiguous;
 mod dispatch;
 pub mod driver;
 mod failure;
@@ -28,13 +29,14 @@ use super::{
     Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Stream as CallersStream,
     Target,
 };
-use crate::config::Experts;
+use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
 use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
 
+pub use contiguous::MOST_KEYS;
 pub use driver::probe;
 pub use module::check_kernels;
 
@@ -166,7 +168,7 @@ pub fn private_bytes(map: &Map) -> u64 {
 
 /// A slot's quantised tokens and their scales, unless they are quantised on their way.
 fn scratch_bytes(map: &Map) -> u64 {
-    if map.sizes.grid.layout.by_expert() {
+    if map.sizes.grid.layout == LayoutKind::ExpertPadded {
         0
     } else {
         map.sizes.scratch_bytes() * map.sizes.grid.bound as u64
@@ -181,6 +183,8 @@ struct Layout {
     place: u64,
     /// The experts that are this rank's.
     own: u64,
+    /// Where each rank's experts start, numbered rank after rank, and how many they are.
+    firsts: u64,
     told: u64,
     shared: u64,
     slots: u64,
@@ -202,6 +206,7 @@ impl Layout {
             owner: take(experts * 4),
             place: take(experts * 4),
             own: take(map.sizes.experts as u64 * 4),
+            firsts: take((ranks + 1) * 4),
             told: take(slots * ranks * 4),
             shared: take(size_of::<Shared>() as u64),
             slots: take(slots * size_of::<Slot>() as u64),
@@ -270,12 +275,22 @@ impl Cuda {
         attic: Arc<Attic>,
     ) -> Result<Cuda> {
         let Ground { station, pinned, waiting_blocks, pair_blocks, sharing } = ground;
-        let by_pairs = map.sizes.grid.layout.by_expert();
+        let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
         if by_pairs && pair_blocks.iter().any(|blocks| *blocks < 2) {
             return Err(Error::unsupported(format!(
                 "rank {rank}: ranks_per_device * num_slots is {}, layout {} waits with two blocks for each, and {} has room \
                  for fewer",
                 sharing as u64 * map.sizes.slots as u64,
+                map.sizes.grid.layout.name(),
+                station.context.describe()
+            )));
+        }
+        // A block that places experts fills most of a multiprocessor while it waits.
+        let waiting = sharing as u64 * map.sizes.slots as u64;
+        if map.sizes.grid.layout == LayoutKind::ExpertContiguous && 2 * waiting > station.sms() as u64 {
+            return Err(Error::unsupported(format!(
+                "rank {rank}: ranks_per_device * num_slots is {waiting}, layout {} waits on a multiprocessor for each, and may on \
+                 half of those of {}",
                 map.sizes.grid.layout.name(),
                 station.context.describe()
             )));
@@ -296,6 +311,8 @@ impl Cuda {
         private.write(layout.owner, bytes_of(&owner))?;
         private.write(layout.place, bytes_of(&place))?;
         private.write(layout.own, bytes_of(&own))?;
+        let firsts: Vec<u32> = (0..ranks).map(|r| experts.start(r)).chain([experts.num()]).collect();
+        private.write(layout.firsts, bytes_of(&firsts))?;
         let idle = Slot { epoch: FIRST_EPOCH.wrapping_sub(1), ..Slot::default() };
         let idle: Vec<Slot> = vec![idle; slots as usize];
         private.write(layout.slots, bytes_of(&idle))?;
@@ -428,8 +445,13 @@ impl Cuda {
 
     /// The rows of each block of what this rank received: by source, by expert, or of the one block that there is.
     fn kept_counts(&self, memory: &Block) -> u64 {
-        let by_source = !self.is_by_pairs() && !self.is_flat();
+        let by_source = !self.is_by_pairs() && !self.is_packed();
         self.list(memory, if by_source { self.routing.rank_counts } else { self.routing.counts })
+    }
+
+    /// Where blocks of received rows start, if not at multiples of a size.
+    fn block_starts(&self, memory: &Block) -> u64 {
+        if self.is_contiguous() { self.list(memory, self.routing.starts) } else { 0 }
     }
 
     /// The address of a list of a routing; 0 if it is empty.
@@ -578,6 +600,9 @@ impl Device for Cuda {
     fn push_rows(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
     }
+    fn push_first_rows(&self, _d: &Dispatch) -> Result<()> {
+        Ok(())
+    }
     fn push_banks(&self, _d: &Dispatch) -> Result<()> {
         Ok(())
     }
@@ -625,9 +650,6 @@ impl Device for Cuda {
         Ok(())
     }
 
-    fn push_first_rows(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("push_first_rows")
-    }
     fn offer_rows(&self, _d: &Dispatch) -> Result<()> {
         self.not_yet("offer_rows")
     }
@@ -739,8 +761,8 @@ impl Cuda {
     fn launch_halves(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
         if self.is_by_pairs() {
             self.launch_pairs(d, sends, waits)
-        } else if self.is_flat() {
-            self.launch_flat(d, sends, waits)
+        } else if self.is_packed() {
+            self.launch_packed(d, sends, waits)
         } else if sends {
             self.launch_dispatch(d, waits)
         } else {

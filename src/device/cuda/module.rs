@@ -4,6 +4,7 @@
 use std::ffi::CStr;
 use std::sync::Arc;
 
+use super::contiguous::COUNTING_SHARED;
 use super::driver::{Context, Kernel, Module};
 use super::flat::CARRY_SHARED;
 use crate::device::Float;
@@ -34,6 +35,8 @@ pub struct Kernels {
     /// Of rows as they are, and of bf16, f16, f32 that are quantised.
     pub pairs: [Kernel; 4],
     pub place: Kernel,
+    pub place_experts: Kernel,
+    pub spread: Kernel,
     pub carry: Kernel,
     pub settle: Kernel,
     pub tell: Kernel,
@@ -95,6 +98,8 @@ impl Kernels {
                 load(c"a2a_pairs_f32")?,
             ],
             place: load(c"a2a_place")?,
+            place_experts: load(c"a2a_place_experts")?,
+            spread: load(c"a2a_spread")?,
             carry: load(c"a2a_carry")?,
             settle: load(c"a2a_settle")?,
             tell: load(c"a2a_tell")?,
@@ -110,6 +115,8 @@ impl Kernels {
             few_weigh: sums!(module, "a2a_combine_weigh"),
         };
         kernels.carry.allow_shared(CARRY_SHARED)?;
+        kernels.place_experts.allow_shared(COUNTING_SHARED)?;
+        kernels.spread.allow_shared(COUNTING_SHARED)?;
         Ok(kernels)
     }
 

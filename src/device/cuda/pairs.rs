@@ -4,7 +4,7 @@ use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{Counts, PairsParams, SIDES, flag};
 use super::{Cuda, lock, within};
-use crate::config::{OverflowKind, QuantKind};
+use crate::config::{LayoutKind, OverflowKind, QuantKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Dispatch, Region, Target};
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ const PADS_OF_A_THREAD: u64 = 8;
 
 impl Cuda {
     pub(super) fn is_by_pairs(&self) -> bool {
-        self.map.sizes.grid.layout.by_expert()
+        self.map.sizes.grid.layout == LayoutKind::ExpertPadded
     }
 
     /// `sends`: the first half; `waits`: the second.

@@ -22,7 +22,9 @@ const SEAT: usize = 80 + 8 * NEAR_RANKS;
 const ROUTE: usize = 144;
 const RECEIVE: usize = 392;
 const SIDE: usize = 48;
-const PUSH: usize = SEAT + ROUTE + 80 + SIDE * SIDES;
+const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
+const PLACE: usize = SEAT + ROUTE + 64;
+const SETTLE: usize = SEAT + 96 + SIDE * SIDES;
 const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
 const MEET: usize = SEAT + 88;
 
@@ -81,6 +83,9 @@ twins! {
         weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, pair_rows: Address, tokens: u32,
         topk: u32, fanout: u32, fours: u32, reciprocal: u32, flags: u32,
     }
+    Blocks: 32, reserved at 28 => {
+        firsts: Address, tokens: u64, topk: u32, alignment: u32, limit: u32, reserved: u32,
+    }
     Side: SIDE, pitch at 40 => {
         from: Address, stride: u64, to: u64, bank: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32,
     }
@@ -91,10 +96,10 @@ twins! {
     }
     OpenParams: SEAT, seat at 0 => { seat: Seat }
     RouteParams: ROUTE + 16, flags at ROUTE + 12 => { route: Route, slot: Address, ranks: u32, flags: u32 }
-    PushParams: PUSH, side at SEAT + ROUTE + 80 => {
+    PushParams: PUSH, side at SEAT + ROUTE + 120 => {
         seat: Seat, route: Route, tokens: Address, token_stride: u64, to_tokens: u64, to_ids: u64, to_weights: u64,
         to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, counted: u32, sides: u32, flags: u32,
-        side: [Side; SIDES],
+        bank_rows: Address, blocks: Blocks, side: [Side; SIDES],
     }
     FinishParams: SEAT + ROUTE + RECEIVE + 24, flags at SEAT + ROUTE + RECEIVE + 20 => {
         seat: Seat, route: Route, receive: Receive, summary: Address, demands: Address, limit: u32, flags: u32,
@@ -103,14 +108,23 @@ twins! {
         push: PushParams, receive: Receive, flags: u32, reserved: u32,
     }
     Counts: 16, stride at 8 => { region: u64, stride: u64 }
-    PlaceParams: SEAT + ROUTE + 64, flags at SEAT + ROUTE + 56 => {
+    PlaceParams: PLACE, flags at SEAT + ROUTE + 56 => {
         seat: Seat, route: Route, counts: Counts, kept_counts: Address, received: Address, summary: Address,
         demands: Address, room: u32, limit: u32, flags: u32, reserved: u32,
     }
-    SettleParams: SEAT + 96 + SIDE * SIDES, side at SEAT + 96 => {
+    SettleParams: SETTLE, side at SEAT + 96 => {
         seat: Seat, kept_counts: Address, to_tokens: u64, to_ids: u64, to_weights: u64, to_source: u64,
         bank_tokens: u64, bank_ids: u64, bank_weights: u64, bank_source: u64, rows: u64, vectors: u32, topk: u32,
         sides: u32, flags: u32, side: [Side; SIDES],
+    }
+    PlaceExpertsParams: PLACE + 32 + 48, reserved at PLACE + 32 + 44 => {
+        place: PlaceParams, blocks: Blocks, ends: Address, starts: Address, pairs_for: Address,
+        bank_rows: Address, local: u32, topk_bits: u32, warps: u32, reserved: u32,
+    }
+    SpreadParams: SETTLE + 104, room at SETTLE + 100 => {
+        settle: SettleParams, owners: Owners, starts: Address, block_counts: Address, summary: Address,
+        expert_counts: Address, expert_offsets: Address, expert_stats: Address, local: u32, topk_bits: u32, warps: u32,
+        room: u32,
     }
     PairsParams: PAIRS + SIDE * SIDES, side at PAIRS => {
         seat: Seat, route: Route, receive: Receive, counts: Counts, tokens: Address, token_stride: u64,
@@ -123,13 +137,14 @@ twins! {
         region: u64, to: Address, stride: u64, bytes: u32, unit: u32, pitch: u64, block_stride: u64, from_pitch: u32,
         kind: u32,
     }
-    LandParams: SEAT + 104 + 56 * OUTS, out at SEAT + 104 => {
+    LandParams: SEAT + 112 + 56 * OUTS, out at SEAT + 112 => {
         seat: Seat, owners: Owners, kept_counts: Address, ids_region: u64, expert_counts: Address,
-        expert_stats: Address, rows: u64, block: u32, topk: u32, outs: u32, flags: u32, splits: u32, reserved: u32,
+        expert_stats: Address, starts: Address, rows: u64, block: u32, topk: u32, outs: u32, flags: u32, splits: u32,
+        blocks: u32,
         out: [Out; OUTS],
     }
-    StageParams: SEAT + 80, spread at SEAT + 72 => {
-        seat: Seat, kept_counts: Address, rows: Address, stride: u64, to_rows: u64, weights: Address,
+    StageParams: SEAT + 88, spread at SEAT + 80 => {
+        seat: Seat, kept_counts: Address, starts: Address, rows: Address, stride: u64, to_rows: u64, weights: Address,
         weights_stride: u64, to_weights: u64, vectors: u32, weight_bytes: u32, flags: u32, block: u32,
         spread: u32, units: u32,
     }
@@ -177,6 +192,7 @@ pub mod flag {
     pub const WAITS: u32 = 2;
     pub const COUNTS: u32 = 4;
     pub const BANKED: u32 = 8;
+    pub const ENDS: u32 = 16;
 
     pub const PAD_IDS: u32 = 1;
     pub const PAD_WEIGHTS: u32 = 2;

@@ -5,11 +5,9 @@
 // only when every flag has come. Where few blocks sum they wait for themselves, behind one that meets (a2a_combine). Sums
 // are as the header says: float32, from +0.0, separate multiplications and additions in rank or top-k order, one rounding
 // at the end.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "meet.cuh"
 #include "route.cuh"
-#include "wait.cuh"
+#include "sums.cuh"
 
 namespace a2a {
 
@@ -62,127 +60,6 @@ extern "C" __global__ void __launch_bounds__(kStageThreads, 1) a2a_stage(const _
   }
 }
 
-// Raises this rank's flags and waits for the peers'; true if what the experts wrote may be summed. By one block: it owns
-// the slot's state, and says what became of the step.
-__device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
-  const Seat& seat = p.seat;
-  Slot& slot = *seat.slot;
-  const uint32_t tid = threadIdx.x;
-  const Standing at = standing_of(slot);
-  const uint32_t epoch = at.epoch;
-  const bool sends = p.flags & kSends, waits = p.flags & kMeetWaits;
-  // The first look is on its way while the slot is looked at.
-  uint64_t early = 0;
-  const auto look = [&](uint32_t source) {
-    return ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
-  };
-  const Roles role = roles_of(seat.ranks);
-  if (waits && role.looks && role.looker < seat.ranks) early = look(role.looker);
-  const bool goes =
-      at.closed == 0 & at.state == (sends ? kDispatched : kCombineSent) & at.routing == seat.routing;
-  if (!goes) {
-    // All have read where the slot stands before that changes.
-    __syncthreads();
-    if (at.closed == 0 && tid == 0) refuse_order(seat, kCombine, at.state);
-    if (tid == 0) slot.whole = 0;
-    if (waits) void_status(seat, p.status);
-    return false;
-  }
-  const Wait wait{kCombine, epoch, at.sequence, true, kCombineFlag};
-  const uint64_t started = ptx::globaltimer();
-  bool here = true;
-  unsigned long long key = ~0ull;
-  const auto take = [&](uint32_t source, uint64_t flag) {
-    here &= reached(flag, epoch);
-    if (reached(flag, epoch) && static_cast<uint32_t>(flag) != p.digest && key == ~0ull) key = source;
-  };
-  if (role.raises) {
-#pragma unroll 1
-    for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) {
-      uint8_t* box = mailbox(seat, peer, seat.rank);
-      *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
-      ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
-      ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
-    }
-  } else if (waits && role.looks) {
-    for (uint32_t looks = 0; looks < kPollsPerLook; ++looks) {
-      here = true;
-#pragma unroll 1
-      for (uint32_t source = role.looker; source < seat.ranks; source += role.lookers) {
-        if (source == seat.rank && sends) continue;
-        take(source, looks != 0 || source != role.looker ? look(source) : early);
-      }
-      if (ptx::all_of(role.lookers, here)) {
-        // What sums may have the device, whether or not this rank's flags are up.
-        ptx::launch_dependents();
-        break;
-      }
-    }
-  }
-  if (!waits) {
-    __syncthreads();
-    if (tid == 0) slot.state = kCombineSent;
-    return true;
-  }
-  if (!__syncthreads_and(here)) {
-    for (uint32_t polls = 1;; ++polls) {
-      here = true;
-#pragma unroll 1
-      for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
-        if (source != seat.rank || !sends) take(source, look(source));
-      }
-      if (__syncthreads_and(here)) break;
-      if (polls % kPollsPerLook == 0 && !look_for_trouble(seat, wait, meeting, started)) {
-        if (tid == 0) slot.whole = 0;
-        void_status(seat, p.status);
-        return false;
-      }
-    }
-  }
-  if (__syncthreads_or(key != ~0ull)) {
-    Loss loss{};
-    if (key != ~0ull) {
-      const uint32_t peer = static_cast<uint32_t>(key);
-      const auto* theirs = reinterpret_cast<const uint32_t*>(mailbox(seat, seat.rank, peer) + kCombineShape);
-      loss = Loss{kMismatch, kCauseCombineShape, peer, 0, seat.rank, 0, 0, 0};
-      for (uint32_t i = 0; i < 4 && loss.expected == loss.seen; ++i) {
-        loss.detail = i, loss.expected = p.shape[i], loss.seen = theirs[i];
-      }
-    }
-    lose_for(seat, wait, meeting, key, loss);
-    if (tid == 0) slot.whole = 0;
-    void_status(seat, p.status);
-    return false;
-  }
-  if (tid == 0) slot.whole = 1, slot.state = kIdle;
-  return true;
-}
-
-// What a combine came to, once its flags have come.
-__device__ __forceinline__ void settle(const MeetParams& p) {
-  const Seat& seat = p.seat;
-  const int32_t missing = p.summary != nullptr ? p.summary[2] : 0;
-  write_status(p.status, seat.ranks, make_int4(missing != 0 ? kStepDropped : 0, 0, missing, 0), nullptr);
-  if (threadIdx.x != 0) return;
-  seat.shared->first_step_done = 1;
-  uint64_t rows = static_cast<uint64_t>(p.tokens) * seat.ranks, mine = p.tokens;
-  if (!(p.flags & kEveryone)) {
-    rows = 0, mine = p.rows_for[seat.rank];
-    for (uint32_t peer = 0; peer < seat.ranks; ++peer) rows += p.rows_for[peer];
-  }
-  uint64_t* counters = seat.shared->counters;
-  ptx::add_relaxed_gpu(counters + kCombines, 1);
-  ptx::add_relaxed_gpu(counters + kHops, 1);
-  ptx::add_relaxed_gpu(counters + kRowsPulled, rows);
-  ptx::add_relaxed_gpu(counters + kBytesPulled, rows * p.result_bytes);
-  ptx::add_relaxed_gpu(counters + kBytesRemote, (rows - mine) * p.result_bytes);
-  if (p.staged_bytes == 0) return;
-  uint64_t staged = 0;
-  for (uint32_t source = 0; source < seat.ranks; ++source) staged += p.kept_counts[source];
-  ptx::add_relaxed_gpu(counters + kRowsCopied, staged);
-  ptx::add_relaxed_gpu(counters + kBytesCopied, staged * p.staged_bytes);
-}
-
 extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __grid_constant__ MeetParams p) {
   __shared__ Meeting meeting;
   if (p.flags & kStaged) ptx::wait_prerequisites();
@@ -193,74 +70,6 @@ extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __g
 }
 
 // ------------------------------------------------------------------------------------------------------------- sums
-
-struct Bf16 {
-  static constexpr uint32_t kBytes = 2;
-  __device__ static void unpack(int4 v, float* x) {
-    const uint32_t words[4] = {static_cast<uint32_t>(v.x), static_cast<uint32_t>(v.y), static_cast<uint32_t>(v.z),
-                               static_cast<uint32_t>(v.w)};
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      x[2 * i] = __uint_as_float(words[i] << 16), x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  }
-  __device__ static uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-  __device__ static float widen(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-};
-struct F16 {
-  static constexpr uint32_t kBytes = 2;
-  __device__ static void unpack(int4 v, float* x) {
-    const uint32_t words[4] = {static_cast<uint32_t>(v.x), static_cast<uint32_t>(v.y), static_cast<uint32_t>(v.z),
-                               static_cast<uint32_t>(v.w)};
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      x[2 * i] = widen(static_cast<uint16_t>(words[i])), x[2 * i + 1] = widen(static_cast<uint16_t>(words[i] >> 16));
-    }
-  }
-  __device__ static uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
-  __device__ static float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-};
-struct F32 {
-  static constexpr uint32_t kBytes = 4;
-  __device__ static void unpack(int4 v, float* x) {
-    x[0] = __int_as_float(v.x), x[1] = __int_as_float(v.y), x[2] = __int_as_float(v.z), x[3] = __int_as_float(v.w);
-  }
-};
-
-// `n` elements of an output, side by side: 8 or 4.
-template <class To, uint32_t n>
-__device__ __forceinline__ void load_out(const uint8_t* at, float* x) {
-  if constexpr (To::kBytes == 4) {
-#pragma unroll
-    for (uint32_t i = 0; i < n / 4; ++i) F32::unpack(*reinterpret_cast<const int4*>(at + 16 * i), x + 4 * i);
-  } else if constexpr (n == 8) {
-    To::unpack(*reinterpret_cast<const int4*>(at), x);
-  } else {
-    const uint2 v = *reinterpret_cast<const uint2*>(at);
-    x[0] = To::widen(static_cast<uint16_t>(v.x)), x[1] = To::widen(static_cast<uint16_t>(v.x >> 16));
-    x[2] = To::widen(static_cast<uint16_t>(v.y)), x[3] = To::widen(static_cast<uint16_t>(v.y >> 16));
-  }
-}
-template <class To, uint32_t n>
-__device__ __forceinline__ void store_out(uint8_t* at, const float* x) {
-  if constexpr (To::kBytes == 4) {
-#pragma unroll
-    for (uint32_t i = 0; i < n / 4; ++i) {
-      reinterpret_cast<float4*>(at)[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
-    }
-  } else {
-    uint32_t words[n / 2];
-#pragma unroll
-    for (uint32_t i = 0; i < n / 2; ++i) {
-      words[i] = To::round(x[2 * i]) | static_cast<uint32_t>(To::round(x[2 * i + 1])) << 16;
-    }
-    if constexpr (n == 8) {
-      *reinterpret_cast<uint4*>(at) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-      *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
-    }
-  }
-}
 
 // Where a token's results are; the weight of each, where results are weighted.
 struct Targets {
@@ -322,28 +131,11 @@ __device__ __forceinline__ bool await_flags(const Seat& seat) {
   }
 }
 
-// Adds a vector of each of `n` rows, all of them on their way at once; `weighs`: each times its weight, rounded.
-template <class From, bool weighs, uint32_t n>
-__device__ __forceinline__ void add_rows(const uint8_t* const* rows, const float* weights, uint64_t at, float* acc) {
-  constexpr uint32_t kElements = 16 / From::kBytes;
-  int4 v[n];
-#pragma unroll
-  for (uint32_t i = 0; i < n; ++i) v[i] = ptx::ld_stream(rows[i] + at);
-#pragma unroll
-  for (uint32_t i = 0; i < n; ++i) {
-    float x[kElements];
-    From::unpack(v[i], x);
-#pragma unroll
-    for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], weighs ? __fmul_rn(weights[i], x[j]) : x[j]);
-  }
-}
-
 // Sums a part of a token's results. `few`: the block waits for itself, behind one that meets. `pairs`: results are weighted, one
 // for each choice. A block calls it; `rows` and `targets` are its shared memory.
 template <class From, class To, bool few, bool pairs>
 __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, const uint8_t** rows, Targets& targets) {
   constexpr uint32_t kElements = 16 / From::kBytes;
-  constexpr uint32_t kInFlight = 8;
   const Seat& seat = p.meet.seat;
   const uint32_t token = unit / p.splits, part = unit - token * p.splits;
   const uint32_t lane = threadIdx.x % 32;
@@ -398,20 +190,7 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
     float acc[kElements];
 #pragma unroll
     for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
-    uint32_t first = 0;
-    for (; first + kInFlight <= n; first += kInFlight) {
-      add_rows<From, pairs, kInFlight>(rows + first, targets.weight + first, at, acc);
-    }
-    switch (n - first) {
-      case 1: add_rows<From, pairs, 1>(rows + first, targets.weight + first, at, acc); break;
-      case 2: add_rows<From, pairs, 2>(rows + first, targets.weight + first, at, acc); break;
-      case 3: add_rows<From, pairs, 3>(rows + first, targets.weight + first, at, acc); break;
-      case 4: add_rows<From, pairs, 4>(rows + first, targets.weight + first, at, acc); break;
-      case 5: add_rows<From, pairs, 5>(rows + first, targets.weight + first, at, acc); break;
-      case 6: add_rows<From, pairs, 6>(rows + first, targets.weight + first, at, acc); break;
-      case 7: add_rows<From, pairs, 7>(rows + first, targets.weight + first, at, acc); break;
-      default: break;
-    }
+    add_all<From, pairs>(rows, targets.weight, n, at, acc);
     if (!whole) break;
     uint8_t* out = p.out + token * p.out_stride + static_cast<uint64_t>(vector) * kElements * To::kBytes;
     if (p.flags & kAccumulate) {

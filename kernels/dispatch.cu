@@ -206,29 +206,6 @@ extern "C" __global__ void __launch_bounds__(kMoveThreads, 4) a2a_push(const __g
   if (part < p.jobs && at.opens()) do_job(p, job, places);
 }
 
-// What a2a_place found, and the outputs that follow from it alone. The block calls it.
-__device__ __forceinline__ void hand_out_sums(const FinishParams& p, Totals& totals) {
-  const Seat& seat = p.seat;
-  const Receive& receive = p.receive;
-  read_totals(seat, p.summary, receive.kept_counts, totals);
-  if (threadIdx.x == 0 && p.flags & kEnds) totals.rows = p.summary[3];
-#pragma unroll 1
-  for (uint32_t rank = threadIdx.x; rank < seat.ranks && totals.exceeded; rank += kFinishThreads) {
-    const uint32_t demand = p.demands[rank];
-    if (demand > p.limit) atomicOr(&totals.over[rank / 32], 1u << rank % 32);
-    if (rank == static_cast<uint32_t>(~p.summary[1])) totals.over_demand = demand;
-  }
-#pragma unroll 1
-  for (uint32_t rank = threadIdx.x; rank < seat.ranks && receive.rank_counts != nullptr; rank += kFinishThreads) {
-    receive.rank_counts[rank] = receive.kept_counts[rank];
-  }
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; receive.expert_counts != nullptr && i < receive.local; i += kFinishThreads) {
-    receive.expert_counts[i] = 0;
-  }
-  __syncthreads();
-}
-
 extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const __grid_constant__ FinishParams p) {
   __shared__ Ending end;
   __shared__ Totals totals;

@@ -55,7 +55,7 @@ __device__ __forceinline__ ulonglong2 look_early(const Seat& seat) {
 
 // What this rank sends, for the statistics. One thread.
 __device__ __forceinline__ void count_sent(const Seat& seat, const Receive& receive, const uint32_t* sent,
-                                           uint64_t row_bytes) {
+                                           uint64_t row_bytes, uint32_t moved) {
   uint64_t* counters = seat.shared->counters;
   ptx::add_relaxed_gpu(counters + kDispatches, 1);
   if (sent == nullptr) {
@@ -66,8 +66,8 @@ __device__ __forceinline__ void count_sent(const Seat& seat, const Receive& rece
   uint64_t rows = 0;
 #pragma unroll 1
   for (uint32_t peer = 0; peer < seat.ranks; ++peer) rows += sent[peer];
-  ptx::add_relaxed_gpu(counters + kRowsPushed, rows);
-  ptx::add_relaxed_gpu(counters + kBytesPushed, rows * row_bytes);
+  ptx::add_relaxed_gpu(counters + moved, rows);
+  ptx::add_relaxed_gpu(counters + moved + 1, rows * row_bytes);
   ptx::add_relaxed_gpu(counters + kBytesRemote, (rows - sent[seat.rank]) * row_bytes);
 }
 
@@ -117,6 +117,29 @@ __device__ __forceinline__ void read_totals(const Seat& seat, const int32_t* sum
   __syncthreads();
 }
 
+// What was found by counts by rank, and the outputs that follow from it alone. The block calls it.
+__device__ __forceinline__ void hand_out_sums(const FinishParams& p, Totals& totals) {
+  const Seat& seat = p.seat;
+  const Receive& receive = p.receive;
+  read_totals(seat, p.summary, receive.kept_counts, totals);
+  if (threadIdx.x == 0 && p.flags & kEnds) totals.rows = p.summary[3];
+#pragma unroll 1
+  for (uint32_t rank = threadIdx.x; rank < seat.ranks && totals.exceeded; rank += blockDim.x) {
+    const uint32_t demand = p.demands[rank];
+    if (demand > p.limit) atomicOr(&totals.over[rank / 32], 1u << rank % 32);
+    if (rank == static_cast<uint32_t>(~p.summary[1])) totals.over_demand = demand;
+  }
+#pragma unroll 1
+  for (uint32_t rank = threadIdx.x; rank < seat.ranks && receive.rank_counts != nullptr; rank += blockDim.x) {
+    receive.rank_counts[rank] = receive.kept_counts[rank];
+  }
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; receive.expert_counts != nullptr && i < receive.local; i += blockDim.x) {
+    receive.expert_counts[i] = 0;
+  }
+  __syncthreads();
+}
+
 // What the block of a dispatch's end shares.
 struct Ending {
   Meeting meeting;
@@ -144,8 +167,9 @@ struct Finish {
   const uint64_t sequence;
   const Wait wait;
   const Roles role;
-  // What this rank's flags carry beside the rows; what a row takes of the link.
+  // What this rank's flags carry beside the rows; how they are counted that are sent; what a row takes of the link.
   uint32_t mark = 0;
+  uint32_t moved = kRowsPushed;
   uint64_t row_bytes;
 
   __device__ __forceinline__ Finish(const Seat& seat, const Receive& receive, uint32_t flags, const uint32_t* sent,
@@ -293,7 +317,7 @@ struct Finish {
     if (raises && role.raises) raise();
     if (!waits) {
       __syncthreads();
-      if (tid == 0) count_sent(seat, receive, sent, row_bytes);
+      if (tid == 0) count_sent(seat, receive, sent, row_bytes, moved);
       if (first_raiser()) advance(kDispatchSent);
       return;
     }
@@ -313,7 +337,7 @@ struct Finish {
       return void_status(seat, receive.status);
     }
     const bool exceeded = totals != nullptr && totals->exceeded;
-    if (tid == 0 && raises && !exceeded) count_sent(seat, receive, sent, row_bytes);
+    if (tid == 0 && raises && !exceeded) count_sent(seat, receive, sent, row_bytes, moved);
     if (!first_raiser()) return;
     const uint32_t rows = totals != nullptr ? totals->rows : end.demand + (raises ? rows_for(seat.rank) : 0);
     const uint32_t demand = totals != nullptr ? totals->demand : rows;

@@ -6,7 +6,7 @@
 // its ranks by bulk copies, and is free for what travels beside it. A first half on its own must not wait for counts: its
 // rows go into its source's bank at each rank, from where the second half settles them.
 #include "arrivals.cuh"
-#include "counts.cuh"
+#include "packed.cuh"
 #include "places.cuh"
 
 namespace a2a {
@@ -23,59 +23,16 @@ constexpr uint32_t kSettleThreads = 512;
 
 struct Placing {
   Meeting meeting;
-  // By rank: tokens that go there, and a zero; the next one's row there.
+  Hearing heard;
+  // By rank: tokens that go there, and a zero; where those of a rank are in the order of ranks.
   uint32_t count[kMaxRanks + 1];
-  uint32_t next[kMaxRanks];
+  uint32_t start[kMaxRanks];
   uint32_t of_warp[kPlaceThreads / 32][32];
-  uint32_t missing;
-  uint32_t exceeded;
 };
 
-// Tells every rank how many of this one's tokens go where. The block calls it.
-__device__ __forceinline__ void tell_rows(const PlaceParams& p, uint32_t epoch, const uint32_t* count) {
-  const Seat& seat = p.seat;
-  const uint32_t twos = (seat.ranks + 1) / 2;
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < seat.ranks * twos; i += kPlaceThreads) {
-    A2A_JITTER_HERE;
-    const uint32_t peer = i / twos, two = i - peer * twos;
-    auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, p.counts, peer, seat.rank, 0));
-    ptx::st_relaxed_sys(to + two, make_ulonglong2(pack(epoch, count[2 * two]), pack(epoch, count[2 * two + 1])));
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += kPlaceThreads) {
-    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
-  }
-}
-
-// What everybody's counts come to: where this rank's rows start at each rank, into s.next, and how many are kept; what is
-// received here. The block calls it.
-__device__ __forceinline__ void hear_rows(const PlaceParams& p, uint32_t epoch, Placing& s) {
-  const Seat& seat = p.seat;
-  if (threadIdx.x == 0) s.missing = 0, s.exceeded = kNone;
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t to = threadIdx.x; to < seat.ranks; to += kPlaceThreads) {
-    const auto keep = [&](uint32_t source, uint32_t kept) {
-      if (to == seat.rank && source < seat.ranks) p.kept_counts[source] = kept;
-    };
-    const Shares shares = add_sources(seat, p.counts, to, epoch, p.room, keep);
-    const uint32_t all = shares.all, kept = shares.kept_of_mine(p.room);
-    s.next[to] = shares.before;
-    p.route.rows_for[to] = kept, p.demands[to] = all;
-    if (shares.mine != kept) atomicAdd(&s.missing, shares.mine - kept);
-    if (p.limit != 0 && all > p.limit) atomicMin(&s.exceeded, to);
-    if (to == seat.rank) p.received[0] = min(all, p.room), p.summary[0] = all, p.summary[1] = all - min(all, p.room);
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  p.summary[2] = s.missing;
-  if (s.exceeded != kNone) p.summary[1] = ~s.exceeded;
-}
-
-// Writes down where each token's rows go, those from `room` on nowhere. The block calls it; s.next are the first rows.
-__device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks, uint32_t room, Placing& s) {
+// Writes down where each token's rows go, those from `room` on nowhere, and which tokens go to each rank, if that is wanted.
+// The block calls it; s.heard.next are the first rows.
+__device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks, uint32_t room, int32_t* order, Placing& s) {
   constexpr uint32_t kWarps = kPlaceThreads / 32;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -96,7 +53,7 @@ __device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks,
       }
       s.of_warp[warp][lane] = mine;
       __syncthreads();
-      uint32_t row = lane < group ? s.next[base + lane] : 0, all = row;
+      uint32_t row = lane < group ? s.heard.next[base + lane] : 0, all = row;
 #pragma unroll
       for (uint32_t i = 0; i < kWarps; ++i) {
         const uint32_t tokens = s.of_warp[i][lane];
@@ -109,11 +66,12 @@ __device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks,
         const uint32_t at = __shfl_sync(~0u, row, rank) + __popc(votes & ((1u << lane) - 1));
         if (!(to >> rank & 1) || at >= room) continue;
         target_ranks[found] = base + rank, target_rows[found] = at;
+        if (order != nullptr) order[s.start[base + rank] + at] = token;
         ++found;
       }
       // All have read what was before.
       __syncthreads();
-      if (warp == 0 && lane < group) s.next[base + lane] = all;
+      if (warp == 0 && lane < group) s.heard.next[base + lane] = all;
     }
     if (token < route.tokens) {
 #pragma unroll 1
@@ -141,17 +99,25 @@ extern "C" __global__ void __launch_bounds__(kPlaceThreads, 1) a2a_place(const _
     const Wait wait{kDispatch, epoch, at.sequence + (tells ? 1 : 0), true, kCountsFlag};
     // Who comes behind sees that the slot is closed.
     if (!await(seat, wait, s.meeting, started)) return;
-    hear_rows(p, epoch, s);
+    hear_rows(p, epoch, s.heard);
   } else {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPlaceThreads) {
-      s.next[rank] = seat.rank * seat.bound, route.rows_for[rank] = s.count[rank];
+      s.heard.next[rank] = p.order != nullptr ? 0 : seat.rank * seat.bound, route.rows_for[rank] = s.count[rank];
+    }
+    if (threadIdx.x == 0 && p.order != nullptr) {
+      uint32_t next = 0;
+#pragma unroll 1
+      for (uint32_t rank = 0; rank < seat.ranks; ++rank) {
+        s.start[rank] = p.order_starts[rank] = next;
+        next += s.count[rank];
+      }
     }
   }
   // Not before: large blocks that wait, if only for this one, could keep out what it waits for.
   ptx::launch_dependents();
   __syncthreads();
-  place_tokens(route, seat.ranks, hears ? p.room : kNone, s);
+  place_tokens(route, seat.ranks, hears ? p.room : kNone, p.order, s);
 }
 
 // Most warps take pieces of rows by turns; `p.piece` is small enough for all stages to be in shared memory. The last ones take

@@ -13,6 +13,8 @@
 
 #include "combine.cu"
 
+#include "fifo.cu"
+
 #include "quant.cu"
 
 #include "poison.cu"

@@ -208,6 +208,9 @@ __device__ __forceinline__ void await_bytes(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
+// What was seen by ordinary loads may be read by bulk copies.
+__device__ __forceinline__ void fence_bulk() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // Bulk copies, of multiples of sixteen bytes between addresses that are: into shared memory, whose barrier then counts them;
 // out of it, in groups.
 __device__ __forceinline__ void load_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {

@@ -78,6 +78,8 @@ struct Wait {
   bool compares_bound;
   // The word of a mailbox.
   uint32_t flag;
+  // Not null: flags have come, and rows are waited for, as many as this list says of each rank.
+  const uint32_t* left = nullptr;
 };
 
 // Looking for trouble costs more than a look at the flags.
@@ -91,7 +93,12 @@ struct Meeting {
   uint32_t lost[kMaxRanks / 32];
   uint32_t aborted;
   uint32_t first;
+  // Since when rows of ranks that are gone have been missing, or 0.
+  uint64_t gone_since;
 };
+
+// Rows that a rank sent before it went may still be in FIFOs; to take them is a matter of moments.
+constexpr uint64_t kGoneNs = 200'000'000;
 
 __device__ __forceinline__ uint8_t* window_of(const Seat& seat, uint32_t rank) {
   return rank < kNearRanks ? seat.near[rank] : seat.windows[rank];
@@ -124,6 +131,7 @@ __device__ __forceinline__ int32_t steps_ahead(uint64_t word, uint32_t epoch) {
 __device__ __forceinline__ uint32_t recorded(uint32_t operation) { return operation == kReplay ? kDispatch : operation; }
 
 __device__ __forceinline__ bool has_come(const Seat& seat, const Wait& wait, uint32_t source) {
+  if (wait.left != nullptr) return *reinterpret_cast<const volatile uint32_t*>(wait.left + source) == 0;
   return reached(ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), wait.flag)), wait.epoch);
 }
 
@@ -208,7 +216,7 @@ __device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wa
   // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
   uint64_t key = none, word = 0;
 #pragma unroll 1
-  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks && wait.left == nullptr; peer += blockDim.x) {
     const uint64_t now = ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, peer), kProgress));
     const int32_t ahead = steps_ahead(now, wait.epoch);
     const uint32_t operation = now >> 28 & 0xf, theirs = now >> 32;
@@ -302,6 +310,11 @@ __device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wa
     }
   }
   __syncthreads();
+  if (meeting.best != none && wait.left != nullptr) {
+    if (threadIdx.x == 0 && meeting.gone_since == 0) meeting.gone_since = ptx::globaltimer();
+    const bool waits = __syncthreads_or(threadIdx.x == 0 && ptx::globaltimer() - meeting.gone_since < kGoneNs);
+    if (waits) return Trouble::kNone;
+  }
   if (meeting.best != none) {
     const uint32_t peer = meeting.best / 4;
     const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), wait.flag)) >> 32;

@@ -156,8 +156,11 @@ struct Shared {
   uint32_t most_sms;
   uint32_t sms;
   uint32_t on_sm[kSms];
+  // First halves whose second half has not yet received what it waits for.
+  uint32_t pending;
+  uint32_t reserved;
 };
-static_assert(sizeof(Shared) == 8 * kCounters + 16 + 4 * kSms);
+static_assert(sizeof(Shared) == 8 * kCounters + 24 + 4 * kSms);
 
 // Who runs a kernel, and what it can reach.
 struct Seat {
@@ -386,11 +389,14 @@ struct PlaceParams {
   // Rows that a rank has room for, and that are too many (0: none are).
   uint32_t room;
   uint32_t limit;
+  // Rows that go through FIFOs, or null: their tokens, rank after rank; [ranks] where those of a rank start.
+  int32_t* order;
+  int32_t* order_starts;
   // As FinishParams has it, for counts and not for flags, and: 8: follows a2a_open.
   uint32_t flags;
   uint32_t reserved;
 };
-static_assert(sizeof(PlaceParams) == sizeof(Seat) + sizeof(Route) + 16 + 48);
+static_assert(sizeof(PlaceParams) == sizeof(Seat) + sizeof(Route) + 16 + 64);
 
 // a2a_settle: rows without gaps from the banks to their places, and the padding behind them.
 struct SettleParams {
@@ -591,11 +597,12 @@ struct MeetParams {
   // The shape in 32 bits, none lost: what a combine flag carries as its number.
   uint32_t digest;
   uint32_t tokens;
-  // 1: sends; 2: waits; 4: every rank has a result for every token; 8: follows a2a_stage; 16: nothing sums behind it
+  // 1: sends; 2: waits; 4: every rank has a result for every token; 8: follows a2a_stage; 16: nothing sums behind it; 32:
+  // results go through FIFOs
   uint32_t flags;
   uint32_t reserved;
 };
-constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16;
+constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32;
 static_assert(sizeof(MeetParams) == sizeof(Seat) + 88);
 
 // a2a_reduce_*, a2a_weigh_*: each token's results, summed, or weighted and summed.
@@ -630,6 +637,113 @@ struct ReduceParams {
 };
 constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4, kReducePacked = 8;
 static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 112 + 24);
+
+// What a rank has on offer, to be sent through FIFOs: rows of a dispatch, or results.
+struct Offer {
+  // Ids and weights of a dispatch.
+  Route route;
+  // Tokens, or results, rows a stride apart.
+  const uint8_t* rows;
+  uint64_t stride;
+  // Of a dispatch: the tokens of its rows, rank after rank, and [ranks] where a rank's start. Null: rows are in that order.
+  const int32_t* order;
+  const int32_t* order_starts;
+  // [ranks]: rows for each, or null: as many as there is room for, by the counts of `epoch`.
+  const int32_t* rows_for;
+  uint32_t room;
+  // Rows of a rank that are too many, or 0.
+  uint32_t limit;
+  // Of a row: 16-byte vectors, and of a piece; pieces.
+  uint32_t vectors;
+  uint32_t piece;
+  uint32_t pieces;
+  // 1: there are ids, weights and sources, here in an entry.
+  uint32_t flags;
+  uint32_t ids_at;
+  uint32_t weights_at;
+  uint32_t source_at;
+  uint32_t sides;
+  // Other planes; `to` is where in an entry.
+  Side side[kSides];
+  // M of the step.
+  uint32_t bound;
+  // Written by kernels: whose counts it waits for; there is an offer; its rows' numbers are known.
+  uint32_t epoch;
+  uint32_t live;
+  uint32_t ready;
+};
+constexpr uint32_t kHasChoices = 1;
+static_assert(sizeof(Offer) == sizeof(Route) + 80 + sizeof(Side) * kSides + 16);
+
+// Words of an entry in a FIFO: pieces of a row at most.
+constexpr uint32_t kFifoPieces = 8;
+// A dispatch's, a combine's.
+constexpr uint32_t kOffers = 2;
+
+// Where FIFOs, and what a rank knows of them, are; of all slots.
+struct Fifos {
+  // Private, `state_bytes` a slot: FifoState and lists behind it (fifo.cuh).
+  uint8_t* states;
+  uint64_t state_bytes;
+  const Slot* all;
+  // In every window, of the first slot, and from one slot to the next: entries, words.
+  uint64_t entries;
+  uint64_t words;
+  uint64_t slot_bytes;
+  uint64_t entry_bytes;
+  // Entries of a FIFO; sequences of pieces for each rank.
+  uint32_t rows;
+  uint32_t lanes;
+  uint32_t slots;
+  uint32_t slot;
+  // Bytes of a warp's stage in shared memory, of which it has two.
+  uint32_t stage;
+  uint32_t reserved;
+};
+static_assert(sizeof(Fifos) == 80);
+
+// a2a_stream: a dispatch through FIFOs, or either half of it.
+struct StreamParams {
+  FinishParams finish;
+  PlaceParams place;
+  Fifos fifos;
+  Offer offer;
+  Owners owners;
+  int32_t* expert_counts;
+  unsigned long long* expert_stats;
+  // Rows of the outputs.
+  uint64_t rows;
+  uint32_t outs;
+  // As LandParams has it.
+  uint32_t flags;
+  // `region` is where in an entry.
+  Out out[4 + kSides];
+};
+static_assert(sizeof(StreamParams) == sizeof(FinishParams) + sizeof(PlaceParams) + 80 + sizeof(Offer) + 40 + 32 + 56 * (4 + kSides));
+
+// a2a_stream_*: a combine through FIFOs, or either half of it.
+struct StreamResultsParams {
+  MeetParams meet;
+  Fifos fifos;
+  Offer offer;
+  Owners owners;
+  const int32_t* target_ranks;
+  const int32_t* target_rows;
+  const int32_t* rows_for;
+  const int32_t* ids;
+  uint8_t* out;
+  uint64_t out_stride;
+  uint8_t* out_weights;
+  uint64_t out_weights_stride;
+  uint32_t tokens;
+  uint32_t fanout;
+  uint32_t topk;
+  // As ReduceParams has it.
+  uint32_t flags;
+  uint32_t weights_at;
+  uint32_t reserved;
+};
+static_assert(sizeof(StreamResultsParams) == sizeof(MeetParams) + 80 + sizeof(Offer) + 40 + 88);
 
 // a2a_tell: every rank's tokens as the host was told, where they do not fit into a kernel's own parameters.
 struct TellParams {

@@ -2755,7 +2755,8 @@ fn spoil_dispatch(seat: &Seat, comm: &Comm, routing: &Routing, backend: Backend)
     // The CPU has no SMs, and does not ask.
     let sms: &[(&str, SpoilRaw, a2a_status_t, &[&str])] =
         &[("some SMs of a GPU", |i, _| i.max_sms = 8, A2A_UNSUPPORTED, &["rank 1", "max_sms", "8"])];
-    let heeds = matches!(backend, Backend::HtFlat | Backend::HtContiguous | Backend::LowLatency);
+    let heeds =
+        matches!(backend, Backend::HtFlat | Backend::HtContiguous | Backend::LowLatency | Backend::TwoSided);
     let sms = if cuda::is_enabled() && !heeds { sms } else { &[] };
     for (what, spoil, status, words) in BAD_RAW.iter().chain(sms) {
         let (input, mut output) = (small_input(), small_output(seat, backend));

@@ -27,11 +27,12 @@ const AUTO: [BackendKind; 5] = [
 ];
 
 /// The strategies whose ops have kernels.
-const ON_CUDA: [BackendKind; 4] = [
+const ON_CUDA: [BackendKind; 5] = [
     BackendKind::NvlinkOneSided,
     BackendKind::AllgatherReducescatter,
     BackendKind::LowLatency,
     BackendKind::HighThroughput,
+    BackendKind::NvlinkTwoSided,
 ];
 
 /// Why a strategy's kernels cannot keep to a number of multiprocessors that is not 0.
@@ -40,6 +41,10 @@ fn check_sms(kind: BackendKind, max_sms: u32) -> std::result::Result<(), String>
         BackendKind::HighThroughput => Ok(()),
         BackendKind::LowLatency if max_sms > 1 => Ok(()),
         BackendKind::LowLatency => Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 2")),
+        BackendKind::NvlinkTwoSided if max_sms > 2 => Ok(()),
+        BackendKind::NvlinkTwoSided => {
+            Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 3"))
+        }
         _ => Err(format!("max_sms is {max_sms}, on cuda (2) it only knows 0 in this build")),
     }
 }
@@ -274,8 +279,10 @@ pub fn affordable(config: &Config) -> Result<Plan> {
     Ok(plan)
 }
 
-/// Bytes that all FIFOs of a slot may take, unless the config says how many rows each has.
+/// Bytes that all FIFOs of a slot may take, unless the config says how many rows each has: on a GPU they are to stay in its
+/// cache.
 const FIFO_BYTES: u64 = 32 << 20;
+const FIFO_BYTES_CUDA: u64 = 4 << 20;
 
 fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
     let mut plane_bytes = [0; PLANES];
@@ -303,9 +310,11 @@ fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
         combine_bytes: config.max_combine_bytes(),
         uses: backend::of(kind).map(|b| b.uses()).unwrap_or_default(),
         fifo_rows: config.fifo_rows,
+        fifo_pieces: if config.device == DeviceKind::Cuda { cuda::FIFO_PIECES } else { 0 },
     };
     if sizes.uses.fifos && sizes.fifo_rows == 0 {
-        let rows = FIFO_BYTES / config.num_ranks as u64 / sizes.entry_bytes();
+        let bytes = if config.device == DeviceKind::Cuda { FIFO_BYTES_CUDA } else { FIFO_BYTES };
+        let rows = bytes / config.num_ranks as u64 / sizes.entry_bytes();
         sizes.fifo_rows = rows.clamp(2, 1024) as u32;
     }
     sizes

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! window   gone words | slot 0 | slot 1 | ...
-//! slot     mailboxes | loss masks | counts | small outputs
+//! slot     mailboxes | loss masks | counts | small outputs | words of FIFOs' entries
 //!          | published rows | banks | received rows | combine rows, combine weights | FIFOs
 //! ```
 //! A mailbox is what one source rank writes into another's window. Which regions of rows exist is the strategy's to
@@ -111,6 +111,8 @@ pub struct Sizes {
     pub uses: Uses,
     /// Rows of each FIFO.
     pub fifo_rows: u32,
+    /// On CUDA: pieces of a row in a FIFO, at most, each of which is told of by itself.
+    pub fifo_pieces: u32,
 }
 
 /// Rows of a column of scales are padded to a multiple of this.
@@ -161,6 +163,10 @@ impl Sizes {
     pub fn scratch_bytes(&self) -> u64 {
         if self.quantises { (self.plane_bytes[TOKENS] + self.plane_bytes[SCALES]) as u64 } else { 0 }
     }
+    fn fifo_word_bytes(&self) -> u64 {
+        let words = if self.fifo_pieces > 0 { self.fifo_pieces as u64 + 1 } else { 0 };
+        self.ranks() as u64 * self.fifo_rows as u64 * words * 8
+    }
     /// Bytes of a FIFO's entry: a row of every plane, or a result with its weights.
     pub fn entry_bytes(&self) -> u64 {
         let dispatch: u64 = self.plane_bytes.iter().map(|bytes| entry_part(*bytes as u64)).sum();
@@ -182,6 +188,7 @@ pub struct Map {
     expert_offsets: u64,
     rank_counts: u64,
     status: u64,
+    fifo_words: u64,
     control_bytes: u64,
     published: [u64; PLANES],
     banks: [u64; PLANES],
@@ -222,6 +229,7 @@ impl Map {
         let expert_offsets = at.take(Some((sizes.experts as u64 + 1) * 4));
         let rank_counts = at.take(Some(ranks * 4));
         let status = at.take(Some((4 + ranks) * 4));
+        let fifo_words = at.take(if uses.fifos { Some(sizes.fifo_word_bytes()) } else { Some(0) });
         let control_bytes = at.end()?;
 
         let bound = sizes.grid.bound as u64;
@@ -255,6 +263,7 @@ impl Map {
             expert_offsets,
             rank_counts,
             status,
+            fifo_words,
             control_bytes,
             published,
             banks,
@@ -359,6 +368,18 @@ impl Map {
     pub fn combine_weights(&self, slot: u32) -> u64 {
         self.slot(slot) + self.combine_weights
     }
+    /// On CUDA, u64[ranks][rows of a FIFO][pieces]: by source, which row it wrote last, + 1; then u64[ranks][rows of a FIFO]:
+    /// by receiver, which row it took.
+    pub fn fifo_words(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.fifo_words
+    }
+    /// From one slot to the next.
+    pub fn slot_stride(&self) -> u64 {
+        self.slot_bytes
+    }
+    pub fn entry_bytes(&self) -> u64 {
+        self.entry_bytes
+    }
     /// What lies behind all other rows.
     pub fn fifos(&self, slot: u32) -> u64 {
         self.slot(slot) + self.fifos
@@ -420,6 +441,8 @@ pub struct RoutingMap {
     /// [ranks], on CUDA: rows that each is to receive; this rank's at each, where they are (token, expert) pairs.
     pub demands: List,
     pub pairs_for: List,
+    /// [max_tokens * fanout], on CUDA with FIFOs: the tokens of this rank's rows, rank after rank.
+    pub order: List,
     /// Rows demanded, rows dropped, where the last block ends (on CUDA: this rank's rows that others dropped, and then where
     /// the last block ends).
     pub summary: List,
@@ -454,6 +477,7 @@ impl RoutingMap {
             rank_counts: list(ranks),
             demands: list(if uses.counts { ranks } else { 0 }),
             pairs_for: list(by_expert(ranks)),
+            order: list(if uses.fifos && sizes.fifo_pieces > 0 { tokens * fanout as usize } else { 0 }),
             summary: list(4),
             bytes: 0,
         };
@@ -484,6 +508,7 @@ mod tests {
             combine_bytes: 14336,
             uses,
             fifo_rows: 7,
+            fifo_pieces: 8,
         }
     }
 

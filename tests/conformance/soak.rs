@@ -24,11 +24,7 @@ const HIDDENS: [usize; LAYERS] = [64, 512, 128, 64, 256, 64, 512, 128];
 pub fn add(add: &mut impl FnMut(String, Left, Run)) {
     for backend in BACKENDS {
         for (name, world, steps) in [("soak", 4, steps()), ("soak_of_many", MANY, STEPS_OF_MANY)] {
-            let left = move || {
-                let no_rows =
-                    || (!backend.keeps_rows()).then(|| "no rows in a slot for a copy to read".into());
-                backend.refused_here().or_else(no_rows)
-            };
+            let left = move || backend.refused_here();
             let run = move || {
                 let limit = GPU_LIMIT + PATIENCE * steps as u32;
                 threads(world, limit, move |seat| soak(seat, backend, steps))

@@ -21,7 +21,7 @@ impl Cuda {
         self.map.sizes.uses.published
     }
 
-    fn result_bytes(c: &Combine) -> u64 {
+    pub(super) fn result_bytes(c: &Combine) -> u64 {
         c.hidden as u64 * c.send_type.bytes() as u64
     }
 
@@ -102,7 +102,7 @@ impl Cuda {
         unsafe { self.launch(&self.station.kernels.stage, shape, &c.call, &params) }
     }
 
-    fn meet_params(&self, c: &Combine, sends: bool, waits: bool) -> MeetParams {
+    pub(super) fn meet_params(&self, c: &Combine, sends: bool, waits: bool) -> MeetParams {
         let staged = sends && (c.send.is_some() || c.row_weights.is_some());
         let weights = if c.row_weights.is_some() { c.weight_bytes() as u64 } else { 0 };
         let rows = if c.send.is_some() { Self::result_bytes(c) } else { 0 };

@@ -11,7 +11,7 @@ use crate::device::{Dispatch, Target};
 use crate::error::Result;
 
 /// Threads of a block, as the kernels have it.
-const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
+pub(super) const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
 const CARRY_WARPS: u32 = 14;
 const BESIDE_WARPS: u32 = 4;
 const CARRY_THREADS: u32 = 32 * (CARRY_WARPS + BESIDE_WARPS);
@@ -88,11 +88,11 @@ impl Cuda {
     }
 
     /// Rows of a rank that are too many, or 0.
-    fn packed_limit(&self, d: &Dispatch) -> u32 {
+    pub(super) fn packed_limit(&self, d: &Dispatch) -> u32 {
         if d.overflow == OverflowKind::Error { d.grid.limit as u32 } else { 0 }
     }
 
-    fn place_params(&self, d: &Dispatch, halves: u32, opens: bool) -> PlaceParams {
+    pub(super) fn place_params(&self, d: &Dispatch, halves: u32, opens: bool) -> PlaceParams {
         let list = |list| self.list(d.memory, list);
         let mut route = self.route_params(d);
         if halves & flag::RAISES == 0 {
@@ -111,6 +111,8 @@ impl Cuda {
             demands: list(self.routing.demands),
             room: self.room(d),
             limit: self.packed_limit(d),
+            order: if self.is_streamed() { list(self.routing.order) } else { 0 },
+            order_starts: if self.is_streamed() { list(self.routing.bases) } else { 0 },
             flags: halves | if opens { flag::AFTER_OPEN } else { 0 },
             reserved: 0,
         }

@@ -10,6 +10,7 @@ mod contiguous;
 mod dispatch;
 pub mod driver;
 mod failure;
+mod fifo;
 mod flat;
 #[cfg(feature = "jitter")]
 mod jitter;
@@ -30,7 +31,7 @@ use super::{
     Target,
 };
 use crate::config::{Experts, LayoutKind};
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
@@ -38,6 +39,7 @@ use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
 
 pub use contiguous::MOST_KEYS;
 pub use driver::probe;
+pub use fifo::PIECES as FIFO_PIECES;
 pub use module::check_kernels;
 
 /// What the host knows of one slot.
@@ -125,6 +127,7 @@ pub struct Ground {
     /// Blocks of sums that may wait by themselves; of each kernel that moves (token, expert) pairs.
     waiting_blocks: u32,
     pair_blocks: [u32; 4],
+    stream_blocks: u32,
     sharing: u32,
 }
 
@@ -148,7 +151,8 @@ impl Ground {
         let pinned = Arc::new(Pinned::new(&station.context, pinned_bytes(slots))?);
         let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let pair_blocks = pairs::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
-        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, sharing })
+        let stream_blocks = fifo::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
+        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing })
     }
     pub fn context(&self) -> &Arc<Context> {
         &self.station.context
@@ -188,6 +192,8 @@ struct Layout {
     told: u64,
     shared: u64,
     slots: u64,
+    /// What a rank knows of its FIFOs.
+    fifos: u64,
     bytes: u64,
 }
 
@@ -210,6 +216,7 @@ impl Layout {
             told: take(slots * ranks * 4),
             shared: take(size_of::<Shared>() as u64),
             slots: take(slots * size_of::<Slot>() as u64),
+            fifos: take(slots * fifo::state_bytes(map)),
             bytes: end,
         }
     }
@@ -230,6 +237,7 @@ pub struct Cuda {
     owners: Owners,
     waiting_blocks: u32,
     pair_blocks: [u32; 4],
+    stream_blocks: u32,
     /// Ranks on this device.
     sharing: u32,
     pinned: Arc<Pinned>,
@@ -274,7 +282,7 @@ impl Cuda {
         ground: Ground,
         attic: Arc<Attic>,
     ) -> Result<Cuda> {
-        let Ground { station, pinned, waiting_blocks, pair_blocks, sharing } = ground;
+        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing } = ground;
         let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
         if by_pairs && pair_blocks.iter().any(|blocks| *blocks < 2) {
             return Err(Error::unsupported(format!(
@@ -284,6 +292,9 @@ impl Cuda {
                 map.sizes.grid.layout.name(),
                 station.context.describe()
             )));
+        }
+        if map.sizes.uses.fifos {
+            fifo::check(rank, &map, stream_blocks, sharing, &station.context.describe())?;
         }
         // A block that places experts fills most of a multiprocessor while it waits.
         let waiting = sharing as u64 * map.sizes.slots as u64;
@@ -351,6 +362,7 @@ impl Cuda {
             owners,
             waiting_blocks,
             pair_blocks,
+            stream_blocks,
             sharing,
             pinned,
             stats: Stats::default(),
@@ -625,7 +637,9 @@ impl Device for Cuda {
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
         self.launch_halves(d, !d.split, true)?;
-        self.launch_land(d)?;
+        if !self.is_streamed() {
+            self.launch_land(d)?;
+        }
         #[cfg(feature = "jitter")]
         self.poison_results(d)?;
         Ok(())
@@ -638,7 +652,11 @@ impl Device for Cuda {
     fn signal_combine(&self, c: &Combine) -> Result<()> {
         #[cfg(feature = "jitter")]
         self.poison_received(c)?;
-        if c.split { self.launch_send(c) } else { Ok(()) }
+        match c.split {
+            true if self.is_streamed() => self.launch_stream_results(c, true, false),
+            true => self.launch_send(c),
+            false => Ok(()),
+        }
     }
     fn wait_combine(&self, _c: &Combine) -> Result<()> {
         Ok(())
@@ -651,16 +669,16 @@ impl Device for Cuda {
     }
 
     fn offer_rows(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("offer_rows")
+        Ok(())
     }
     fn stream_rows(&self, _d: &Dispatch) -> Result<()> {
-        self.not_yet("stream_rows")
+        Ok(())
     }
     fn offer_results(&self, _c: &Combine) -> Result<()> {
-        self.not_yet("offer_results")
+        Ok(())
     }
-    fn stream_results(&self, _c: &Combine) -> Result<()> {
-        self.not_yet("stream_results")
+    fn stream_results(&self, c: &Combine) -> Result<()> {
+        self.launch_stream_results(c, !c.split, true)
     }
 
     fn received_rows(&self, d: &Dispatch) -> Result<u64> {
@@ -759,7 +777,9 @@ fn threads(call: &Call, few: u32, most: u32) -> u32 {
 impl Cuda {
     /// A dispatch, or either half of it.
     fn launch_halves(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
-        if self.is_by_pairs() {
+        if self.is_streamed() {
+            self.launch_stream(d, sends, waits)
+        } else if self.is_by_pairs() {
             self.launch_pairs(d, sends, waits)
         } else if self.is_packed() {
             self.launch_packed(d, sends, waits)
@@ -768,9 +788,5 @@ impl Cuda {
         } else {
             self.launch_receive(d)
         }
-    }
-
-    fn not_yet(&self, op: &str) -> Result<()> {
-        Err(Error::new(Status::Internal, format!("rank {}: {op} has no kernel", self.rank)))
     }
 }

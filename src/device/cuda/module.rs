@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::contiguous::COUNTING_SHARED;
 use super::driver::{Context, Kernel, Module};
+use super::fifo;
 use super::flat::CARRY_SHARED;
 use crate::device::Float;
 use crate::error::{Error, Result};
@@ -37,6 +38,7 @@ pub struct Kernels {
     pub place: Kernel,
     pub place_experts: Kernel,
     pub spread: Kernel,
+    pub stream_rows: Kernel,
     pub carry: Kernel,
     pub settle: Kernel,
     pub tell: Kernel,
@@ -52,6 +54,8 @@ pub struct Kernels {
     /// The same of weighted results.
     weigh: Sums,
     few_weigh: Sums,
+    /// The same of results that come through FIFOs.
+    stream: Sums,
 }
 
 type Sums = [[Kernel; 3]; 3];
@@ -100,6 +104,7 @@ impl Kernels {
             place: load(c"a2a_place")?,
             place_experts: load(c"a2a_place_experts")?,
             spread: load(c"a2a_spread")?,
+            stream_rows: load(c"a2a_stream")?,
             carry: load(c"a2a_carry")?,
             settle: load(c"a2a_settle")?,
             tell: load(c"a2a_tell")?,
@@ -113,11 +118,20 @@ impl Kernels {
             few: sums!(module, "a2a_combine"),
             weigh: sums!(module, "a2a_weigh"),
             few_weigh: sums!(module, "a2a_combine_weigh"),
+            stream: sums!(module, "a2a_stream"),
         };
         kernels.carry.allow_shared(CARRY_SHARED)?;
         kernels.place_experts.allow_shared(COUNTING_SHARED)?;
         kernels.spread.allow_shared(COUNTING_SHARED)?;
+        kernels.stream_rows.allow_shared(fifo::SHARED)?;
+        for kernel in kernels.stream.iter().flatten() {
+            kernel.allow_shared(fifo::SHARED)?;
+        }
         Ok(kernels)
+    }
+
+    pub fn stream_results(&self, from: Float, to: Float) -> &Kernel {
+        &self.stream[from as usize][to as usize]
     }
 
     /// `weighs`: results are weighted; `few`: blocks meet by themselves.

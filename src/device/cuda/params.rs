@@ -23,7 +23,10 @@ const ROUTE: usize = 144;
 const RECEIVE: usize = 392;
 const SIDE: usize = 48;
 const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
-const PLACE: usize = SEAT + ROUTE + 64;
+const PLACE: usize = SEAT + ROUTE + 80;
+const FINISH: usize = SEAT + ROUTE + RECEIVE + 24;
+const OFFER: usize = ROUTE + 80 + SIDE * SIDES + 16;
+const STREAM: usize = FINISH + PLACE + 80 + OFFER + 72;
 const SETTLE: usize = SEAT + 96 + SIDE * SIDES;
 const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
 const MEET: usize = SEAT + 88;
@@ -66,8 +69,9 @@ twins! {
         whole: u32, placed: u64, taken: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
-    Shared: 144 + 4 * SMS, on_sm at 144 => {
-        counters: [u64; 16], first_step_done: u32, records: u32, most_sms: u32, sms: u32, on_sm: [u32; SMS],
+    Shared: 152 + 4 * SMS, reserved at 148 + 4 * SMS => {
+        counters: [u64; 16], first_step_done: u32, records: u32, most_sms: u32, sms: u32, on_sm: [u32; SMS], pending: u32,
+        reserved: u32,
     }
     Seat: SEAT, near at 80 => {
         windows: Address, control: Address, record: Address, slot: Address, shared: Address, mailboxes: u64,
@@ -101,16 +105,16 @@ twins! {
         to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, counted: u32, sides: u32, flags: u32,
         bank_rows: Address, blocks: Blocks, side: [Side; SIDES],
     }
-    FinishParams: SEAT + ROUTE + RECEIVE + 24, flags at SEAT + ROUTE + RECEIVE + 20 => {
+    FinishParams: FINISH, flags at SEAT + ROUTE + RECEIVE + 20 => {
         seat: Seat, route: Route, receive: Receive, summary: Address, demands: Address, limit: u32, flags: u32,
     }
     DispatchParams: PUSH + RECEIVE + 8, flags at PUSH + RECEIVE => {
         push: PushParams, receive: Receive, flags: u32, reserved: u32,
     }
     Counts: 16, stride at 8 => { region: u64, stride: u64 }
-    PlaceParams: PLACE, flags at SEAT + ROUTE + 56 => {
+    PlaceParams: PLACE, flags at SEAT + ROUTE + 72 => {
         seat: Seat, route: Route, counts: Counts, kept_counts: Address, received: Address, summary: Address,
-        demands: Address, room: u32, limit: u32, flags: u32, reserved: u32,
+        demands: Address, room: u32, limit: u32, order: Address, order_starts: Address, flags: u32, reserved: u32,
     }
     SettleParams: SETTLE, side at SEAT + 96 => {
         seat: Seat, kept_counts: Address, to_tokens: u64, to_ids: u64, to_weights: u64, to_source: u64,
@@ -157,6 +161,24 @@ twins! {
         pair_rows: Address, weights: Address, weights_stride: u64, from_rows: u64, from_weights: u64, out: Address, out_stride: u64, out_weights: Address,
         out_weights_stride: u64, row_bytes: u64, tokens: u32, fanout: u32, topk: u32, vectors: u32, splits: u32,
         flags: u32,
+    }
+    Offer: OFFER, ready at OFFER - 4 => {
+        route: Route, rows: Address, stride: u64, order: Address, order_starts: Address, rows_for: Address, room: u32,
+        limit: u32, vectors: u32, piece: u32, pieces: u32, flags: u32, ids_at: u32, weights_at: u32, source_at: u32,
+        sides: u32, side: [Side; SIDES], bound: u32, epoch: u32, live: u32, ready: u32,
+    }
+    Fifos: 80, reserved at 76 => {
+        states: Address, state_bytes: u64, all: Address, entries: u64, words: u64, slot_bytes: u64, entry_bytes: u64,
+        rows: u32, lanes: u32, slots: u32, slot: u32, stage: u32, reserved: u32,
+    }
+    StreamParams: STREAM + 56 * OUTS, out at STREAM => {
+        finish: FinishParams, place: PlaceParams, fifos: Fifos, offer: Offer, owners: Owners, expert_counts: Address,
+        expert_stats: Address, rows: u64, outs: u32, flags: u32, out: [Out; OUTS],
+    }
+    StreamResultsParams: MEET + 80 + OFFER + 128, reserved at MEET + 80 + OFFER + 124 => {
+        meet: MeetParams, fifos: Fifos, offer: Offer, owners: Owners, target_ranks: Address, target_rows: Address,
+        rows_for: Address, ids: Address, out: Address, out_stride: u64, out_weights: Address, out_weights_stride: u64,
+        tokens: u32, fanout: u32, topk: u32, flags: u32, weights_at: u32, reserved: u32,
     }
     TellParams: 16 + 4 * TELL, values at 16 => { to: Address, first: u32, count: u32, values: [i32; TELL] }
     QuantParams: 48, flags at 44 => {
@@ -213,6 +235,9 @@ pub mod flag {
     pub const EVERYONE: u32 = 4;
     pub const STAGED: u32 = 8;
     pub const SETTLES: u32 = 16;
+    pub const THROUGH_FIFOS: u32 = 32;
+
+    pub const HAS_CHOICES: u32 = 1;
 
     pub const REDUCE_GATHERED: u32 = 1;
     pub const REDUCE_EVERYONE: u32 = 2;

@@ -246,6 +246,7 @@ pub(super) mod tests {
                 combine_bytes: 0,
                 uses: Uses { counts: true, rows: true, ..Uses::default() },
                 fifo_rows: 0,
+                fifo_pieces: 0,
             };
             let map = RoutingMap::new(&sizes);
             Memory { words: vec![0; map.bytes().div_ceil(8) as usize], map }

@@ -15,9 +15,9 @@
 
 namespace a2a {
 
-constexpr uint32_t kStreamThreads = 256, kStreamsPerSm = 2;
+constexpr uint32_t kStreamThreads = 192, kStreamsPerSm = 2;
 constexpr uint32_t kStreamWarps = kStreamThreads / 32;
-constexpr uint32_t kSendWarps = 3, kTakes = 8;
+constexpr uint32_t kSendWarps = 2, kTakes = 8;
 // Stages of shared memory of a warp.
 constexpr uint32_t kSendStages = 3, kTakeStages = 2;
 constexpr uint32_t kStages = kSendWarps * kSendStages + (kStreamWarps - kSendWarps) * kTakeStages;

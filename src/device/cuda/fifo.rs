@@ -10,17 +10,17 @@ use crate::device::{Call, Combine, Dispatch, Float, Region, Target};
 use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernels have it.
-const THREADS: u32 = 256;
+const THREADS: u32 = 192;
 /// Words of an entry: pieces of a row, at most.
 pub const PIECES: u32 = 8;
 /// Vectors of a piece where tokens are many, unless a row would have more pieces than there are words.
-const PIECE: u32 = 304;
+const PIECE: u32 = 448;
 /// Bytes of a stage of shared memory; stages of a block, as the kernels have it: a multiprocessor has room for two blocks.
 const STAGE: u32 = PIECE * 16;
-const STAGES: u32 = 3 * 3 + 5 * 2;
+const STAGES: u32 = 2 * 3 + 4 * 2;
 pub(super) const SHARED: u32 = STAGES * STAGE;
 /// Sequences of pieces that a rank's rows are cut into.
-const SEQUENCES: u32 = 384;
+const SEQUENCES: u32 = 768;
 
 /// Of each peer's rows.
 fn lanes(ranks: u32) -> u32 {
@@ -286,10 +286,10 @@ mod tests {
     fn rows_are_cut_into_pieces_that_have_words() {
         for (vectors, bound, cuts) in [
             (1, 4096, (1, 1)),
-            (896, 4096, (3, 299)),
-            (896, 128, (3, 299)),
-            (896, 8, (6, 150)),
-            (900, 8, (6, 150)),
+            (896, 4096, (2, 448)),
+            (896, 128, (2, 448)),
+            (896, 8, (4, 224)),
+            (900, 8, (5, 180)),
             (10_000, 4096, (8, 1250)),
         ] {
             assert_eq!(cut(vectors, bound), cuts);

@@ -340,24 +340,24 @@ __device__ __forceinline__ void take_results(const StreamResultsParams& p, const
       s.row[place] = line.entry(seat.rank, rank, entry), s.rank[place] = rank;
     }
     if (__any_sync(~0u, closed)) return;
+    // What all lanes wrote is seen by all.
+    __syncwarp();
     const uint32_t first = piece * offer.piece;
-    {
-      uint8_t* const out = p.out + token * p.out_stride;
+    uint8_t* const out = p.out + token * p.out_stride;
 #pragma unroll 1
-      for (uint32_t vector = first + lane; vector < min(first + offer.piece, offer.vectors); vector += 32) {
-        float acc[kElements];
+    for (uint32_t vector = first + lane; vector < min(first + offer.piece, offer.vectors); vector += 32) {
+      float acc[kElements];
 #pragma unroll
-        for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
-        add_all<From, false>(s.row, nullptr, n, 16ull * vector, acc);
-        uint8_t* to = out + static_cast<uint64_t>(vector) * kElements * To::kBytes;
-        if (p.flags & kAccumulate) {
-          float x[kElements];
-          load_out<To, kElements>(to, x);
+      for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
+      add_all<From, false>(s.row, nullptr, n, 16ull * vector, acc);
+      uint8_t* to = out + static_cast<uint64_t>(vector) * kElements * To::kBytes;
+      if (p.flags & kAccumulate) {
+        float x[kElements];
+        load_out<To, kElements>(to, x);
 #pragma unroll
-          for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
-        }
-        store_out<To, kElements>(to, acc);
+        for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
       }
+      store_out<To, kElements>(to, acc);
     }
     if (piece == pieces - 1 && p.out_weights != nullptr && lane < p.topk) {
       const int32_t id = p.ids[static_cast<uint64_t>(token) * p.topk + lane];

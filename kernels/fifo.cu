@@ -286,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(kStreamThreads, kStreamsPerSm) a2a_
   arrive(state.arrived);
   Carrier carrier = carrier_of(p.fifos, stages, table);
   if (me.helps && !me.is_idle && goes) {
-    help(seat, p.fifos, p.place.counts, go, 0, carrier);
+    help(seat, p.fifos, go, 0, carrier);
   } else if (!me.helps && goes && __syncthreads_and(await_go(seat, state, go))) {
     const Offer& offer = take_offer(state, 0, s.offer);
     if (me.sends) {
@@ -430,7 +430,7 @@ __device__ __forceinline__ void stream_results(const StreamResultsParams& p) {
   arrive(state.arrived);
   Carrier carrier = carrier_of(p.fifos, room, table);
   if (me.helps && !me.is_idle && goes) {
-    help(seat, p.fifos, Counts{}, go, 1, carrier);
+    help(seat, p.fifos, go, 1, carrier);
   } else if (!me.helps && goes && __syncthreads_and(await_go(seat, state, go))) {
     take_offer(state, 1, offer);
     if (me.sends) {

@@ -295,8 +295,9 @@ __device__ __forceinline__ void put_on_offer(const Line& line, uint32_t number, 
 }
 
 // Finds the numbers of another slot's offer, if everybody's counts have come. A warp calls it, which holds the lock.
-__device__ __forceinline__ bool find_numbers(const Line& line, const Counts& counts, uint32_t number) {
+__device__ __forceinline__ bool find_numbers(const Line& line, uint32_t number) {
   const Seat& seat = line.seat;
+  const Counts counts{line.fifos.counts.region + line.slot * line.fifos.slot_bytes, line.fifos.counts.stride};
   Offer& offer = line.state().offer[number];
   const uint32_t lane = threadIdx.x % 32;
   const auto word = [&](uint32_t source, uint32_t to) {
@@ -333,8 +334,8 @@ __device__ __forceinline__ bool find_numbers(const Line& line, const Counts& cou
 
 // Sends what offers of other slots (and what of this one's is older than what its kernel sends) have room for, so that ranks may
 // complete slots in different orders. One warp, until it is to leave.
-__device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, const Counts& counts, uint64_t go,
-                                     uint32_t current, Carrier& carrier) {
+__device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, uint64_t go, uint32_t current,
+                                     Carrier& carrier) {
   const uint32_t lane = threadIdx.x % 32;
   const Line own{seat, fifos, fifos.slot};
   while (look_at(&own.state().leave) != go && !has_closed(seat)) {
@@ -356,9 +357,7 @@ __device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, const
       for (uint32_t number = 0; number < kOffers; ++number) {
         const Offer& offer = state.offer[number];
         if ((is_own && number == current) || offer.live == 0) continue;
-        Counts its = counts;
-        its.region += static_cast<int64_t>(slot - static_cast<int64_t>(fifos.slot)) * static_cast<int64_t>(fifos.slot_bytes);
-        if (offer.ready == 0 && !find_numbers(line, its, number)) continue;
+        if (offer.ready == 0 && !find_numbers(line, number)) continue;
 #pragma unroll 1
         for (uint32_t first = 0; first < line.sequences(); first += 32) {
           const bool is_one = first + lane < line.sequences();

@@ -691,6 +691,8 @@ struct Fifos {
   uint64_t words;
   uint64_t slot_bytes;
   uint64_t entry_bytes;
+  // Of the first slot.
+  Counts counts;
   // Entries of a FIFO; sequences of pieces for each rank.
   uint32_t rows;
   uint32_t lanes;
@@ -700,7 +702,7 @@ struct Fifos {
   uint32_t stage;
   uint32_t reserved;
 };
-static_assert(sizeof(Fifos) == 80);
+static_assert(sizeof(Fifos) == 96);
 
 // a2a_stream: a dispatch through FIFOs, or either half of it.
 struct StreamParams {
@@ -719,7 +721,7 @@ struct StreamParams {
   // `region` is where in an entry.
   Out out[4 + kSides];
 };
-static_assert(sizeof(StreamParams) == sizeof(FinishParams) + sizeof(PlaceParams) + 80 + sizeof(Offer) + 40 + 32 + 56 * (4 + kSides));
+static_assert(sizeof(StreamParams) == sizeof(FinishParams) + sizeof(PlaceParams) + sizeof(Fifos) + sizeof(Offer) + 40 + 32 + 56 * (4 + kSides));
 
 // a2a_stream_*: a combine through FIFOs, or either half of it.
 struct StreamResultsParams {
@@ -743,7 +745,7 @@ struct StreamResultsParams {
   uint32_t weights_at;
   uint32_t reserved;
 };
-static_assert(sizeof(StreamResultsParams) == sizeof(MeetParams) + 80 + sizeof(Offer) + 40 + 88);
+static_assert(sizeof(StreamResultsParams) == sizeof(MeetParams) + sizeof(Fifos) + sizeof(Offer) + 40 + 88);
 
 // a2a_tell: every rank's tokens as the host was told, where they do not fit into a kernel's own parameters.
 struct TellParams {

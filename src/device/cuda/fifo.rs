@@ -3,7 +3,9 @@
 use super::driver::Launch;
 use super::flat::PLACE_THREADS;
 use super::module::Kernels;
-use super::params::{Fifos, FinishParams, Offer, Out, Side, StreamParams, StreamResultsParams, flag, kind};
+use super::params::{
+    Counts, Fifos, FinishParams, Offer, Out, Side, StreamParams, StreamResultsParams, flag, kind,
+};
 use super::{Cuda, lock, within};
 use crate::device::map::{IDS, Map, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS, entry_part};
 use crate::device::{Call, Combine, Dispatch, Float, Region, Target};
@@ -94,6 +96,7 @@ impl Cuda {
             words: self.map.fifo_words(0),
             slot_bytes: self.map.slot_stride(),
             entry_bytes: self.map.entry_bytes(),
+            counts: Counts { region: self.map.counts(0, 0), stride: self.map.count_stride() },
             rows: self.map.sizes.fifo_rows,
             lanes: lanes(self.ranks),
             slots: self.map.sizes.slots,

@@ -26,7 +26,8 @@ const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
 const PLACE: usize = SEAT + ROUTE + 80;
 const FINISH: usize = SEAT + ROUTE + RECEIVE + 24;
 const OFFER: usize = ROUTE + 80 + SIDE * SIDES + 16;
-const STREAM: usize = FINISH + PLACE + 80 + OFFER + 72;
+const FIFOS: usize = 96;
+const STREAM: usize = FINISH + PLACE + FIFOS + OFFER + 72;
 const SETTLE: usize = SEAT + 96 + SIDE * SIDES;
 const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
 const MEET: usize = SEAT + 88;
@@ -167,15 +168,15 @@ twins! {
         limit: u32, vectors: u32, piece: u32, pieces: u32, flags: u32, ids_at: u32, weights_at: u32, source_at: u32,
         sides: u32, side: [Side; SIDES], bound: u32, epoch: u32, live: u32, ready: u32,
     }
-    Fifos: 80, reserved at 76 => {
+    Fifos: FIFOS, reserved at FIFOS - 4 => {
         states: Address, state_bytes: u64, all: Address, entries: u64, words: u64, slot_bytes: u64, entry_bytes: u64,
-        rows: u32, lanes: u32, slots: u32, slot: u32, stage: u32, reserved: u32,
+        counts: Counts, rows: u32, lanes: u32, slots: u32, slot: u32, stage: u32, reserved: u32,
     }
     StreamParams: STREAM + 56 * OUTS, out at STREAM => {
         finish: FinishParams, place: PlaceParams, fifos: Fifos, offer: Offer, owners: Owners, expert_counts: Address,
         expert_stats: Address, rows: u64, outs: u32, flags: u32, out: [Out; OUTS],
     }
-    StreamResultsParams: MEET + 80 + OFFER + 128, reserved at MEET + 80 + OFFER + 124 => {
+    StreamResultsParams: MEET + FIFOS + OFFER + 128, reserved at MEET + FIFOS + OFFER + 124 => {
         meet: MeetParams, fifos: Fifos, offer: Offer, owners: Owners, target_ranks: Address, target_rows: Address,
         rows_for: Address, ids: Address, out: Address, out_stride: u64, out_weights: Address, out_weights_stride: u64,
         tokens: u32, fanout: u32, topk: u32, flags: u32, weights_at: u32, reserved: u32,

@@ -193,13 +193,7 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
     add_all<From, pairs>(rows, targets.weight, n, at, acc);
     if (!whole) break;
     uint8_t* out = p.out + token * p.out_stride + static_cast<uint64_t>(vector) * kElements * To::kBytes;
-    if (p.flags & kAccumulate) {
-      float x[kElements];
-      load_out<To, kElements>(out, x);
-#pragma unroll
-      for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
-    }
-    store_out<To, kElements>(out, acc);
+    put_sum<To, kElements>(out, p.flags & kAccumulate, acc);
   }
   if (p.out_weights != nullptr && part == 0 && whole) {
     if (pairs) {

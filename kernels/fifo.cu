@@ -1,7 +1,7 @@
 // A dispatch or a combine through FIFOs (fifo.cuh), or either half of it: a2a_stream, behind a2a_place, and a2a_stream_*.
 //
-// Block 0 keeps: it raises flags, hears the peers', says that rows may move, and waits for them. The others move: half of the
-// warps send, the others take what comes. Where there are several slots, block 1 helps: it sends what they have on offer, for
+// Block 0 keeps: it raises flags, hears the peers', says that rows may move, and waits for them. The others move: a few
+// warps of each send, the others take what comes. Where there are several slots, block 1 helps: it sends what they have on offer, for
 // their peers may be in their second halves while this one is in another's. For the same reason a second half does not wait
 // until all that it sends is in FIFOs, if a slot's is still to come: its peers may come to this one only after that. The last
 // second half leaves nothing.
@@ -17,6 +17,7 @@ namespace a2a {
 
 constexpr uint32_t kStreamThreads = 192, kStreamsPerSm = 2;
 constexpr uint32_t kStreamWarps = kStreamThreads / 32;
+// Of a block, those that send; sequences of a warp that takes, about.
 constexpr uint32_t kSendWarps = 2, kTakes = 8;
 // Stages of shared memory of a warp.
 constexpr uint32_t kSendStages = 3, kTakeStages = 2;
@@ -350,14 +351,7 @@ __device__ __forceinline__ void take_results(const StreamResultsParams& p, const
 #pragma unroll
       for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
       add_all<From, false>(s.row, nullptr, n, 16ull * vector, acc);
-      uint8_t* to = out + static_cast<uint64_t>(vector) * kElements * To::kBytes;
-      if (p.flags & kAccumulate) {
-        float x[kElements];
-        load_out<To, kElements>(to, x);
-#pragma unroll
-        for (uint32_t j = 0; j < kElements; ++j) acc[j] = __fadd_rn(acc[j], x[j]);
-      }
-      store_out<To, kElements>(to, acc);
+      put_sum<To, kElements>(out + static_cast<uint64_t>(vector) * kElements * To::kBytes, p.flags & kAccumulate, acc);
     }
     if (piece == pieces - 1 && p.out_weights != nullptr && lane < p.topk) {
       const int32_t id = p.ids[static_cast<uint64_t>(token) * p.topk + lane];

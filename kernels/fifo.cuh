@@ -31,6 +31,7 @@ struct FifoState {
 constexpr uint32_t kGoRows = 1, kGoResults = 2, kStop = 4;
 static_assert(sizeof(FifoState) == 32 + kOffers * sizeof(Offer));
 
+// What the pieces of a row add up to, a power of two.
 constexpr uint32_t kRow = 1024;
 
 // A slot's FIFOs, as one rank sees them.

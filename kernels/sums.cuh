@@ -76,6 +76,18 @@ __device__ __forceinline__ void store_out(uint8_t* at, const float* x) {
   }
 }
 
+// Rounds a sum into an output, behind what stands there if that is to be added (last, as the header says).
+template <class To, uint32_t n>
+__device__ __forceinline__ void put_sum(uint8_t* out, bool accumulates, float* sum) {
+  if (accumulates) {
+    float x[n];
+    load_out<To, n>(out, x);
+#pragma unroll
+    for (uint32_t j = 0; j < n; ++j) sum[j] = __fadd_rn(sum[j], x[j]);
+  }
+  store_out<To, n>(out, sum);
+}
+
 // Adds a vector of each of `n` rows, all of them on their way at once; `weighs`: each times its weight, rounded.
 template <class From, bool weighs, uint32_t n>
 __device__ __forceinline__ void add_rows(const uint8_t* const* rows, const float* weights, uint64_t at, float* acc) {

@@ -231,7 +231,7 @@ static_assert(sizeof(Route) == 144);
 // No expert, no row, no rank.
 constexpr uint32_t kNone = ~0u;
 
-// What the rows of a rank are made of, where they are (token, expert) pairs in one list.
+// What says how many rows a rank has room for, where they are (token, expert) pairs in one list.
 struct Blocks {
   // [ranks + 1]: the number of a rank's first expert, where they are numbered rank after rank; or null.
   const int32_t* firsts;

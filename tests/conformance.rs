@@ -2223,6 +2223,31 @@ fn small_step(seat: &Seat, backend: Backend, comm: &Comm, routing: &Routing) -> 
     check_ones(seat, backend, &sums)
 }
 
+/// One rank waits in a combine for a peer that waits, in the dispatch of another slot, for rows that the first has sent but not
+/// received: a rank that waits does what the SENDs of all its slots promised.
+fn a_combine_serves_other_slots(backend: Backend) -> Result<(), String> {
+    threads(2, LIMIT, move |seat| {
+        let comm = Comm::create(&small(seat, backend))?;
+        let (first, second) = (comm.routing(0)?, comm.routing(1)?);
+        meet(seat)?;
+        let (input, mut outputs) = (small_input(), [0, 1].map(|_| small_output(seat, backend)));
+        let mut sums = [0, 1].map(|_| small_sums());
+        comm.dispatch(&first, A2A_PHASE_BOTH, &input, &mut outputs[0])?;
+        let results = ones(seat, backend, &comm, &first)?;
+        comm.dispatch(&second, A2A_PHASE_SEND, &input, &mut outputs[1])?;
+        if seat.rank == 0 {
+            comm.combine(&first, A2A_PHASE_BOTH, 0, Some(&results), &mut sums[0])?;
+            comm.dispatch(&second, A2A_PHASE_RECV, &input, &mut outputs[1])?;
+        } else {
+            comm.dispatch(&second, A2A_PHASE_RECV, &input, &mut outputs[1])?;
+            comm.combine(&first, A2A_PHASE_BOTH, 0, Some(&results), &mut sums[0])?;
+        }
+        let results = ones(seat, backend, &comm, &second)?;
+        comm.combine(&second, A2A_PHASE_BOTH, 0, Some(&results), &mut sums[1])?;
+        sums.iter().try_for_each(|sums| check_ones(seat, backend, sums))
+    })
+}
+
 /// Only rank 0 acts, then only the others, and so on: each SEND returns while no peer is in a call, each RECV
 /// completes while no peer's thread does anything. Not with NVLINK_TWO_SIDED, whose rows move while both ranks are in
 /// RECV.
@@ -3301,7 +3326,8 @@ pub fn run(args: &Arguments) -> std::process::ExitCode {
         add(name, Box::new(left), Box::new(move || run_cell(mode, backend, world, index)));
     }
     type PerBackend = fn(Backend) -> Result<(), String>;
-    let each: [(&str, PerBackend); 4] = [
+    let each: [(&str, PerBackend); 5] = [
+        ("a_combine_serves_other_slots", a_combine_serves_other_slots),
         ("nobody_needs_the_other_thread", nobody_needs_the_other_thread),
         ("leaving_after_the_last_flag", leaving_after_the_last_flag),
         ("calls_out_of_order", calls_out_of_order),

@@ -1,5 +1,6 @@
 //! Dispatch of (token, expert) pairs in one list, expert after expert: where it differs from other packed rows (flat.rs).
 
+use super::dispatch::topk_bits;
 use super::driver::Launch;
 use super::flat::SMS;
 use super::params::{Blocks, PlaceExpertsParams, PlaceParams, SpreadParams};
@@ -85,11 +86,6 @@ impl Cuda {
         // SAFETY: this rank's own window, the routing's memory and the caller's outputs, which comm checked.
         unsafe { self.launch(&self.station.kernels.spread, shape, &d.call, &params) }
     }
-}
-
-/// 2^n is the first power not below top-k.
-fn topk_bits(d: &Dispatch) -> u32 {
-    d.grid.topk.next_power_of_two().trailing_zeros()
 }
 
 #[cfg(test)]

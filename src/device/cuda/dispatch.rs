@@ -44,6 +44,22 @@ pub(super) fn unit(values: &[u64]) -> u32 {
     1 << all.trailing_zeros().min(4)
 }
 
+/// What kernels treat a plane of the outputs as.
+pub(super) fn kind_of(plane: usize) -> u32 {
+    match plane {
+        TOKENS => kind::TOKENS,
+        IDS => kind::IDS,
+        WEIGHTS => kind::WEIGHTS,
+        SOURCE => kind::SOURCE,
+        _ => kind::OTHER,
+    }
+}
+
+/// 2^n is the first power not below top-k.
+pub(super) fn topk_bits(d: &Dispatch) -> u32 {
+    d.grid.topk.next_power_of_two().trailing_zeros()
+}
+
 /// Blocks that a landing row is split over.
 fn splits(vectors: u32) -> u32 {
     vectors.div_ceil(LAND_THREADS).max(1)
@@ -384,13 +400,7 @@ impl Cuda {
         for plane in 0..PLANES {
             let row_bytes = d.row_bytes(plane) as u64;
             let from = if gathers { self.map.published(slot, plane) } else { self.map.received(slot, plane) };
-            let mut kind = match plane {
-                TOKENS => kind::TOKENS,
-                IDS => kind::IDS,
-                WEIGHTS => kind::WEIGHTS,
-                SOURCE => kind::SOURCE,
-                _ => kind::OTHER,
-            };
+            let mut kind = kind_of(plane);
             let by_column = plane == SCALES && d.columns;
             let received = self.own(self.map.received(slot, plane));
             let local = self.experts.count(self.rank);

@@ -1,11 +1,9 @@
 //! Dispatch and combine through FIFOs.
 
+use super::dispatch::{kind_of, unit};
 use super::driver::Launch;
-use super::flat::PLACE_THREADS;
 use super::module::Kernels;
-use super::params::{
-    Counts, Fifos, FinishParams, Offer, Out, Side, StreamParams, StreamResultsParams, flag, kind,
-};
+use super::params::{Counts, Fifos, Offer, Out, Side, StreamParams, StreamResultsParams, flag};
 use super::{Cuda, lock, within};
 use crate::device::map::{IDS, Map, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS, entry_part};
 use crate::device::{Call, Combine, Dispatch, Float, Region, Target};
@@ -161,21 +159,11 @@ impl Cuda {
         }
         let halves = if sends { flag::RAISES } else { 0 } | if waits { flag::WAITS } else { 0 };
         if sends && !d.reuse {
-            let place = self.place_params(d, flag::RAISES, opens);
-            let shape = Launch { grid: 1, block: PLACE_THREADS, after_previous: opens, ..Launch::default() };
-            // SAFETY: the caller's ids, the routing's memory, the group's windows.
-            unsafe { self.launch(&self.station.kernels.place, shape, &d.call, &place)? };
+            // It only tells: the counts are heard where other slots are helped meanwhile.
+            self.launch_place(d, flag::RAISES, opens)?;
         }
         let mut params = StreamParams {
-            finish: FinishParams {
-                seat: self.seat(&d.call, d.grid.bound, d.reuse),
-                route: self.route_params(d),
-                receive,
-                summary: self.list(d.memory, self.routing.summary),
-                demands: self.list(d.memory, self.routing.demands),
-                limit: self.packed_limit(d),
-                flags: halves,
-            },
+            finish: self.packed_finish(d, receive, halves),
             place: self.place_params(d, halves, opens),
             fifos: self.fifos(d.call.slot),
             offer: self.rows_on_offer(d),
@@ -187,7 +175,7 @@ impl Cuda {
                 | if d.ids_out_are_64 { flag::WIDE_IDS } else { 0 },
             ..StreamParams::default()
         };
-        for (plane, kind) in (0..PLANES).map(|plane| (plane, kind_of(plane))) {
+        for plane in 0..PLANES {
             let bytes = d.send.shape.plane_bytes[plane];
             let (to, stride, pitch) = match d.recv[plane] {
                 Target::Into(rows) => (rows.ptr as u64, rows.stride as u64, 0),
@@ -199,9 +187,9 @@ impl Cuda {
                 to,
                 stride,
                 bytes,
-                unit: super::dispatch::unit(&[to, stride, bytes as u64]),
+                unit: unit(&[to, stride, bytes as u64]),
                 pitch,
-                kind,
+                kind: kind_of(plane),
                 ..Out::default()
             };
             params.outs += 1;
@@ -238,7 +226,7 @@ impl Cuda {
                 stride: rows.1,
                 to: weights_at as u64,
                 bytes,
-                unit: super::dispatch::unit(&[rows.0, rows.1, bytes as u64]),
+                unit: unit(&[rows.0, rows.1, bytes as u64]),
                 ..Side::default()
             };
             offer.sides = 1;
@@ -268,16 +256,6 @@ impl Cuda {
         let kernel = self.station.kernels.stream_results(c.send_type, c.out_type);
         // SAFETY: the experts' rows and the output, which comm checked, the routing's memory, the group's windows.
         unsafe { self.launch(kernel, shape, &c.call, &params) }
-    }
-}
-
-fn kind_of(plane: usize) -> u32 {
-    match plane {
-        TOKENS => kind::TOKENS,
-        IDS => kind::IDS,
-        WEIGHTS => kind::WEIGHTS,
-        SOURCE => kind::SOURCE,
-        _ => kind::OTHER,
     }
 }
 

@@ -3,7 +3,9 @@
 
 use super::dispatch::FINISH_THREADS;
 use super::driver::Launch;
-use super::params::{Blocks, Counts, FinishParams, PlaceParams, PushParams, SettleParams, Side, flag};
+use super::params::{
+    Blocks, Counts, FinishParams, PlaceParams, PushParams, Receive, SettleParams, Side, flag,
+};
 use super::{Cuda, within};
 use crate::config::{LayoutKind, OverflowKind};
 use crate::device::map::{COLUMN_PAD, IDS, SCALES, SOURCE, TOKENS, WEIGHTS};
@@ -11,7 +13,7 @@ use crate::device::{Dispatch, Target};
 use crate::error::Result;
 
 /// Threads of a block, as the kernels have it.
-pub(super) const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
+const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
 const CARRY_WARPS: u32 = 14;
 const BESIDE_WARPS: u32 = 4;
 const CARRY_THREADS: u32 = 32 * (CARRY_WARPS + BESIDE_WARPS);
@@ -53,30 +55,14 @@ impl Cuda {
         }
         let halves = if sends { flag::RAISES } else { 0 } | if waits { flag::WAITS } else { 0 };
         if !d.reuse {
-            let place = self.place_params(d, halves, opens);
-            if self.is_contiguous() {
-                self.launch_place_experts(d, place, opens)?;
-            } else {
-                let shape =
-                    Launch { grid: 1, block: PLACE_THREADS, after_previous: opens, ..Launch::default() };
-                // SAFETY: the caller's ids, the routing's memory, the group's windows.
-                unsafe { self.launch(&self.station.kernels.place, shape, &d.call, &place)? };
-            }
+            self.launch_place(d, halves, opens)?;
         }
         if sends {
             self.launch_carry(d, banks, opens)?;
         }
-        let finish = FinishParams {
-            seat: self.seat(&d.call, d.grid.bound, d.reuse),
-            route: self.route_params(d),
-            receive,
-            summary: self.list(d.memory, self.routing.summary),
-            demands: self.list(d.memory, self.routing.demands),
-            limit: self.packed_limit(d),
-            flags: halves
-                | if banks { flag::BANKED } else { 0 }
-                | if self.is_contiguous() { flag::ENDS } else { 0 },
-        };
+        let banked = if banks { flag::BANKED } else { 0 };
+        let ends = if self.is_contiguous() { flag::ENDS } else { 0 };
+        let finish = self.packed_finish(d, receive, halves | banked | ends);
         let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous: sends, ..Launch::default() };
         // SAFETY: the group's windows, the routing's memory, the caller's outputs, which comm checked.
         unsafe { self.launch(&self.station.kernels.finish, shape, &d.call, &finish)? };
@@ -90,6 +76,30 @@ impl Cuda {
     /// Rows of a rank that are too many, or 0.
     pub(super) fn packed_limit(&self, d: &Dispatch) -> u32 {
         if d.overflow == OverflowKind::Error { d.grid.limit as u32 } else { 0 }
+    }
+
+    /// Tells counts, or hears them, or both, and finds places.
+    pub(super) fn launch_place(&self, d: &Dispatch, halves: u32, opens: bool) -> Result<()> {
+        let place = self.place_params(d, halves, opens);
+        if self.is_contiguous() {
+            return self.launch_place_experts(d, place, opens);
+        }
+        let shape = Launch { grid: 1, block: PLACE_THREADS, after_previous: opens, ..Launch::default() };
+        // SAFETY: the caller's ids, the routing's memory, the group's windows.
+        unsafe { self.launch(&self.station.kernels.place, shape, &d.call, &place) }
+    }
+
+    /// The end of a dispatch whose places follow from everybody's counts.
+    pub(super) fn packed_finish(&self, d: &Dispatch, receive: Receive, flags: u32) -> FinishParams {
+        FinishParams {
+            seat: self.seat(&d.call, d.grid.bound, d.reuse),
+            route: self.route_params(d),
+            receive,
+            summary: self.list(d.memory, self.routing.summary),
+            demands: self.list(d.memory, self.routing.demands),
+            limit: self.packed_limit(d),
+            flags,
+        }
     }
 
     pub(super) fn place_params(&self, d: &Dispatch, halves: u32, opens: bool) -> PlaceParams {

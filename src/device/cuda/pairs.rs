@@ -1,5 +1,6 @@
 //! Dispatch where rows are (token, expert) pairs: one kernel for all of it, or for either half.
 
+use super::dispatch::topk_bits;
 use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{Counts, PairsParams, SIDES, flag};
@@ -104,7 +105,7 @@ impl Cuda {
             block,
             limit: if d.overflow == OverflowKind::Error { d.grid.limit as u32 } else { 0 },
             vectors: bytes[TOKENS] / 16,
-            topk_bits: d.grid.topk.next_power_of_two().trailing_zeros(),
+            topk_bits: topk_bits(d),
             scale_words: if made { bytes[SCALES] / 4 } else { 0 },
             scale_pitch: pitch,
             ..PairsParams::default()

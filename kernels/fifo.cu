@@ -1,10 +1,10 @@
 // A dispatch or a combine through FIFOs (fifo.cuh), or either half of it: a2a_stream, behind a2a_place, and a2a_stream_*.
 //
-// Block 0 keeps: it raises flags, hears the peers', says that rows may move, and waits for them. The others move: a few
-// warps of each send, the others take what comes. Where there are several slots, block 1 helps: it sends what they have on offer, for
-// their peers may be in their second halves while this one is in another's. For the same reason a second half does not wait
-// until all that it sends is in FIFOs, if a slot's is still to come: its peers may come to this one only after that. The last
-// second half leaves nothing.
+// Block 0 keeps: it raises flags, hears the peers', says that rows may move, and waits for them. The others move: the first
+// warps of each send, the others take what comes. Where there are several slots, block 1 helps: it sends what they have on
+// offer, for their peers may be in their second halves while this one is in another's. For the same reason a second half does
+// not wait until all that it sends is in FIFOs, if a slot's is still to come: its peers may come to this one only after that. The
+// last second half leaves nothing.
 //
 // Blocks wait, so they are few enough for those of all slots and of all ranks of a device to be on it at the same time.
 #include "fifo.cuh"
@@ -15,29 +15,23 @@
 
 namespace a2a {
 
-constexpr uint32_t kStreamThreads = 192, kStreamsPerSm = 2;
+constexpr uint32_t kStreamThreads = 256, kStreamsPerSm = 2;
 constexpr uint32_t kStreamWarps = kStreamThreads / 32;
-// Of a block, those that send; sequences of a warp that takes, about.
-constexpr uint32_t kSendWarps = 2, kTakes = 8;
-// Stages of shared memory of a warp.
-constexpr uint32_t kSendStages = 3, kTakeStages = 2;
-constexpr uint32_t kStages = kSendWarps * kSendStages + (kStreamWarps - kSendWarps) * kTakeStages;
+// Stages of a block's shared memory, at most.
+constexpr uint32_t kStages = 14;
+// Warps that sum results, together; one sends.
+constexpr uint32_t kTeam = kStreamWarps - 1;
 
-// Who a warp of the blocks behind the first is. The first warps of a block send: few have the releases that they cost at a
-// time. The others take.
-struct Streamer {
+// Who a block behind the first is: the one that helps, or one that moves, of so many.
+struct StreamBlock {
   bool helps;
-  bool is_idle;
-  bool sends;
   uint32_t number;
   uint32_t of;
 };
-__device__ __forceinline__ Streamer streamer(const Fifos& fifos) {
-  const uint32_t warp = threadIdx.x / 32, helpers = fifos.slots > 1 ? 1 : 0;
-  const bool helps = blockIdx.x == helpers && helpers != 0, sends = warp < kSendWarps;
-  const uint32_t blocks = gridDim.x - 1 - helpers, block = blockIdx.x - 1 - helpers;
-  const uint32_t first = sends ? 0 : kSendWarps, warps = sends ? kSendWarps : kStreamWarps - kSendWarps;
-  return Streamer{helps, helps && warp != 0, sends, block * warps + warp - first, blocks * warps};
+__device__ __forceinline__ uint32_t helpers(const Fifos& fifos) { return fifos.slots > 1 ? 1 : 0; }
+__device__ __forceinline__ uint32_t movers(const Fifos& fifos) { return gridDim.x - 1 - helpers(fifos); }
+__device__ __forceinline__ StreamBlock stream_block(const Fifos& fifos) {
+  return StreamBlock{helpers(fifos) != 0 && blockIdx.x == 1, blockIdx.x - 1 - helpers(fifos), movers(fifos)};
 }
 __device__ __forceinline__ uint32_t other_warps() { return (gridDim.x - 1) * kStreamWarps; }
 
@@ -55,18 +49,24 @@ __device__ __forceinline__ const Offer& take_offer(const FifoState& state, uint3
   return here;
 }
 
-// A warp's own, in the block's shared memory.
-__device__ __forceinline__ Carrier carrier_of(const Fifos& fifos, uint8_t* room, Stage* stages) {
-  const uint32_t warp = threadIdx.x / 32;
-  const bool sends = warp < kSendWarps;
-  const uint32_t first = sends ? warp * kSendStages : kSendWarps * kSendStages + (warp - kSendWarps) * kTakeStages;
-  return Carrier(room + first * fifos.stage, stages + first, fifos.stage, sends ? kSendStages : kTakeStages);
+// The block's stages from `first` on. A block that helps takes all, as few and large ones, for any slot's pieces.
+__device__ __forceinline__ Ring ring_of(const Fifos& fifos, uint8_t* room, uint64_t* barriers, uint32_t first, uint32_t count) {
+  return Ring{room + first * fifos.stage, barriers + first, fifos.stage, count, 0, 0};
+}
+__device__ __forceinline__ Ring helping_ring(const Fifos& fifos, uint8_t* room, uint64_t* barriers) {
+  return Ring{room, barriers, fifos.stage * fifos.stages / (kStages / 2) / 16 * 16, kStages / 2, 0, 0};
+}
+// The block calls it.
+__device__ __forceinline__ void init_stages(uint64_t* barriers) {
+  if (threadIdx.x < kStages) ptx::init_barrier(barriers + threadIdx.x);
+  ptx::fence_shared();
+  __syncthreads();
 }
 
 // ----------------------------------------------------------------------------------------------------------- dispatch
 
-// Brings what is beside a row to where it is wanted, or what says that there is none (`from` null). Some threads do it, `thread`
-// of `threads`.
+// Brings what is beside a row to where it is wanted, or what says that there is none (`from`, where the entry would start, is
+// null). Some threads do it, `thread` of `threads`.
 __device__ __forceinline__ void put_beside(const StreamParams& p, const Out& out, uint64_t row, const uint8_t* from,
                                            uint32_t thread, uint32_t threads) {
   const uint32_t kind = out.kind % kOutInPlace;
@@ -89,90 +89,117 @@ __device__ __forceinline__ void put_beside(const StreamParams& p, const Out& out
   } else if (from == nullptr) {
     fill_bytes(to, out.bytes, out.unit, none, thread, threads);
   } else {
-    copy_bytes(to, from + out.region, out.bytes, out.unit, thread, threads);
+    copy_here(to, from + out.region, out.bytes, out.unit, thread, threads);
   }
 }
 
-// A token counts once for each of this rank's experts that it names. A thread does it.
-__device__ __forceinline__ void count_token(const StreamParams& p, const uint8_t* entry) {
-  const auto* ids = reinterpret_cast<const uint32_t*>(entry + p.offer.ids_at);
-#pragma unroll 1
-  for (uint32_t k = 0; k < p.offer.route.topk; ++k) {
-    const uint32_t id = ids[k];
-    bool first = id < p.owners.experts && owner_of(p.owners, id) == p.place.seat.rank;
-    for (uint32_t before = 0; before < k; ++before) first &= ids[before] != id;
-    if (!first) continue;
-    const uint32_t local = place_of(p.owners, id, p.place.seat.rank);
-    if (p.expert_counts != nullptr) atomicAdd(p.expert_counts + local, 1);
-    if (p.expert_stats != nullptr) atomicAdd(p.expert_stats + local, 1ull);
-  }
+// Tokens count once for each of this rank's experts that they name. A warp does it, `threads` lanes a token; `entry` is null
+// where there is none.
+__device__ __forceinline__ void count_tokens(const StreamParams& p, const uint8_t* entry, uint32_t threads) {
+  const uint32_t lane = threadIdx.x % 32, thread = lane % threads;
+  const bool is_one = entry != nullptr && thread < p.offer.route.topk;
+  const uint32_t id = is_one ? reinterpret_cast<const uint32_t*>(entry + p.offer.ids_at)[thread] : kNone;
+  const bool is_here = id < p.owners.experts && owner_of(p.owners, id) == p.place.seat.rank;
+  const uint32_t same = __match_any_sync(~0u, static_cast<unsigned long long>(lane / threads) << 32 | (is_here ? id : kNone));
+  if (!is_here || (same & ((1u << lane) - 1)) != 0) return;
+  const uint32_t local = place_of(p.owners, id, p.place.seat.rank);
+  if (p.expert_counts != nullptr) atomicAdd(p.expert_counts + local, 1);
+  if (p.expert_stats != nullptr) atomicAdd(p.expert_stats + local, 1ull);
 }
 
-// Takes what comes, some sequences of pieces, a lane's each. A warp calls it.
-__device__ __forceinline__ void take_rows(const StreamParams& p, const Line& line, uint32_t taker, uint32_t takers,
-                                          Carrier& carrier) {
+// Takes what comes: a lane takes every so many of a source's pieces, and has a stage. Where sources are more than lanes, a lane
+// goes from one to the next while nothing comes. Some warps call it.
+__device__ __forceinline__ void take_rows(const StreamParams& p, const Line& line, uint32_t taker, uint32_t takers, Ring& ring) {
   const Seat& seat = line.seat;
   const Offer& offer = p.offer;
   const uint32_t lane = threadIdx.x % 32, ranks = seat.ranks, pieces = offer.pieces;
-  // Some for each warp: a look at many costs as much as at one.
-  const uint32_t lanes = max(kTakes * takers / ranks, 1u), sequences = lanes * ranks;
+  const uint32_t all = takers * ring.count, each = max(all / ranks, 1u), which = taker * ring.count + lane;
+  const bool turns_round = all < ranks;
+  uint32_t source = turns_round ? which : (which + seat.rank) % ranks;
+  const uint32_t first = turns_round ? 0 : which / ranks;
+  uint32_t sources = 0;
+  if (lane < ring.count && which < ranks * each) sources = turns_round ? (ranks - which + all - 1) / all : 1;
   const Out* tokens = nullptr;
   for (uint32_t i = 0; i < p.outs; ++i) {
     if (p.out[i].kind % kOutInPlace == kOutTokens) tokens = p.out + i;
   }
+  const bool counts = p.expert_counts != nullptr || p.expert_stats != nullptr;
+  const uint32_t beside = offer.route.topk <= 8 ? 8 : 32;
+  uint8_t* const stage = ring.room + lane * ring.bytes;
+  uint64_t* const barrier = ring.barriers + lane;
+  uint32_t next = 0, units = 0, start = 0, base_entry = 0, turns = 0;
+  uint64_t base = 0;
+  const auto turn_to = [&] {
+    base = line.from()[source], base_entry = base % line.fifos.rows, units = p.place.kept_counts[source] * pieces;
+    start = 0, next = turns_round ? line.next()[source] : 0;
 #pragma unroll 1
-  for (uint32_t group = taker; group < sequences; group += 32 * takers) {
-    const uint32_t which = group + lane * takers, source = which % ranks;
-    const bool is_one = which < sequences;
-    uint32_t next = which / ranks, end = 0, start = 0;
-    uint64_t base = 0;
-    if (is_one) {
-      base = line.from()[source], end = p.place.kept_counts[source] * pieces;
+    for (uint32_t before = 0; before < source; ++before) start += p.place.kept_counts[before];
+  };
+  if (sources != 0) turn_to();
+  bool closed = false;
 #pragma unroll 1
-      for (uint32_t before = 0; before < source; ++before) start += p.place.kept_counts[before];
+  for (uint32_t polls = 1; __any_sync(~0u, sources != 0);) {
+    const uint32_t unit = first + next * each;
+    bool can = false;
+    uint32_t n = 0, piece = 0, entry = 0;
+    if (sources != 0 && unit < units) {
+      n = unit / pieces, piece = unit - n * pieces, entry = (base_entry + n) % line.fifos.rows;
+      can = ptx::ld_acquire_sys(line.full(seat.rank, source, entry, piece)) > base + n;
+    } else if (sources != 0 && next != kNone) {
+      // All of this one has come.
+      --sources, next = kNone;
     }
-    const uint32_t base_entry = base % line.fifos.rows;
-    while (__any_sync(~0u, is_one && next < end)) {
-      uint32_t n = 0, piece = 0, entry = 0;
-      bool can = false;
-      if (is_one && next < end) {
-        n = next / pieces, piece = next - n * pieces, entry = (base_entry + n) % line.fifos.rows;
-        can = ptx::ld_acquire_sys(line.full(seat.rank, source, entry, piece)) > base + n;
+    if (turns_round && sources != 0 && !can) {
+      line.next()[source] = next;
+      source = source + all < ranks ? source + all : which;
+      turn_to();
+      if (next == kNone) units = 0;
+    }
+    if (!__any_sync(~0u, can)) {
+      if (polls++ % 16 != 0) continue;
+      closed = __any_sync(~0u, has_closed(seat));
+      if (closed) break;
+      continue;
+    }
+    const uint32_t vector = piece * offer.piece;
+    if (can) {
+      ptx::fence_bulk();
+      ptx::await_read<0>();
+      ptx::load_bulk(stage, line.entry(seat.rank, source, entry) + 16ull * vector, bytes_of(offer, piece), barrier);
+    }
+    __syncwarp();
+    if (can) {
+      ptx::await_bytes(barrier, turns++ % 2);
+      line.say_taken(source, entry, piece, pieces, base + n);
+      if (tokens != nullptr) {
+        ptx::store_bulk_once(tokens->to + static_cast<uint64_t>(start + n) * tokens->stride + 16ull * vector, stage,
+                             16 * vectors_of(offer, piece));
       }
-      const uint32_t all = __ballot_sync(~0u, can);
-      if (all == 0 && __any_sync(~0u, has_closed(seat))) return;
-      if (all == 0) continue;
-      const uint8_t* const at = can ? line.entry(seat.rank, source, entry) : nullptr;
-      const uint32_t row = start + n;
-      if (lane == 0) ptx::fence_bulk();
+      ptx::close_group();
+      ++next;
+    }
+    // What is beside the rows: some rows at a time, each by some lanes.
 #pragma unroll 1
-      for (uint32_t rest = all; rest != 0; rest &= rest - 1) {
-        const uint32_t from = __ffs(rest) - 1;
-        auto* its_entry = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(at), from));
-        const uint32_t first = __shfl_sync(~0u, piece, from) * offer.piece;
-        const uint64_t its_row = __shfl_sync(~0u, row, from);
-        if (lane == 0 && tokens != nullptr) {
-          carrier.carry(tokens->to + its_row * tokens->stride + 16ull * first, its_entry + 16ull * first,
-                        16 * min(offer.piece, offer.vectors - first));
-        }
+    for (uint32_t rest = __ballot_sync(~0u, can && piece == pieces - 1); rest != 0;) {
+      uint32_t from = kNone;
+#pragma unroll 1
+      for (uint32_t i = 0; i < 32 / beside && rest != 0; ++i, rest &= rest - 1) {
+        if (lane / beside == i) from = __ffs(rest) - 1;
       }
-      // Meanwhile what is beside the rows, a row a thread.
-      if (can && piece == pieces - 1) {
+      const uint64_t row = __shfl_sync(~0u, start + n, from % 32);
+      const uint32_t its_vector = __shfl_sync(~0u, vector, from % 32);
+      const uint8_t* const its_entry = from != kNone ? ring.room + from * ring.bytes - 16 * its_vector : nullptr;
 #pragma unroll 1
-        for (uint32_t i = 0; i < p.outs; ++i) {
-          if (p.out + i != tokens) put_beside(p, p.out[i], row, at, 0, 1);
-        }
-        if (p.expert_counts != nullptr || p.expert_stats != nullptr) count_token(p, at);
+      for (uint32_t i = 0; i < p.outs && from != kNone; ++i) {
+        if (p.out + i != tokens) put_beside(p, p.out[i], row, its_entry, lane % beside, beside);
       }
       __syncwarp();
-      if (lane == 0) carrier.empty();
-      __syncwarp();
-      if (can) {
-        line.say_taken(source, entry, base + n, piece, pieces);
-        next += lanes;
-      }
+      if (counts) count_tokens(p, its_entry, beside);
     }
+    __syncwarp();
   }
+  ptx::await_stored();
+  if (lane == 0 && !closed) atomicAdd(&line.state().taken, 1);
 }
 
 // Keeps what this rank's tokens chose. Warps take turns.
@@ -254,19 +281,19 @@ __device__ __forceinline__ void keep_rows(const StreamParams& p, Stream& s) {
   if (!state.offer[0].ready) {
     make_ready(line, 0, [&](uint32_t rank) { return p.place.route.rows_for[rank]; }, threadIdx.x, blockDim.x);
   }
-  expect_rows(line, p.place.kept_counts, p.offer.pieces);
+  expect_rows(line, p.place.kept_counts);
   __syncthreads();
   if (threadIdx.x == 0) state.offer[0].ready = 1;
   say_go(state, go);
   const Wait wait{finish.wait.operation, finish.epoch, finish.sequence, true, kDispatchPair};
-  if (keep_streams(line, wait, s.end.meeting, started, go, warps)) return;
+  if (keep_streams(line, wait, s.end.meeting, started, go, warps, p.place.kept_counts, p.offer.pieces, movers(p.fifos))) return;
   if (threadIdx.x == 0) seat.slot->whole = 0;
   void_status(seat, p.finish.receive.status);
 }
 
 extern "C" __global__ void __launch_bounds__(kStreamThreads, kStreamsPerSm) a2a_stream(const __grid_constant__ StreamParams p) {
   extern __shared__ __align__(128) uint8_t stages[];
-  __shared__ Stage table[kStages];
+  __shared__ uint64_t barriers[kStages];
   __shared__ union {
     Stream keeper;
     Offer offer;
@@ -279,94 +306,136 @@ extern "C" __global__ void __launch_bounds__(kStreamThreads, kStreamsPerSm) a2a_
   const Standing at = standing_of(*seat.slot);
   const bool raises = p.finish.flags & kRaises, goes = raises ? at.opens() : at.receives(seat.routing);
   const uint64_t go = pack(at.epoch + (raises ? 1 : 0), kGoRows);
-  const Streamer me = streamer(p.fifos);
-  const uint32_t helpers = p.fifos.slots > 1 ? 1 : 0, of = (gridDim.x - 1 - helpers) * kStreamWarps;
-  const uint32_t number = (blockIdx.x - 1 - helpers) * kStreamWarps + threadIdx.x / 32;
+  const StreamBlock me = stream_block(p.fifos);
+  const uint32_t warp = threadIdx.x / 32, number = me.number * kStreamWarps + warp, of = me.of * kStreamWarps;
   // What a half on its own goes by is on offer: its own parameters have no tokens. Before the step's status is written.
   if (!me.helps && goes) keep_choices(seat, raises ? p.offer.route : state.offer[0].route, number, of);
+  init_stages(barriers);
   arrive(state.arrived);
-  Carrier carrier = carrier_of(p.fifos, stages, table);
-  if (me.helps && !me.is_idle && goes) {
-    help(seat, p.fifos, go, 0, carrier);
-  } else if (!me.helps && goes && __syncthreads_and(await_go(seat, state, go))) {
+  if (me.helps) {
+    Ring ring = helping_ring(p.fifos, stages, barriers);
+    if (warp == 0 && goes) help(seat, p.fifos, go, 0, ring);
+  } else if (goes && __syncthreads_and(await_go(seat, state, go))) {
     const Offer& offer = take_offer(state, 0, s.offer);
-    if (me.sends) {
-      send_all(line, 0, offer, me.number, me.of, go, carrier);
-    } else {
-      take_rows(p, line, me.number, me.of, carrier);
-      if (threadIdx.x % 32 == 0) carrier.finish();
+    auto* toward = reinterpret_cast<Toward*>(stages + p.fifos.stage * p.fifos.stages);
+    for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kStreamThreads) {
+      const uint64_t base = line.base(0)[rank];
+      toward[rank] = Toward{base, static_cast<uint32_t>(base % p.fifos.rows), line.count(0)[rank]};
     }
-    pad_outs(p, number, of);
+    __syncthreads();
+    const uint32_t senders = p.fifos.senders;
+    if (warp < senders) {
+      const uint32_t sequence = me.number * senders + warp, all = me.of * senders;
+      Ring ring = ring_of(p.fifos, stages, barriers, warp * kSendStages, kSendStages);
+      if (offer.sequences <= all && sequence < offer.sequences) send_tokens(line, 0, offer, toward, sequence, go, ring);
+      send_rest(line, 0, offer, sequence, all, go, ring);
+    } else if (warp == senders) {
+      const uint32_t first = senders * kSendStages;
+      Ring ring = ring_of(p.fifos, stages, barriers, first, p.fifos.stages - first);
+      take_rows(p, line, me.number, me.of, ring);
+    } else {
+      const uint32_t others = kStreamWarps - senders - 1;
+      pad_outs(p, me.number * others + warp - senders - 1, me.of * others);
+    }
   }
   arrive(state.ended);
 }
 
 // ------------------------------------------------------------------------------------------------------------ combine
 
-// Where a token's results are; one a warp.
-struct Results {
-  const uint8_t* row[kMaxTopk];
-  uint32_t rank[kMaxTopk];
+// Takes results and sums them, a token at a time: its results stand at the front of their FIFOs together, for every rank sends
+// its own in token order. A team of warps calls it; each sums some of the vectors, and whichever is the last to have read a
+// token's results lets their sources have the room.
+constexpr uint32_t kTurns = 8;
+// A result, a lane's: where it is, and which row of which rank.
+struct Result {
+  int32_t rank;
+  uint32_t entry;
+  uint64_t row;
 };
-
-// Takes results and sums them, a piece of a token at a time: a token's results stand at the front of their FIFOs together, for
-// every rank sends its own in token order. A warp calls it.
 template <class From, class To>
-__device__ __forceinline__ void take_results(const StreamResultsParams& p, const Line& line, uint32_t taker, uint32_t takers,
-                                             Results& s) {
-  constexpr uint32_t kElements = 16 / From::kBytes;
+__device__ __forceinline__ void take_results(const StreamResultsParams& p, const Line& line, const Toward* from, uint32_t taker,
+                                             uint32_t takers, uint32_t warp, uint32_t* readers) {
+  constexpr uint32_t kElements = 16 / From::kBytes, kAbreast = 2;
   const Seat& seat = line.seat;
   const Offer& offer = p.offer;
   const uint32_t lane = threadIdx.x % 32, pieces = offer.pieces;
-  const uint64_t units = static_cast<uint64_t>(p.tokens) * pieces;
+  int32_t coming_rank = -1;
+  uint32_t coming_row = 0;
+  const auto look = [&](uint64_t token) {
+    coming_rank = -1;
+    if (token >= p.tokens || lane >= p.fanout) return;
+    const uint64_t at = token * p.fanout + lane;
+    coming_rank = p.target_ranks[at], coming_row = p.target_rows[at];
+  };
+  look(taker);
+  bool closed = false;
 #pragma unroll 1
-  for (uint64_t unit = taker; unit < units; unit += takers) {
-    const uint32_t token = unit / pieces, piece = unit - static_cast<uint64_t>(token) * pieces;
-    const uint64_t at = static_cast<uint64_t>(token) * p.fanout + lane;
-    const int32_t rank = lane < p.fanout ? p.target_ranks[at] : -1;
-    const uint32_t row = rank >= 0 ? p.target_rows[at] : 0;
-    // Rows that others had no room for have no results.
-    const bool comes = rank >= 0 && row < static_cast<uint32_t>(p.rows_for[rank]);
-    uint64_t number = 0;
-    uint32_t entry = 0;
-    if (comes) number = line.from()[rank] + row, entry = number % line.fifos.rows;
-    const uint32_t all = __ballot_sync(~0u, comes), n = __popc(all), place = __popc(all & ((1u << lane) - 1));
-    bool closed = false;
-    if (comes) {
-      const uint64_t* word = line.full(seat.rank, rank, entry, piece);
-      for (uint32_t polls = 1; ptx::ld_acquire_sys(word) <= number; ++polls) {
-        closed = polls % kPollsPerLook == 0 && has_closed(seat);
-        if (closed) break;
-      }
-      s.row[place] = line.entry(seat.rank, rank, entry), s.rank[place] = rank;
+  for (uint32_t token = taker, turn = 0; token < p.tokens; token += takers, ++turn) {
+    Result mine{coming_rank, 0, 0};
+    const uint32_t row = coming_row;
+    // Those of the next token are on their way meanwhile.
+    look(static_cast<uint64_t>(token) + takers);
+    if (mine.rank >= 0) {
+      const Toward& source = from[mine.rank];
+      mine.entry = (source.entry + row) % line.fifos.rows, mine.row = source.base + row;
+      // Rows that others had no room for have no results.
+      if (row >= source.count) mine.rank = -1;
     }
-    if (__any_sync(~0u, closed)) return;
-    // What all lanes wrote is seen by all.
-    __syncwarp();
-    const uint32_t first = piece * offer.piece;
+    const bool comes = mine.rank >= 0;
+    const uint8_t* const result = comes ? line.entry(seat.rank, mine.rank, mine.entry) : nullptr;
+    const uint32_t all = __ballot_sync(~0u, comes);
+    const auto* words = reinterpret_cast<const ulonglong2*>(line.full(seat.rank, comes ? mine.rank : 0, mine.entry, 0));
+#pragma unroll 1
+    for (uint32_t piece = 0, polls = 1; comes && !closed && piece < pieces; ++polls) {
+      const ulonglong2 two = ptx::ld_acquire_sys(words + piece / 2);
+      if (two.x > mine.row && (two.y > mine.row || piece + 1 == pieces)) piece += 2;
+      if (polls % kPollsPerLook == 0) closed = has_closed(seat);
+    }
+    closed = __any_sync(~0u, closed);
     uint8_t* const out = p.out + token * p.out_stride;
 #pragma unroll 1
-    for (uint32_t vector = first + lane; vector < min(first + offer.piece, offer.vectors); vector += 32) {
-      float acc[kElements];
+    for (uint32_t first = warp * 32 * kAbreast; first < offer.vectors && !closed; first += kTeam * 32 * kAbreast) {
+      float acc[kAbreast][kElements];
 #pragma unroll
-      for (uint32_t i = 0; i < kElements; ++i) acc[i] = 0.0f;
-      add_all<From, false>(s.row, nullptr, n, 16ull * vector, acc);
-      put_sum<To, kElements>(out + static_cast<uint64_t>(vector) * kElements * To::kBytes, p.flags & kAccumulate, acc);
-    }
-    if (piece == pieces - 1 && p.out_weights != nullptr && lane < p.topk) {
-      const int32_t id = p.ids[static_cast<uint64_t>(token) * p.topk + lane];
-      float value = 0.0f;
-      for (uint32_t i = 0; i < n && id >= 0; ++i) {
-        if (s.rank[i] == owner_of(p.owners, id)) value = reinterpret_cast<const float*>(s.row[i] + p.weights_at)[lane];
+      for (uint32_t i = 0; i < kAbreast * kElements; ++i) acc[i / kElements][i % kElements] = 0.0f;
+      add_abreast<From, kAbreast>(result, all, first + lane, offer.vectors, acc);
+#pragma unroll
+      for (uint32_t i = 0; i < kAbreast; ++i) {
+        const uint64_t vector = first + 32 * i + lane;
+        if (vector < offer.vectors) {
+          put_sum<To, kElements>(out + vector * kElements * To::kBytes, p.flags & kAccumulate, acc[i]);
+        }
       }
-      reinterpret_cast<float*>(p.out_weights + token * p.out_weights_stride)[lane] = value;
+    }
+    if (warp == 0 && p.out_weights != nullptr && !closed) {
+      // Each from the result of the rank that has the lane's expert.
+      const int32_t id = lane < p.topk ? p.ids[static_cast<uint64_t>(token) * p.topk + lane] : -1;
+      const int32_t owner = id >= 0 ? static_cast<int32_t>(owner_of(p.owners, id)) : -1;
+      float value = 0.0f;
+#pragma unroll 1
+      for (uint32_t rest = all; rest != 0; rest &= rest - 1) {
+        const uint32_t which = __ffs(rest) - 1;
+        const int32_t its_rank = __shfl_sync(~0u, mine.rank, which);
+        auto* its_row = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(result), which));
+        if (owner == its_rank) value = reinterpret_cast<const float*>(its_row + p.weights_at)[lane];
+      }
+      if (lane < p.topk) reinterpret_cast<float*>(p.out_weights + token * p.out_weights_stride)[lane] = value;
     }
     __syncwarp();
-    if (comes) {
-      line.say_taken(rank, entry, number, piece, pieces);
+    uint32_t before = 0;
+    if (lane == 0) before = atomicAdd(readers + turn % kTurns, 1);
+    before = __shfl_sync(~0u, before, 0);
+    if (comes && !closed && before % kTeam == kTeam - 1) {
+#pragma unroll 1
+      for (uint32_t piece = 0; piece < pieces; ++piece) line.say_taken(mine.rank, mine.entry, piece, pieces, mine.row);
     }
-    __syncwarp();
+    // None is so far ahead of another that they count in one word.
+    if (turn % kTurns == kTurns - 1) closed = !ptx::all_of(32 * kTeam, !closed);
+    if (closed && turn % kTurns == kTurns - 1) return;
   }
+  closed = !ptx::all_of(32 * kTeam, !closed);
+  if (warp == 0 && lane == 0 && !closed) atomicAdd(&line.state().taken, 1);
 }
 
 __device__ __forceinline__ void keep_results(const StreamResultsParams& p, Meeting& meeting) {
@@ -396,10 +465,10 @@ __device__ __forceinline__ void keep_results(const StreamResultsParams& p, Meeti
     return;
   }
   if (!went) return give_up(line, go, warps, goes);
-  expect_rows(line, p.rows_for, p.offer.pieces);
+  expect_rows(line, p.rows_for);
   say_go(state, go);
   const Wait wait{kCombine, at.epoch, at.sequence, true, kCombineFlag};
-  if (keep_streams(line, wait, meeting, started, go, warps)) return settle(p.meet);
+  if (keep_streams(line, wait, meeting, started, go, warps, p.rows_for, p.offer.pieces, movers(p.fifos))) return settle(p.meet);
   if (threadIdx.x == 0) seat.slot->whole = 0;
   void_status(seat, p.meet.status);
 }
@@ -407,10 +476,10 @@ __device__ __forceinline__ void keep_results(const StreamResultsParams& p, Meeti
 template <class From, class To>
 __device__ __forceinline__ void stream_results(const StreamResultsParams& p) {
   extern __shared__ __align__(128) uint8_t room[];
-  __shared__ Stage table[kStages];
+  __shared__ uint64_t barriers[kStages];
+  __shared__ uint32_t readers[kTurns];
   __shared__ Meeting meeting;
-  __shared__ Results results[kStreamWarps];
-  __shared__ Offer offer;
+  __shared__ Offer here;
   const Seat& seat = p.meet.seat;
   const OnSm on_sm(seat);
   if (blockIdx.x == 0) return keep_results(p, meeting);
@@ -420,17 +489,31 @@ __device__ __forceinline__ void stream_results(const StreamResultsParams& p) {
   const bool sends = p.meet.flags & kSends;
   const bool goes = at.closed == 0 & at.state == (sends ? kDispatched : kCombineSent) & at.routing == seat.routing;
   const uint64_t go = pack(at.epoch, kGoResults);
-  const Streamer me = streamer(p.fifos);
+  const StreamBlock me = stream_block(p.fifos);
+  const uint32_t warp = threadIdx.x / 32;
+  init_stages(barriers);
   arrive(state.arrived);
-  Carrier carrier = carrier_of(p.fifos, room, table);
-  if (me.helps && !me.is_idle && goes) {
-    help(seat, p.fifos, go, 1, carrier);
-  } else if (!me.helps && goes && __syncthreads_and(await_go(seat, state, go))) {
-    take_offer(state, 1, offer);
-    if (me.sends) {
-      send_all(line, 1, offer, me.number, me.of, go, carrier);
+  if (me.helps) {
+    Ring ring = helping_ring(p.fifos, room, barriers);
+    if (warp == 0 && goes) help(seat, p.fifos, go, 1, ring);
+  } else if (goes && __syncthreads_and(await_go(seat, state, go))) {
+    const Offer& offer = take_offer(state, 1, here);
+    auto* from = reinterpret_cast<Toward*>(room + p.fifos.stage * p.fifos.stages);
+    for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kStreamThreads) {
+      const uint64_t base = line.from()[rank];
+      from[rank] = Toward{base, static_cast<uint32_t>(base % p.fifos.rows), static_cast<uint32_t>(p.rows_for[rank])};
+    }
+    if (threadIdx.x < kTurns) readers[threadIdx.x] = 0;
+    __syncthreads();
+    if (warp == 0) {
+      Ring ring = ring_of(p.fifos, room, barriers, 0, p.fifos.stages);
+      if (offer.sequences * seat.ranks <= me.of * ring.count) {
+        send_results(line, 1, offer, me.number, go, ring);
+      } else {
+        send_rest(line, 1, offer, me.number, me.of, go, ring);
+      }
     } else {
-      take_results<From, To>(p, line, me.number, me.of, results[threadIdx.x / 32]);
+      take_results<From, To>(p, line, from, me.number, me.of, warp - 1, readers);
     }
   }
   arrive(state.ended);

@@ -1,14 +1,17 @@
 // FIFOs: rows from the caller's tensors to the caller's tensors, through a few entries in the receiver's window.
 //
 // A rank has a FIFO for each source and slot. Rows are numbered, from when the comm began; row n is in entry n % rows. A row is
-// some pieces, and each piece of an entry has a word in the receiver's window, by which its source says which row's piece is
-// there; each entry has one in the source's, by which the receiver says which row it has taken altogether. So any warp may write
-// any piece for whose row there is room, or take any that is there, and no two wait for each other: what is sent to one rank
-// does not wait for what is sent to another.
+// some pieces, and each piece of an entry has two words: one in the receiver's window, by which its source says which row's
+// piece is there, and one in the source's, by which the receiver says which row's it has taken. So any warp may write any piece
+// for which there is room, or take any that is there. What is beside a row (ids, weights, other planes) is behind its last
+// piece, and goes with it.
 //
-// What a rank has to send to another is cut into some sequences, each of which has its place in memory: a second half that ends
-// before all is sent (fifo.cu says when) leaves them as they are, to whoever goes on. A slot's sequences are moved on by those
-// who hold its lock.
+// What a rank sends is cut into sequences, each of which sends every so many of the pieces to every rank; how far it is for
+// each rank stands in memory. A sequence of a dispatch has each token's piece in shared memory once, and sends it to all of the
+// token's ranks at a time. A rank that has no room for a while is left behind, and is sent its rows apart, so that no two wait
+// for each other: what goes to one rank does not wait for what goes to another. A second half that ends before all is sent
+// (fifo.cu says when) leaves sequences as they are, to whoever goes on. A slot's sequences are moved on by those who hold its
+// lock.
 #pragma once
 #include "copy.cuh"
 #include "counts.cuh"
@@ -23,16 +26,13 @@ struct FifoState {
   // Rows may be moved, or not (kStop); those that send are to end.
   uint64_t go;
   uint64_t leave;
-  // Those that have ended.
+  // Those that have ended; blocks of it that have taken all that they are to take.
   uint32_t ended;
-  uint32_t reserved;
+  uint32_t taken;
   Offer offer[kOffers];
 };
 constexpr uint32_t kGoRows = 1, kGoResults = 2, kStop = 4;
 static_assert(sizeof(FifoState) == 32 + kOffers * sizeof(Offer));
-
-// What the pieces of a row add up to, a power of two.
-constexpr uint32_t kRow = 1024;
 
 // A slot's FIFOs, as one rank sees them.
 struct Line {
@@ -43,55 +43,75 @@ struct Line {
   __device__ __forceinline__ FifoState& state() const {
     return *reinterpret_cast<FifoState*>(fifos.states + slot * fifos.state_bytes);
   }
-  __device__ __forceinline__ uint32_t sequences() const { return seat.ranks * fifos.lanes; }
-  // Lists: by rank, rows sent and taken since the comm began, the first row to take; pieces to be taken, and to be sent.
+  // Lists: by rank, rows sent and taken since the comm began, the first row to take; that rows have not come, sequences that have
+  // not sent all; the next piece to take.
   __device__ __forceinline__ uint64_t* sent() const { return reinterpret_cast<uint64_t*>(&state() + 1); }
   __device__ __forceinline__ uint64_t* taken() const { return sent() + seat.ranks; }
   __device__ __forceinline__ uint64_t* from() const { return sent() + 2 * seat.ranks; }
   __device__ __forceinline__ uint32_t* left() const { return reinterpret_cast<uint32_t*>(sent() + 3 * seat.ranks); }
   __device__ __forceinline__ uint32_t* unsent() const { return left() + seat.ranks; }
-  // Of an offer: by rank, the first row's number, how many, and where they start; by sequence, the next piece.
+  __device__ __forceinline__ uint32_t* next() const { return left() + 2 * seat.ranks; }
+  // Of an offer: by rank, the first row's number, how many, and where they start among results; by sequence and rank, the
+  // sequence's next piece, or kNone when all is sent.
   __device__ __forceinline__ uint64_t* base(uint32_t offer) const {
-    return sent() + 4 * seat.ranks + offer * (2 * seat.ranks + sequences());
+    return sent() + 5 * seat.ranks + offer * (2 * seat.ranks + fifos.cursors / 2);
   }
   __device__ __forceinline__ uint32_t* count(uint32_t offer) const {
     return reinterpret_cast<uint32_t*>(base(offer) + seat.ranks);
   }
   __device__ __forceinline__ uint32_t* start(uint32_t offer) const { return count(offer) + seat.ranks; }
-  __device__ __forceinline__ uint64_t* cursor(uint32_t offer) const { return base(offer) + 2 * seat.ranks; }
+  __device__ __forceinline__ uint32_t* cursor(uint32_t offer, uint32_t sequence) const {
+    return start(offer) + seat.ranks + sequence * seat.ranks;
+  }
 
   // The entry of a source in a rank's window.
   __device__ __forceinline__ uint8_t* entry(uint32_t window, uint32_t source, uint32_t number) const {
     const uint64_t at = static_cast<uint64_t>(source) * fifos.rows + number;
     return window_of(seat, window) + fifos.entries + slot * fifos.slot_bytes + at * fifos.entry_bytes;
   }
-  // By a piece of an entry, in a rank's window: the row that a source has written there. By an entry: the row that a receiver
-  // has taken. Both + 1.
-  __device__ __forceinline__ uint64_t* words(uint32_t window) const {
-    return reinterpret_cast<uint64_t*>(window_of(seat, window) + fifos.words + slot * fifos.slot_bytes);
-  }
+  // By a piece of an entry, in a rank's window: the row that a source has written there; the row that a receiver has taken from
+  // there. Both + 1.
   __device__ __forceinline__ uint64_t* full(uint32_t window, uint32_t source, uint32_t number, uint32_t piece) const {
-    return words(window) + (static_cast<uint64_t>(source) * fifos.rows + number) * kFifoPieces + piece;
+    auto* words = reinterpret_cast<uint64_t*>(window_of(seat, window) + fifos.words + slot * fifos.slot_bytes);
+    return words + (static_cast<uint64_t>(source) * fifos.rows + number) * fifos.words_each + piece;
   }
-  __device__ __forceinline__ uint64_t* freed(uint32_t window, uint32_t receiver, uint32_t number) const {
-    const uint64_t all = static_cast<uint64_t>(seat.ranks) * fifos.rows;
-    return words(window) + all * kFifoPieces + static_cast<uint64_t>(receiver) * fifos.rows + number;
+  __device__ __forceinline__ uint64_t* freed(uint32_t window, uint32_t receiver, uint32_t number, uint32_t piece) const {
+    return full(window, seat.ranks + receiver, number, piece);
   }
-  // By entry: what has been taken, a row adding kRow.
-  __device__ __forceinline__ uint32_t* pieces_taken(uint32_t source, uint32_t number) const {
-    auto* lists = reinterpret_cast<uint32_t*>(base(kOffers));
-    return lists + static_cast<uint64_t>(source) * fifos.rows + number;
-  }
-  // A thread of a warp that has taken a piece says so; the last of a row lets its source have the entry. What was read has been
-  // used, or is in shared memory, so that no store can come before it, and no fence is needed for those that read (as NCCL's
-  // receivers do without).
-  __device__ __forceinline__ void say_taken(uint32_t source, uint32_t number, uint64_t row, uint32_t piece, uint32_t pieces) const {
+  // There is room for a piece of a row, the n-th of its offer, which goes to an entry of a rank.
+  __device__ __forceinline__ bool has_room(uint32_t peer, uint32_t entry, uint32_t piece, uint64_t row, uint32_t n) const {
     A2A_JITTER_HERE;
-    // Every row adds kRow, however many its pieces are, and the list need never be set back.
-    const uint32_t share = piece == 0 ? kRow - (pieces - 1) : 1;
-    const uint32_t taken = atomicAdd(pieces_taken(source, number), share) + share;
-    if (taken % kRow == 0) ptx::st_relaxed_sys(freed(source, seat.rank, number), row + 1);
-    atomicSub(left() + source, 1);
+    const uint64_t* word = freed(seat.rank, peer, entry, piece);
+    if (n >= fifos.rows) return ptx::ld_relaxed_sys(word) + fifos.rows > row;
+    // Another offer's row was there, which may have been cut otherwise.
+    const auto* words = reinterpret_cast<const ulonglong2*>(word - piece);
+    unsigned long long least = ~0ull;
+#pragma unroll 2
+    for (uint32_t i = 0; i < fifos.words_each / 2; ++i) {
+      const ulonglong2 two = ptx::ld_relaxed_sys(words + i);
+      least = min(least, min(two.x, two.y));
+    }
+    return least + fifos.rows > row;
+  }
+  // A thread whose piece is where it goes lets the receiver have it.
+  __device__ __forceinline__ void say_sent(uint32_t peer, uint32_t entry, uint32_t piece, uint64_t row) const {
+    ptx::st_release_sys(full(peer, seat.rank, entry, piece), row + 1);
+  }
+  // A sequence has sent a rank all. (Not a piece at a time: words that many count in, while others look at them, are slow, and
+  // a release waits for them.)
+  __device__ __forceinline__ void say_all_sent(uint32_t offer, uint32_t sequence, uint32_t peer) const {
+    cursor(offer, sequence)[peer] = kNone;
+    atomicSub(unsent() + peer, 1);
+  }
+  // A thread lets the source have the room of a piece, one of `pieces`: the last is all that follows. What was read has been used,
+  // or is in shared memory, so that no store can come before it, and no fence is needed for those that read (as NCCL's
+  // receivers do without).
+  __device__ __forceinline__ void say_taken(uint32_t source, uint32_t entry, uint32_t piece, uint32_t pieces, uint64_t row) const {
+    A2A_JITTER_HERE;
+    uint64_t* const word = freed(source, seat.rank, entry, 0);
+    const uint32_t end = piece == pieces - 1 ? fifos.words_each : piece + 1;
+#pragma unroll 1
+    for (; piece < end; ++piece) ptx::st_relaxed_sys(word + piece, row + 1);
   }
 };
 
@@ -117,147 +137,199 @@ __device__ __forceinline__ void unlock(FifoState& state) {
   *reinterpret_cast<volatile uint32_t*>(&state.lock) = 0;
 }
 
-// What one sequence is at: pieces to one rank, every so many of them.
-struct Sequence {
-  uint32_t peer;
-  uint32_t next;
-  uint32_t end;
-  // Of the rank's rows: the first one's number, where that is in its FIFO, and where they start in the offer's order.
-  uint64_t base;
-  uint32_t entry;
-  uint32_t start;
-};
-__device__ __forceinline__ Sequence read_sequence(const Line& line, uint32_t offer, uint32_t pieces, uint32_t number) {
-  const uint32_t peer = number % line.seat.ranks;
-  const uint64_t base = line.base(offer)[peer];
-  return Sequence{peer,
-                  static_cast<uint32_t>(line.cursor(offer)[number]),
-                  line.count(offer)[peer] * pieces,
-                  base,
-                  static_cast<uint32_t>(base % line.fifos.rows),
-                  line.start(offer)[peer]};
+// ----------------------------------------------------------------------------------------------------------- what is sent
+
+// Which of a sequence's pieces is which.
+__device__ __forceinline__ uint32_t unit_of(const Offer& offer, uint32_t sequence, uint32_t next) {
+  return sequence + next * offer.sequences;
 }
 
-// A part of shared memory that something is in on its way: where it goes, and how long it is.
-struct Stage {
-  uint64_t barrier;
-  uint8_t* to;
-  uint32_t size;
-};
+// A piece of a row: 16-byte vectors, and bytes with what is beside the row.
+__device__ __forceinline__ uint32_t vectors_of(const Offer& offer, uint32_t piece) {
+  return min(offer.piece, offer.vectors - piece * offer.piece);
+}
+__device__ __forceinline__ uint32_t bytes_of(const Offer& offer, uint32_t piece) {
+  return 16 * vectors_of(offer, piece) + (piece == offer.pieces - 1 ? offer.beside : 0);
+}
 
-// Copies one thing after another through shared memory, by bulk copies, for a warp: what is to come is on its way in while what is
-// there is on its way out. One thread's.
-struct Carrier {
-  uint8_t* const room;
-  Stage* const stages;
-  // Bytes of a stage, and how many there are.
-  const uint32_t bytes;
-  const uint32_t count;
-  // Things that are on their way in, or were; of which so many are on their way out, or were.
-  uint32_t loaded;
-  uint32_t stored;
-
-  __device__ __forceinline__ Carrier(uint8_t* room, Stage* stages, uint32_t bytes, uint32_t count)
-      : room(room), stages(stages), bytes(bytes), count(count), loaded(0), stored(0) {
-    if (threadIdx.x % 32 < count) ptx::init_barrier(&stages[threadIdx.x % 32].barrier);
-    ptx::fence_barriers();
-    __syncwarp();
-  }
-  __device__ __forceinline__ void send_on() {
-    const uint32_t at = stored % count;
-    const Stage& stage = stages[at];
-    ptx::await_bytes(const_cast<uint64_t*>(&stage.barrier), stored / count % 2);
-    ptx::store_bulk(stage.to, room + at * bytes, stage.size);
-    ptx::close_group();
-    ++stored;
-  }
-  __device__ __forceinline__ void carry(uint8_t* to, const uint8_t* from, uint32_t all) {
-#pragma unroll 1
-    for (uint32_t start = 0; start < all; start += bytes) {
-      const uint32_t at = loaded % count;
-      Stage& stage = stages[at];
-      // What went out of this stage is out of it.
-      ptx::await_read<0>();
-      stage.to = to + start, stage.size = min(bytes, all - start);
-      ptx::load_bulk(room + at * bytes, from + start, stage.size, &stage.barrier);
-      if (++loaded - stored == count) send_on();
+// Copies to or from shared memory; `unit` as copy_bytes has it.
+__device__ __forceinline__ void copy_here(uint8_t* to, const uint8_t* from, uint32_t bytes, uint32_t unit, uint32_t thread,
+                                          uint32_t threads) {
+  if (unit == 16) {
+    for (uint32_t i = thread; i < bytes / 16; i += threads) {
+      reinterpret_cast<int4*>(to)[i] = reinterpret_cast<const int4*>(from)[i];
     }
-  }
-  // All is in, and on its way out.
-  __device__ __forceinline__ void empty() {
-    while (stored != loaded) send_on();
-  }
-  // All is where it goes.
-  __device__ __forceinline__ void finish() {
-    empty();
-    ptx::await_stored();
-  }
-};
-
-// What is beside a row: ids, weights and source of a dispatch, other planes. A thread does it: others have other rows.
-__device__ __forceinline__ void write_beside(const Seat& seat, const Offer& offer, uint8_t* entry, uint32_t row) {
-  if (offer.flags & kHasChoices) {
-    const Route& route = offer.route;
-    auto* ids = reinterpret_cast<int32_t*>(entry + offer.ids_at);
-    auto* weights = reinterpret_cast<float*>(entry + offer.weights_at);
-    const uint64_t kept = static_cast<uint64_t>(row) * route.topk;
-    const auto* given = reinterpret_cast<const float*>(route.weights_in + row * route.weights_stride);
-    bool bad;
-#pragma unroll 4
-    for (uint32_t k = 0; k < route.topk; ++k) {
-      ids[k] = route.flags & kHasIds ? read_id(route, row, k, bad) : route.ids[kept + k];
-      // As read_choice has it.
-      const bool is_one = route.flags & kHasIds;
-      weights[k] = route.flags & kHasWeights ? __ldg(given + k) : is_one ? 1.0f : route.weights[kept + k];
+  } else if (unit >= 4) {
+    for (uint32_t i = thread; i < bytes / 4; i += threads) {
+      reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
     }
-    *reinterpret_cast<int2*>(entry + offer.source_at) = make_int2(seat.rank, row);
+  } else {
+    for (uint32_t i = thread; i < bytes; i += threads) to[i] = from[i];
   }
+}
+
+// Writes planes beside a row to where an entry is put together in shared memory; some threads do it.
+__device__ __forceinline__ void write_sides(const Offer& offer, uint32_t row, uint8_t* entry, uint32_t thread,
+                                            uint32_t threads) {
 #pragma unroll 1
   for (uint32_t number = 0; number < offer.sides; ++number) {
     const Side& side = offer.side[number];
-    copy_bytes(entry + side.to, side.from + row * side.stride, side.bytes, side.unit, 0, 1);
+    copy_here(entry + side.to, side.from + row * side.stride, side.bytes, side.unit, thread, threads);
   }
 }
 
-// Sends what some sequences, a lane's each, have room for, a piece of each; true if that is anything. A warp calls it, for an
-// offer that is ready. `is_one`: the lane has a sequence.
-__device__ __forceinline__ bool send_some(const Line& line, const Offer& offer, Carrier& carrier, bool is_one, Sequence& mine) {
-  const Seat& seat = line.seat;
-  const uint32_t lane = threadIdx.x % 32, pieces = offer.pieces;
-  const bool has = is_one && mine.next < mine.end;
-  uint32_t n = 0, piece = 0, entry = 0, row = 0;
-  bool can = false;
-  if (has) {
-    n = mine.next / pieces, piece = mine.next - n * pieces;
-    entry = (mine.entry + n) % line.fifos.rows;
-    const uint64_t taken = ptx::ld_acquire_sys(line.freed(seat.rank, mine.peer, entry));
-    row = offer.order != nullptr ? offer.order[mine.start + n] : mine.start + n;
-    can = taken + line.fifos.rows > mine.base + n;
+// A token's choice, the lane's.
+struct Choice {
+  int32_t id;
+  float weight;
+};
+__device__ __forceinline__ Choice choice_of(const Offer& offer, uint32_t row) {
+  Choice choice{-1, 0.0f};
+  if (offer.flags & kHasChoices) read_choice(offer.route, row, choice.id, choice.weight);
+  return choice;
+}
+
+// Parts of shared memory that pieces go through one after another: a warp's.
+struct Ring {
+  uint8_t* const room;
+  uint64_t* const barriers;
+  // Bytes of a stage, and how many there are.
+  const uint32_t bytes;
+  const uint32_t count;
+  // Pieces that were loaded, and that were waited for.
+  uint32_t loaded;
+  uint32_t seen;
+
+  __device__ __forceinline__ uint8_t* stage(uint32_t number) const { return room + number % count * bytes; }
+  // Has a piece brought into the next stage, out of which all is that was there. A warp calls it; of a dispatch, with the row's
+  // choices.
+  __device__ __forceinline__ void load(const Seat& seat, const Offer& offer, uint32_t row, uint32_t piece, const Choice& choice) {
+    const uint32_t lane = threadIdx.x % 32, vectors = vectors_of(offer, piece), first = piece * offer.piece;
+    uint8_t* const to = stage(loaded);
+    if (lane == 0) {
+      ptx::load_bulk_once(to, offer.rows + row * offer.stride + 16ull * first, 16 * vectors, barriers + loaded % count);
+    }
+    ++loaded;
+    if (piece != offer.pieces - 1) return;
+    // Where the entry would start.
+    uint8_t* const entry = to - 16 * first;
+    if (offer.flags & kHasChoices) {
+      if (lane < offer.route.topk) {
+        reinterpret_cast<int32_t*>(entry + offer.ids_at)[lane] = choice.id;
+        reinterpret_cast<float*>(entry + offer.weights_at)[lane] = choice.weight;
+      }
+      if (lane == 0) *reinterpret_cast<int2*>(entry + offer.source_at) = make_int2(seat.rank, row);
+    }
+    write_sides(offer, row, entry, lane, 32);
+    ptx::fence_shared();
+    __syncwarp();
   }
-  const uint32_t all = __ballot_sync(~0u, can);
-  if (all == 0) return false;
-  uint8_t* const to = can ? line.entry(mine.peer, seat.rank, entry) : nullptr;
-  // What is beside a row goes with its last piece.
-  if (can && piece == pieces - 1) write_beside(seat, offer, to, row);
-  __syncwarp();
+  // The first piece that has not been waited for is there.
+  __device__ __forceinline__ const uint8_t* await() {
+    ptx::await_bytes(barriers + seen % count, seen / count % 2);
+    return stage(seen++);
+  }
+  // Nothing is on its way in any more.
+  __device__ __forceinline__ void drain() {
+    while (seen != loaded) await();
+  }
+};
+
+// Finds a sequence's next piece for a rank, from `next` on; false if there is none. A thread's.
+struct Piece {
+  uint32_t next;
+  // Among the rank's rows; where it comes from; which piece.
+  uint32_t n;
+  uint32_t row;
+  uint32_t piece;
+};
+__device__ __forceinline__ bool find_piece(const Line& line, uint32_t number, const Offer& offer, uint32_t sequence,
+                                           uint32_t peer, Piece& found) {
+  const Route& route = offer.route;
+  const uint32_t count = line.count(number)[peer];
+  const uint32_t units = (offer.flags & kHasChoices ? route.tokens : count) * offer.pieces;
 #pragma unroll 1
-  for (uint32_t rest = all; rest != 0; rest &= rest - 1) {
-    const uint32_t from = __ffs(rest) - 1;
-    auto* its_entry = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(to), from));
-    const uint32_t first = __shfl_sync(~0u, piece, from) * offer.piece, its_row = __shfl_sync(~0u, row, from);
-    if (lane != 0) continue;
-    carrier.carry(its_entry + 16ull * first, offer.rows + its_row * offer.stride + 16ull * first,
-                  16 * min(offer.piece, offer.vectors - first));
+  for (;; ++found.next) {
+    const uint32_t unit = unit_of(offer, sequence, found.next);
+    if (unit >= units) return false;
+    const uint32_t row = unit / offer.pieces;
+    found.piece = unit - row * offer.pieces;
+    if (!(offer.flags & kHasChoices)) {
+      found.n = row, found.row = line.start(number)[peer] + row;
+      return true;
+    }
+    const uint64_t at = static_cast<uint64_t>(row) * route.fanout;
+#pragma unroll 1
+    for (uint32_t k = 0; k < route.fanout; ++k) {
+      if (route.target_ranks[at + k] != static_cast<int32_t>(peer)) continue;
+      found.n = route.target_rows[at + k], found.row = row;
+      if (found.n < count) return true;
+    }
   }
-  if (lane == 0) carrier.finish();
-  // One release for all of them.
-  __syncwarp();
-  if (can) {
-    ptx::st_release_sys(line.full(mine.peer, seat.rank, entry, piece), mine.base + n + 1);
-    atomicSub(line.unsent() + mine.peer, 1);
-    mine.next += line.fifos.lanes;
+}
+
+// Sends what there is room for of a sequence, a piece to each rank. A warp calls it, for an offer that is ready.
+struct Sent {
+  bool any;
+  bool left;
+};
+__device__ __forceinline__ Sent send_some(const Line& line, uint32_t number, const Offer& offer, uint32_t sequence, Ring& ring) {
+  const Seat& seat = line.seat;
+  const uint32_t lane = threadIdx.x % 32;
+  Sent sent{false, false};
+#pragma unroll 1
+  for (uint32_t first = 0; first < seat.ranks; first += 32) {
+    const uint32_t peer = first + lane;
+    uint32_t* const cursor = line.cursor(number, sequence) + peer;
+    Piece mine{};
+    bool has = false, can = false;
+    uint64_t row = 0;
+    uint32_t entry = 0;
+    const uint32_t next = mine.next = peer < seat.ranks ? *cursor : kNone;
+    if (next != kNone) {
+      has = find_piece(line, number, offer, sequence, peer, mine);
+      if (!has) {
+        line.say_all_sent(number, sequence, peer);
+      } else if (mine.next != next) {
+        *cursor = mine.next;
+      }
+    }
+    if (has) {
+      row = line.base(number)[peer] + mine.n, entry = row % line.fifos.rows;
+      can = line.has_room(peer, entry, mine.piece, row, mine.n);
+    }
+    sent.left |= __any_sync(~0u, has);
+    const uint32_t all = __ballot_sync(~0u, can);
+    if (all == 0) continue;
+    sent.any = true;
+    uint8_t* const to = can ? line.entry(peer, seat.rank, entry) : nullptr;
+#pragma unroll 1
+    for (uint32_t rest = all; rest != 0;) {
+      // As many as there are stages.
+      const uint32_t lot = rest;
+#pragma unroll 1
+      for (uint32_t i = 0; i < ring.count && rest != 0; ++i, rest &= rest - 1) {
+        const uint32_t from = __ffs(rest) - 1;
+        const uint32_t its_row = __shfl_sync(~0u, mine.row, from);
+        ring.load(seat, offer, its_row, __shfl_sync(~0u, mine.piece, from), choice_of(offer, its_row));
+      }
+#pragma unroll 1
+      for (uint32_t left = lot; left != rest; left &= left - 1) {
+        const uint32_t from = __ffs(left) - 1, piece = __shfl_sync(~0u, mine.piece, from);
+        auto* its_entry = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(to), from));
+        const uint8_t* const stage = ring.await();
+        if (lane == 0) ptx::store_bulk(its_entry + 16ull * piece * offer.piece, stage, bytes_of(offer, piece));
+      }
+      if (lane == 0) ptx::close_group(), ptx::await_stored();
+      __syncwarp();
+    }
+    if (can) {
+      line.say_sent(peer, entry, mine.piece, row);
+      *cursor = mine.next + 1;
+    }
+    __syncwarp();
   }
-  return true;
+  return sent;
 }
 
 // From here on there are lists of what an offer comes to, if there is room for its rows. `kept`: rows for a rank. Under the
@@ -272,17 +344,13 @@ __device__ __forceinline__ void make_ready(const Line& line, uint32_t number, co
     line.base(number)[rank] = line.sent()[rank], line.count(number)[rank] = rows;
     line.sent()[rank] += rows;
     uint32_t start = 0;
-    if (offer.order != nullptr) {
-      start = offer.order_starts[rank];
-    } else {
 #pragma unroll 1
-      for (uint32_t before = 0; before < rank; ++before) start += offer.rows_for[before];
-    }
+    for (uint32_t before = 0; before < rank && !(offer.flags & kHasChoices); ++before) start += offer.rows_for[before];
     line.start(number)[rank] = start;
-    atomicAdd(line.unsent() + rank, rows * offer.pieces);
+    atomicAdd(line.unsent() + rank, offer.sequences);
   }
 #pragma unroll 1
-  for (uint32_t i = thread; i < line.sequences(); i += threads) line.cursor(number)[i] = i / line.seat.ranks;
+  for (uint32_t i = thread; i < offer.sequences * line.seat.ranks; i += threads) line.cursor(number, 0)[i] = 0;
 }
 
 // Puts something on offer, as yet without numbers. The block calls it; by one that holds the lock.
@@ -335,8 +403,7 @@ __device__ __forceinline__ bool find_numbers(const Line& line, uint32_t number) 
 
 // Sends what offers of other slots (and what of this one's is older than what its kernel sends) have room for, so that ranks may
 // complete slots in different orders. One warp, until it is to leave.
-__device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, uint64_t go, uint32_t current,
-                                     Carrier& carrier) {
+__device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, uint64_t go, uint32_t current, Ring& ring) {
   const uint32_t lane = threadIdx.x % 32;
   const Line own{seat, fifos, fifos.slot};
   while (look_at(&own.state().leave) != go && !has_closed(seat)) {
@@ -359,13 +426,12 @@ __device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, uint6
         const Offer& offer = state.offer[number];
         if ((is_own && number == current) || offer.live == 0) continue;
         if (offer.ready == 0 && !find_numbers(line, number)) continue;
+        bool left = false;
 #pragma unroll 1
-        for (uint32_t first = 0; first < line.sequences(); first += 32) {
-          const bool is_one = first + lane < line.sequences();
-          Sequence mine = read_sequence(line, number, offer.pieces, is_one ? first + lane : 0);
-          if (send_some(line, offer, carrier, is_one, mine) && is_one) line.cursor(number)[first + lane] = mine.next;
-          __syncwarp();
-        }
+        for (uint32_t rank = lane; rank < seat.ranks; rank += 32) left |= look_at(line.unsent() + rank) != 0;
+        if (!__any_sync(~0u, left)) continue;
+#pragma unroll 1
+        for (uint32_t sequence = 0; sequence < offer.sequences; ++sequence) send_some(line, number, offer, sequence, ring);
       }
       __syncwarp();
       if (!is_own && lane == 0) unlock(state);
@@ -373,34 +439,226 @@ __device__ __forceinline__ void help(const Seat& seat, const Fifos& fifos, uint6
   }
 }
 
-// Sends a warp's sequences of the offer at hand, until all is sent or what is left is left to others. Some warps call it.
-__device__ __forceinline__ void send_all(const Line& line, uint32_t number, const Offer& offer, uint32_t sender,
-                                         uint32_t senders, uint64_t go, Carrier& carrier) {
-  const uint32_t lane = threadIdx.x % 32, all = line.sequences();
-  // Mostly a warp has no more sequences than lanes.
-  for (bool over = false, left = true; left && !over;) {
-    left = false;
-    bool sent = false;
+// Those that send are to end; a warp calls it.
+__device__ __forceinline__ bool is_to_leave(const Line& line, uint64_t go) {
+  return __any_sync(~0u, look_at(&line.state().leave) == go || has_closed(line.seat));
+}
+
+// Sends sequences, every so many of them, until all is sent or what is left is left to others. A warp calls it.
+__device__ __forceinline__ void send_rest(const Line& line, uint32_t number, const Offer& offer, uint32_t first, uint32_t step,
+                                          uint64_t go, Ring& ring) {
+  for (;;) {
+    Sent sent{false, false};
 #pragma unroll 1
-    for (uint32_t first = sender; first < all; first += 32 * senders) {
-      const uint32_t which = first + lane * senders;
-      const bool is_one = which < all, is_only = first == sender && first + 32 * senders >= all;
-      Sequence mine = read_sequence(line, number, offer.pieces, is_one ? which : 0);
-      bool goes_on;
-      do {
-        goes_on = send_some(line, offer, carrier, is_one, mine);
-        sent |= goes_on;
-        if (!goes_on && is_only) {
-          over = __any_sync(~0u, look_at(&line.state().leave) == go || has_closed(line.seat));
-          goes_on = !over && __any_sync(~0u, is_one && mine.next < mine.end);
-        }
-      } while (goes_on);
-      if (is_one) line.cursor(number)[which] = mine.next;
-      left |= __any_sync(~0u, is_one && mine.next < mine.end);
-      __syncwarp();
+    for (uint32_t sequence = first; sequence < offer.sequences; sequence += step) {
+      const Sent some = send_some(line, number, offer, sequence, ring);
+      sent.any |= some.any, sent.left |= some.left;
     }
-    if (!sent && left && !over) over = __any_sync(~0u, look_at(&line.state().leave) == go || has_closed(line.seat));
+    if (!sent.left) return;
+    if (sent.any) continue;
+    if (is_to_leave(line, go)) return;
   }
+}
+
+// By rank, in shared memory: the number of the first row, where that is in its FIFO, and how many there are.
+struct Toward {
+  uint64_t base;
+  uint32_t entry;
+  uint32_t count;
+};
+
+// Sends a sequence's tokens, a piece at a time to all ranks that a token goes to, as far as they have room. A warp calls it.
+// Three pieces are on their way at a time: one into shared memory, one out of it, one to where it goes.
+constexpr uint32_t kSendStages = 3;
+// A rank that has no room for so long is left behind: 100 us, in a build for tests often.
+#ifdef A2A_JITTER
+constexpr uint64_t kPatienceNs = 2'000;
+#else
+constexpr uint64_t kPatienceNs = 100'000;
+#endif
+struct Token {
+  bool is_one;
+  uint32_t row;
+  uint32_t piece;
+  // A rank a lane, or -1, and the row's place among the rank's.
+  int32_t rank;
+  uint32_t n;
+  Choice choice;
+};
+__device__ __forceinline__ void send_tokens(const Line& line, uint32_t number, const Offer& offer, const Toward* toward,
+                                            uint32_t sequence, uint64_t go, Ring& ring) {
+  const Seat& seat = line.seat;
+  const Route& route = offer.route;
+  const uint32_t lane = threadIdx.x % 32, units = route.tokens * offer.pieces;
+  uint32_t* const cursor = line.cursor(number, sequence);
+  // Where the foremost rank is. The others are behind, or have all: bits, of 32 ranks a lane.
+  uint32_t next = 0, behind = 0;
+#pragma unroll 1
+  for (uint32_t rank = lane; rank < seat.ranks; rank += 32) next = max(next, cursor[rank] + 1);
+  // kNone + 1 is 0.
+  next = max(__reduce_max_sync(~0u, next), 1) - 1;
+#pragma unroll 1
+  for (uint32_t first = 0; first < seat.ranks; first += 32) {
+    const uint32_t bits = __ballot_sync(~0u, first + lane < seat.ranks && cursor[first + lane] != next);
+    if (lane == first / 32) behind = bits;
+  }
+  const auto read = [&](uint32_t at) {
+    const uint32_t unit = unit_of(offer, sequence, at);
+    Token token{unit < units, 0, 0, -1, 0, {}};
+    token.row = unit / offer.pieces, token.piece = unit - token.row * offer.pieces;
+    if (!token.is_one) return token;
+    if (token.piece == offer.pieces - 1) token.choice = choice_of(offer, token.row);
+    if (lane >= route.fanout) return token;
+    const uint64_t place = static_cast<uint64_t>(token.row) * route.fanout + lane;
+    token.rank = route.target_ranks[place], token.n = route.target_rows[place];
+    return token;
+  };
+  // What was sent last: to which rank, where, and which row.
+  int32_t peer = -1;
+  uint32_t entry = 0, piece = 0;
+  uint64_t row = 0;
+  const auto say_sent = [&] {
+    if (peer >= 0) line.say_sent(peer, entry, piece, row);
+    peer = -1;
+  };
+  // What is read is used two turns later.
+  Token token = read(next), coming = read(next + 1);
+  if (token.is_one) ring.load(seat, offer, token.row, token.piece, token.choice);
+  bool leaves = false;
+#pragma unroll 1
+  while (token.is_one) {
+    const Token later = read(next + 2);
+    if (coming.is_one) {
+      ptx::await_read<kSendStages - 2>();
+      __syncwarp();
+      ring.load(seat, offer, coming.row, coming.piece, coming.choice);
+    }
+    const uint32_t bits = __shfl_sync(~0u, behind, max(token.rank, 0) / 32);
+    bool goes = token.rank >= 0 && !(bits >> token.rank % 32 & 1);
+    uint64_t its_row = 0;
+    uint32_t its_entry = 0;
+    if (goes) {
+      const Toward& to = toward[token.rank];
+      goes = token.n < to.count;
+      its_row = to.base + token.n, its_entry = (to.entry + token.n) % line.fifos.rows;
+    }
+    bool can = !goes || line.has_room(token.rank, its_entry, token.piece, its_row, token.n);
+    if (!__all_sync(~0u, can)) {
+      // Nothing that is there is kept back meanwhile.
+      ptx::await_stored();
+      say_sent();
+      const uint64_t since = ptx::globaltimer();
+#pragma unroll 1
+      for (uint32_t polls = 1; !__all_sync(~0u, can); ++polls) {
+        if (!can) can = line.has_room(token.rank, its_entry, token.piece, its_row, token.n);
+        if (polls % 16 != 0) continue;
+        leaves = is_to_leave(line, go);
+        if (leaves) break;
+        if (!__any_sync(~0u, ptx::globaltimer() - since > kPatienceNs)) continue;
+        uint32_t slow = __ballot_sync(~0u, !can);
+        if (!can) cursor[token.rank] = next, goes = false, can = true;
+#pragma unroll 1
+        for (; slow != 0; slow &= slow - 1) {
+          const uint32_t rank = __shfl_sync(~0u, token.rank, __ffs(slow) - 1);
+          if (lane == rank / 32) behind |= 1u << rank % 32;
+        }
+      }
+    }
+    if (leaves) break;
+    const uint8_t* const stage = ring.await();
+    if (goes) {
+      uint8_t* const to = line.entry(token.rank, seat.rank, its_entry);
+      ptx::store_bulk(to + 16ull * token.piece * offer.piece, stage, bytes_of(offer, token.piece));
+    }
+    ptx::close_group();
+    if (__any_sync(~0u, peer >= 0)) {
+      ptx::await_stored<1>();
+      say_sent();
+    }
+    if (goes) peer = token.rank, entry = its_entry, piece = token.piece, row = its_row;
+    token = coming, coming = later, ++next;
+  }
+  ptx::await_stored();
+  say_sent();
+  ring.drain();
+#pragma unroll 1
+  for (uint32_t first = 0; first < seat.ranks; first += 32) {
+    const uint32_t bits = __shfl_sync(~0u, behind, first / 32);
+    if (first + lane >= seat.ranks || (bits >> lane & 1)) continue;
+    if (leaves) {
+      cursor[first + lane] = next;
+    } else {
+      line.say_all_sent(number, sequence, first + lane);
+    }
+  }
+  __syncwarp();
+}
+
+// Sends results: a lane has a sequence to one rank, and a stage. Some warps call it, if they have a lane for every sequence.
+__device__ __forceinline__ void send_results(const Line& line, uint32_t number, const Offer& offer, uint32_t sender,
+                                             uint64_t go, Ring& ring) {
+  const Seat& seat = line.seat;
+  const uint32_t lane = threadIdx.x % 32, which = sender * ring.count + lane;
+  bool is_one = lane < ring.count && which < offer.sequences * seat.ranks;
+  // Ranks begin with different peers.
+  const uint32_t sequence = which / seat.ranks, peer = (which + seat.rank) % seat.ranks;
+  uint8_t* const stage = ring.room + lane * ring.bytes;
+  uint64_t* const barrier = ring.barriers + lane;
+  uint32_t units = 0, start = 0, base_entry = 0, turns = 0;
+  uint64_t base = 0;
+  Piece mine{};
+  if (is_one) {
+    units = line.count(number)[peer] * offer.pieces, start = line.start(number)[peer];
+    base = line.base(number)[peer], base_entry = base % line.fifos.rows;
+    mine.next = line.cursor(number, sequence)[peer];
+    is_one = mine.next != kNone;
+  }
+  bool has = false;
+  const auto load = [&] {
+    const uint32_t unit = unit_of(offer, sequence, mine.next);
+    has = is_one && unit < units;
+    if (!has) return;
+    mine.n = unit / offer.pieces, mine.piece = unit - mine.n * offer.pieces, mine.row = start + mine.n;
+    const uint32_t first = mine.piece * offer.piece;
+    ptx::load_bulk_once(stage, offer.rows + mine.row * offer.stride + 16ull * first, 16 * vectors_of(offer, mine.piece),
+                        barrier);
+    if (mine.piece != offer.pieces - 1) return;
+    write_sides(offer, mine.row, stage - 16 * first, 0, 1);
+    ptx::fence_shared();
+  };
+  load();
+#pragma unroll 1
+  for (uint32_t polls = 1; __any_sync(~0u, has);) {
+    const uint32_t entry = has ? (base_entry + mine.n) % line.fifos.rows : 0;
+    const bool can = has && line.has_room(peer, entry, mine.piece, base + mine.n, mine.n);
+    if (!__any_sync(~0u, can)) {
+      if (polls++ % 16 != 0) continue;
+      if (is_to_leave(line, go)) break;
+      continue;
+    }
+    if (can) {
+      ptx::await_bytes(barrier, turns++ % 2);
+      ptx::store_bulk(line.entry(peer, seat.rank, entry) + 16ull * mine.piece * offer.piece, stage,
+                      bytes_of(offer, mine.piece));
+      ptx::close_group();
+      ptx::await_stored();
+    }
+    __syncwarp();
+    if (can) {
+      line.say_sent(peer, entry, mine.piece, base + mine.n);
+      ++mine.next;
+      load();
+    }
+    __syncwarp();
+  }
+  // What is still on its way in.
+  if (has) {
+    ptx::await_bytes(barrier, turns % 2);
+    line.cursor(number, sequence)[peer] = mine.next;
+  } else if (is_one) {
+    line.say_all_sent(number, sequence, peer);
+  }
+  __syncwarp();
 }
 
 // --------------------------------------------------------------------------------------------------- the block that keeps
@@ -420,24 +678,54 @@ __device__ __forceinline__ void await_warps(uint32_t& count, uint32_t warps) {
   count = 0;
 }
 
-// Waits until the step's rows have come, and until what is on offer has been sent, or is left to another slot's second half
-// that is still to come. False if the step is lost. The block calls it, after it said `go`.
+// Looking for trouble reads the host's memory, and while it does every release on the device takes longer: seldom.
+constexpr uint64_t kLookNs = 1'000'000;
+
+// Marks the sources that have not sent all: `rows` of each, of so many pieces. The block calls it.
+__device__ __forceinline__ void look_for_missing(const Line& line, const int32_t* rows, uint32_t pieces) {
+  const uint32_t each = line.fifos.rows * pieces;
+#pragma unroll 1
+  for (uint32_t source = threadIdx.x; source < line.seat.ranks; source += blockDim.x) line.left()[source] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < line.seat.ranks * each; i += blockDim.x) {
+    const uint32_t source = i / each, at = i - source * each, back = at / pieces, piece = at - back * pieces;
+    if (back >= static_cast<uint32_t>(rows[source])) continue;
+    // The last ones: what was in their entries before has been taken.
+    const uint64_t row = line.taken()[source] - 1 - back;
+    const uint64_t* word = line.full(line.seat.rank, source, row % line.fifos.rows, piece);
+    if (ptx::ld_relaxed_sys(word) <= row) line.left()[source] = 1;
+  }
+  __syncthreads();
+}
+
+// Waits until the step's rows have come (`rows` of each source, of so many pieces; `takers` blocks take them), and until what is
+// on offer has been sent, or is left to another slot's second half that is still to come. False if the step is lost. The block
+// calls it, after it said `go`.
 __device__ __forceinline__ bool keep_streams(const Line& line, Wait wait, Meeting& meeting, uint64_t started, uint64_t go,
-                                             uint32_t warps) {
+                                             uint32_t warps, const int32_t* rows, uint32_t pieces, uint32_t takers) {
   const Seat& seat = line.seat;
   FifoState& state = line.state();
   bool fine = true;
   if (threadIdx.x == 0) meeting.gone_since = 0;
   wait.left = line.left();
-  for (uint32_t polls = 1; fine && is_left(line.left(), seat.ranks); ++polls) {
-    if (polls % kPollsPerLook == 0) fine = look_for_trouble(seat, wait, meeting, started);
+  uint64_t looked = ptx::globaltimer();
+  const auto is_to_look = [&] {
+    const bool is_time = __syncthreads_or(threadIdx.x == 0 && ptx::globaltimer() - looked > kLookNs);
+    if (is_time) looked = ptx::globaltimer();
+    return is_time;
+  };
+  while (fine && __syncthreads_or(threadIdx.x == 0 && look_at(&state.taken) != takers)) {
+    if (!is_to_look()) continue;
+    look_for_missing(line, rows, pieces);
+    fine = look_for_trouble(seat, wait, meeting, started);
   }
   // Whoever is the last to receive sends what all have left.
   bool last = false;
   if (threadIdx.x == 0) last = atomicSub(&seat.shared->pending, 1) == 1;
   last = __syncthreads_or(last);
   wait.left = line.unsent();
-  for (uint32_t polls = 1; fine && last; ++polls) {
+  while (fine && last) {
     const bool mine = is_left(line.unsent(), seat.ranks);
     bool others = false;
 #pragma unroll 1
@@ -446,7 +734,7 @@ __device__ __forceinline__ bool keep_streams(const Line& line, Wait wait, Meetin
       others |= is_left(Line{seat, line.fifos, slot}.unsent(), seat.ranks);
     }
     if (!mine && !others) break;
-    if (polls % kPollsPerLook != 0) continue;
+    if (!is_to_look()) continue;
     fine = look_for_trouble(seat, wait, meeting, started);
     // Another slot's rows are none of this one's failure.
     const uint64_t budget = seat.control->step_ns;
@@ -469,13 +757,14 @@ __device__ __forceinline__ void say_go(FifoState& state, uint64_t go) {
   *reinterpret_cast<volatile uint64_t*>(&state.go) = go;
 }
 
-// What is to be taken from each source: so many rows, of so many pieces. The block calls it.
-__device__ __forceinline__ void expect_rows(const Line& line, const int32_t* rows, uint32_t pieces) {
+// What is to be taken from each source: so many rows. The block calls it.
+__device__ __forceinline__ void expect_rows(const Line& line, const int32_t* rows) {
+  if (threadIdx.x == 0) line.state().taken = 0;
 #pragma unroll 1
   for (uint32_t source = threadIdx.x; source < line.seat.ranks; source += blockDim.x) {
     line.from()[source] = line.taken()[source];
     line.taken()[source] += rows[source];
-    line.left()[source] = rows[source] * pieces;
+    line.next()[source] = 0;
   }
 }
 

@@ -24,15 +24,13 @@ constexpr uint32_t kSettleThreads = 512;
 struct Placing {
   Meeting meeting;
   Hearing heard;
-  // By rank: tokens that go there, and a zero; where those of a rank are in the order of ranks.
+  // By rank: tokens that go there, and a zero.
   uint32_t count[kMaxRanks + 1];
-  uint32_t start[kMaxRanks];
   uint32_t of_warp[kPlaceThreads / 32][32];
 };
 
-// Writes down where each token's rows go, those from `room` on nowhere, and which tokens go to each rank, if that is wanted.
-// The block calls it; s.heard.next are the first rows.
-__device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks, uint32_t room, int32_t* order, Placing& s) {
+// Writes down where each token's rows go, those from `room` on nowhere. The block calls it; s.heard.next are the first rows.
+__device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks, uint32_t room, Placing& s) {
   constexpr uint32_t kWarps = kPlaceThreads / 32;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -66,7 +64,6 @@ __device__ __forceinline__ void place_tokens(const Route& route, uint32_t ranks,
         const uint32_t at = __shfl_sync(~0u, row, rank) + __popc(votes & ((1u << lane) - 1));
         if (!(to >> rank & 1) || at >= room) continue;
         target_ranks[found] = base + rank, target_rows[found] = at;
-        if (order != nullptr) order[s.start[base + rank] + at] = token;
         ++found;
       }
       // All have read what was before.
@@ -103,21 +100,13 @@ extern "C" __global__ void __launch_bounds__(kPlaceThreads, 1) a2a_place(const _
   } else {
 #pragma unroll 1
     for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPlaceThreads) {
-      s.heard.next[rank] = p.order != nullptr ? 0 : seat.rank * seat.bound, route.rows_for[rank] = s.count[rank];
-    }
-    if (threadIdx.x == 0 && p.order != nullptr) {
-      uint32_t next = 0;
-#pragma unroll 1
-      for (uint32_t rank = 0; rank < seat.ranks; ++rank) {
-        s.start[rank] = p.order_starts[rank] = next;
-        next += s.count[rank];
-      }
+      s.heard.next[rank] = p.flags & kFromZero ? 0 : seat.rank * seat.bound, route.rows_for[rank] = s.count[rank];
     }
   }
   // Not before: large blocks that wait, if only for this one, could keep out what it waits for.
   ptx::launch_dependents();
   __syncthreads();
-  place_tokens(route, seat.ranks, hears ? p.room : kNone, p.order, s);
+  place_tokens(route, seat.ranks, hears ? p.room : kNone, s);
 }
 
 // Most warps take pieces of rows by turns; `p.piece` is small enough for all stages to be in shared memory. The last ones take
@@ -162,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kCarryThreads, 1) a2a_carry(const _
     ptx::load_bulk(stage + at * piece, p.tokens + token * p.token_stride + job * piece, bytes_of(job), barrier + at);
   };
   if (lane < kCarryStages) ptx::init_barrier(barrier + lane);
-  ptx::fence_barriers();
+  ptx::fence_shared();
   __syncwarp();
   uint64_t item = static_cast<uint64_t>(warp) * gridDim.x + blockIdx.x;
   load(item, 0);

@@ -67,6 +67,11 @@ __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* at) {
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
   return value;
 }
+__device__ __forceinline__ ulonglong2 ld_relaxed_sys(const ulonglong2* at) {
+  ulonglong2 value;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0,%1}, [%2];" : "=l"(value.x), "=l"(value.y) : "l"(at) : "memory");
+  return value;
+}
 __device__ __forceinline__ void st_relaxed_sys(uint32_t* at, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
@@ -194,8 +199,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
 __device__ __forceinline__ void init_barrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-// What was initialised is seen by bulk copies too.
-__device__ __forceinline__ void fence_barriers() {
+// What this thread wrote to shared memory is seen by bulk copies too.
+__device__ __forceinline__ void fence_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void await_bytes(uint64_t* barrier, uint32_t parity) {
@@ -225,15 +230,36 @@ __device__ __forceinline__ void store_bulk(void* to, const void* from, uint32_t 
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
+// The same of what nobody reads again soon: it is to leave the cache before others.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void load_bulk_once(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  const uint32_t at = shared_address(barrier);
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(at), "l"(evict_first())
+      : "memory");
+}
+__device__ __forceinline__ void store_bulk_once(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes), "l"(evict_first())
+               : "memory");
+}
 __device__ __forceinline__ void close_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // All but the last `n` groups have been read from shared memory.
 template <int n>
 __device__ __forceinline__ void await_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory");
 }
-// All groups are where they go.
+// All but the last `n` groups are where they go.
+template <int n = 0>
 __device__ __forceinline__ void await_stored() {
-  asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group %0;\n\tfence.proxy.async;" ::"n"(n) : "memory");
 }
 
 }  // namespace a2a::ptx

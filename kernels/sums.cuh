@@ -104,6 +104,39 @@ __device__ __forceinline__ void add_rows(const uint8_t* const* rows, const float
   }
 }
 
+// Adds vectors of rows that a warp's lanes have, those of `all`, in their order: of each row `abreast`, every 32nd from `first`
+// on, of `vectors`. A warp calls it. Some rows are on their way at once.
+template <class From, uint32_t abreast>
+__device__ __forceinline__ void add_abreast(const uint8_t* row, uint32_t all, uint32_t first, uint32_t vectors,
+                                            float (&acc)[abreast][16 / From::kBytes]) {
+  constexpr uint32_t kElements = 16 / From::kBytes, kInFlight = 6;
+#pragma unroll 1
+  while (all != 0) {
+    int4 v[kInFlight][abreast];
+    const uint32_t n = __popc(all);
+#pragma unroll
+    for (uint32_t i = 0; i < kInFlight; ++i) {
+      const auto* from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(row), __ffs(all) - 1));
+      all &= all - 1;
+#pragma unroll
+      for (uint32_t j = 0; j < abreast; ++j) {
+        if (i < n && first + 32 * j < vectors) v[i][j] = ptx::ld_stream(from + 16ull * (first + 32 * j));
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kInFlight; ++i) {
+      if (i >= n) break;
+#pragma unroll
+      for (uint32_t j = 0; j < abreast; ++j) {
+        float x[kElements];
+        From::unpack(v[i][j], x);
+#pragma unroll
+        for (uint32_t e = 0; e < kElements; ++e) acc[j][e] = __fadd_rn(acc[j][e], x[e]);
+      }
+    }
+  }
+}
+
 // The same of all of a token's rows, in their order.
 template <class From, bool weighs>
 __device__ __forceinline__ void add_all(const uint8_t* const* rows, const float* weights, uint32_t n, uint64_t at,

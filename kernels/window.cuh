@@ -389,14 +389,13 @@ struct PlaceParams {
   // Rows that a rank has room for, and that are too many (0: none are).
   uint32_t room;
   uint32_t limit;
-  // Rows that go through FIFOs, or null: their tokens, rank after rank; [ranks] where those of a rank start.
-  int32_t* order;
-  int32_t* order_starts;
-  // As FinishParams has it, for counts and not for flags, and: 8: follows a2a_open.
+  // As FinishParams has it, for counts and not for flags, and: 8: follows a2a_open; 16: rows go through FIFOs, and each rank's
+  // are numbered from 0.
   uint32_t flags;
   uint32_t reserved;
 };
-static_assert(sizeof(PlaceParams) == sizeof(Seat) + sizeof(Route) + 16 + 64);
+constexpr uint32_t kFromZero = 16;
+static_assert(sizeof(PlaceParams) == sizeof(Seat) + sizeof(Route) + 16 + 48);
 
 // a2a_settle: rows without gaps from the banks to their places, and the padding behind them.
 struct SettleParams {
@@ -645,9 +644,6 @@ struct Offer {
   // Tokens, or results, rows a stride apart.
   const uint8_t* rows;
   uint64_t stride;
-  // Of a dispatch: the tokens of its rows, rank after rank, and [ranks] where a rank's start. Null: rows are in that order.
-  const int32_t* order;
-  const int32_t* order_starts;
   // [ranks]: rows for each, or null: as many as there is room for, by the counts of `epoch`.
   const int32_t* rows_for;
   uint32_t room;
@@ -657,7 +653,7 @@ struct Offer {
   uint32_t vectors;
   uint32_t piece;
   uint32_t pieces;
-  // 1: there are ids, weights and sources, here in an entry.
+  // 1: rows are tokens, with ids, weights and sources, here in an entry; else results, rank after rank.
   uint32_t flags;
   uint32_t ids_at;
   uint32_t weights_at;
@@ -667,16 +663,18 @@ struct Offer {
   Side side[kSides];
   // M of the step.
   uint32_t bound;
+  // Bytes of an entry behind a row's vectors, a multiple of 16: they are with its last piece.
+  uint32_t beside;
+  // What it is cut into, for each rank.
+  uint32_t sequences;
   // Written by kernels: whose counts it waits for; there is an offer; its rows' numbers are known.
   uint32_t epoch;
   uint32_t live;
   uint32_t ready;
 };
 constexpr uint32_t kHasChoices = 1;
-static_assert(sizeof(Offer) == sizeof(Route) + 80 + sizeof(Side) * kSides + 16);
+static_assert(sizeof(Offer) == sizeof(Route) + 72 + sizeof(Side) * kSides + 16);
 
-// Words of an entry in a FIFO: pieces of a row at most.
-constexpr uint32_t kFifoPieces = 8;
 // A dispatch's, a combine's.
 constexpr uint32_t kOffers = 2;
 
@@ -693,16 +691,19 @@ struct Fifos {
   uint64_t entry_bytes;
   // Of the first slot.
   Counts counts;
-  // Entries of a FIFO; sequences of pieces for each rank.
+  // Entries of a FIFO; words of an entry: pieces of a row at most.
   uint32_t rows;
-  uint32_t lanes;
+  uint32_t words_each;
   uint32_t slots;
   uint32_t slot;
-  // Bytes of a warp's stage in shared memory, of which it has two.
+  // Of a block's shared memory: bytes of a stage, and stages. Warps of it that send tokens.
   uint32_t stage;
-  uint32_t reserved;
+  uint32_t stages;
+  uint32_t senders;
+  // Words of an offer's list of how far its sequences are.
+  uint32_t cursors;
 };
-static_assert(sizeof(Fifos) == 96);
+static_assert(sizeof(Fifos) == 104);
 
 // a2a_stream: a dispatch through FIFOs, or either half of it.
 struct StreamParams {

@@ -174,6 +174,15 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
         ));
     }
     let sizes = sizes(config, kind, layout);
+    if config.device == DeviceKind::Cuda && sizes.uses.fifos {
+        let (beside, most) = (cuda::fifo_beside(&sizes.plane_bytes), cuda::FIFO_MOST_BESIDE);
+        if beside > most {
+            return Err(format!(
+                "ids, weights, scales and extras of a row take {beside} bytes, FIFOs on cuda (2) have room for {most} beside \
+                 its tokens (lower extra_row_bytes, max_scale_bytes or max_topk)"
+            ));
+        }
+    }
     if sizes.rows() > MAX_ROWS {
         return Err(format!(
             "layout {} needs {} rows, the limit is {MAX_ROWS} (lower max_tokens, or set max_recv_rows)",
@@ -279,10 +288,11 @@ pub fn affordable(config: &Config) -> Result<Plan> {
     Ok(plan)
 }
 
-/// Bytes that all FIFOs of a slot may take, unless the config says how many rows each has: on a GPU they are to stay in its
-/// cache.
+/// Bytes that all FIFOs of a slot may take, unless the config says how many rows each has.
 const FIFO_BYTES: u64 = 32 << 20;
-const FIFO_BYTES_CUDA: u64 = 4 << 20;
+/// On a GPU: those of all slots and of all ranks on it. They are to stay in its cache, of which the tokens that pass through
+/// take the rest (H100 has 50 MB).
+const FIFO_BYTES_OF_GPU: u64 = 22 << 20;
 
 fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
     let mut plane_bytes = [0; PLANES];
@@ -310,10 +320,16 @@ fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
         combine_bytes: config.max_combine_bytes(),
         uses: backend::of(kind).map(|b| b.uses()).unwrap_or_default(),
         fifo_rows: config.fifo_rows,
-        fifo_pieces: if config.device == DeviceKind::Cuda { cuda::FIFO_PIECES } else { 0 },
+        fifo_pieces: 0,
     };
+    if sizes.uses.fifos && config.device == DeviceKind::Cuda {
+        sizes.fifo_pieces = cuda::fifo_pieces(&sizes);
+    }
     if sizes.uses.fifos && sizes.fifo_rows == 0 {
-        let bytes = if config.device == DeviceKind::Cuda { FIFO_BYTES_CUDA } else { FIFO_BYTES };
+        let bytes = match config.device {
+            DeviceKind::Cuda => FIFO_BYTES_OF_GPU / config.ranks_per_device as u64 / config.num_slots as u64,
+            DeviceKind::Cpu => FIFO_BYTES,
+        };
         let rows = bytes / config.num_ranks as u64 / sizes.entry_bytes();
         sizes.fifo_rows = rows.clamp(2, 1024) as u32;
     }

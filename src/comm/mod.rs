@@ -434,8 +434,13 @@ impl OwnWindow {
         }
         let Some(lifeline) = shared.first() else { return Err(Error::internal("no lifeline was made")) };
         let on_device = |e: Error| e.context(format!("rank {}", config.rank));
-        let ground = cuda::Ground::new(config.device_ordinal, config.num_slots, config.ranks_per_device)
-            .map_err(on_device)?;
+        let ground = cuda::Ground::new(
+            config.device_ordinal,
+            config.num_slots,
+            config.ranks_per_device,
+            config.num_ranks,
+        )
+        .map_err(on_device)?;
         let window = VmmWindow::create(ground.context(), config.rank, bytes, lifeline.as_fd())?;
         let fd = window.export()?;
         Ok((OwnWindow::Cuda(Box::new(ground), window), fd))

@@ -156,7 +156,7 @@ impl Sizes {
         self.rows().checked_mul(bytes)
     }
     /// Row bytes of the values that combine carries back beside a result.
-    fn combine_weight_bytes(&self) -> u64 {
+    pub fn combine_weight_bytes(&self) -> u64 {
         if self.grid.layout.by_expert() { 4 } else { self.grid.topk as u64 * 4 }
     }
     /// Bytes of a quantised token with its scales.
@@ -164,7 +164,7 @@ impl Sizes {
         if self.quantises { (self.plane_bytes[TOKENS] + self.plane_bytes[SCALES]) as u64 } else { 0 }
     }
     fn fifo_word_bytes(&self) -> u64 {
-        let words = if self.fifo_pieces > 0 { self.fifo_pieces as u64 + 1 } else { 0 };
+        let words = 2 * self.fifo_pieces as u64;
         self.ranks() as u64 * self.fifo_rows as u64 * words * 8
     }
     /// Bytes of a FIFO's entry: a row of every plane, or a result with its weights.
@@ -441,8 +441,6 @@ pub struct RoutingMap {
     /// [ranks], on CUDA: rows that each is to receive; this rank's at each, where they are (token, expert) pairs.
     pub demands: List,
     pub pairs_for: List,
-    /// [max_tokens * fanout], on CUDA with FIFOs: the tokens of this rank's rows, rank after rank.
-    pub order: List,
     /// Rows demanded, rows dropped, where the last block ends (on CUDA: this rank's rows that others dropped, and then where
     /// the last block ends).
     pub summary: List,
@@ -477,7 +475,6 @@ impl RoutingMap {
             rank_counts: list(ranks),
             demands: list(if uses.counts { ranks } else { 0 }),
             pairs_for: list(by_expert(ranks)),
-            order: list(if uses.fifos && sizes.fifo_pieces > 0 { tokens * fanout as usize } else { 0 }),
             summary: list(4),
             bytes: 0,
         };

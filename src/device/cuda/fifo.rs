@@ -5,27 +5,87 @@ use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{Counts, Fifos, Offer, Out, Side, StreamParams, StreamResultsParams, flag};
 use super::{Cuda, lock, within};
-use crate::device::map::{IDS, Map, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS, entry_part};
+use crate::config::MAX_RANKS;
+use crate::device::map::{IDS, Map, PLANES, SCALES, SOURCE, Sizes, TOKENS, WEIGHTS, entry_part};
 use crate::device::{Call, Combine, Dispatch, Float, Region, Target};
 use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernels have it.
-const THREADS: u32 = 192;
-/// Words of an entry: pieces of a row, at most.
-pub const PIECES: u32 = 8;
-/// Vectors of a piece where tokens are many, unless a row would have more pieces than there are words.
-const PIECE: u32 = 448;
-/// Bytes of a stage of shared memory; stages of a block, as the kernels have it: a multiprocessor has room for two blocks.
-const STAGE: u32 = PIECE * 16;
-const STAGES: u32 = 2 * 3 + 4 * 2;
-pub(super) const SHARED: u32 = STAGES * STAGE;
-/// Sequences of pieces that a rank's rows are cut into.
-const SEQUENCES: u32 = 768;
+const THREADS: u32 = 256;
+/// Bytes of shared memory for stages: a multiprocessor has room for two blocks.
+const ROOM: u32 = 106_400;
+/// Stages of a block, many small ones or few large ones; results have many.
+const MANY: u32 = 14;
+const FEW: u32 = 7;
+/// Rows are cut small where tokens are this few, so that all warps have work.
+const FEW_TOKENS: u32 = 64;
+/// What may be beside a row, in bytes, so that a stage has room for a piece of the row too.
+pub const MOST_BESIDE: u32 = 12 << 10;
+/// Vectors of a piece at least, if small stages are to do.
+const LEAST: u32 = 64;
+/// Sequences that a dispatch is cut into, and lanes that send results: at most.
+const SENDERS: u32 = 256;
+const LANES: u32 = 2048;
 
-/// Of each peer's rows.
-fn lanes(ranks: u32) -> u32 {
-    (SEQUENCES / ranks).max(1)
+/// How rows are cut: pieces, 16-byte vectors of each, and what each goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cut {
+    pieces: u32,
+    piece: u32,
+    stages: u32,
 }
+
+impl Cut {
+    /// Rows of `vectors` and `beside` bytes behind them.
+    fn new(vectors: u32, beside: u32, stages: u32) -> Cut {
+        let most = (Self::stage(stages) - beside.min(MOST_BESIDE)) / 16;
+        let pieces = vectors.div_ceil(most).max(1);
+        let piece = vectors.div_ceil(pieces).max(1);
+        Cut { pieces: vectors.div_ceil(piece).max(1), piece, stages }
+    }
+    fn stage(stages: u32) -> u32 {
+        ROOM / stages
+    }
+    fn rows(vectors: u32, beside: u32, bound: u32) -> Cut {
+        let few = Self::new(vectors, beside, FEW);
+        if beside + 16 * LEAST > Self::stage(MANY) {
+            return few;
+        }
+        let many = Self::new(vectors, beside, MANY);
+        if bound > FEW_TOKENS && few.pieces < many.pieces { few } else { many }
+    }
+    fn results(vectors: u32, beside: u32) -> Cut {
+        Self::new(vectors, beside, MANY)
+    }
+    /// Warps of a block that send tokens.
+    fn senders(&self) -> u32 {
+        if self.stages == FEW { 1 } else { 2 }
+    }
+}
+
+/// Words of an entry, an even number: pieces of a row, at most.
+pub fn most_pieces(sizes: &Sizes) -> u32 {
+    let (bytes, beside) = (sizes.plane_bytes[TOKENS], beside(&sizes.plane_bytes));
+    let results =
+        Cut::results((sizes.combine_bytes / 16) as u32, entry_part(sizes.combine_weight_bytes()) as u32);
+    Cut::rows(bytes / 16, beside, 0).pieces.max(results.pieces).next_multiple_of(2)
+}
+
+/// What is behind a row's tokens in an entry.
+pub fn beside(bytes: &[u32; PLANES]) -> u32 {
+    bytes[TOKENS + 1..].iter().map(|bytes| entry_part(*bytes as u64)).sum::<u64>().min(u32::MAX as u64) as u32
+}
+
+/// Words of an offer's list of how far its sequences are.
+fn cursors(ranks: u32) -> u32 {
+    (SENDERS * ranks).max(LANES)
+}
+
+/// Bytes of a block's shared memory: stages, and what it knows of each rank.
+fn shared(ranks: u32) -> u32 {
+    ROOM + 16 * ranks
+}
+pub(super) const MOST_SHARED: u32 = ROOM + 16 * MAX_RANKS;
 
 /// FifoState in fifo.cuh, and the lists behind it.
 pub(super) fn state_bytes(map: &Map) -> u64 {
@@ -33,21 +93,8 @@ pub(super) fn state_bytes(map: &Map) -> u64 {
         return 0;
     }
     let ranks = map.sizes.ranks() as u64;
-    let offers = 2 * (2 * ranks + ranks * lanes(ranks as u32) as u64);
-    let entries = ranks * map.sizes.fifo_rows as u64;
-    let lists = (4 * ranks + offers) * 8 + entries * 4;
+    let lists = (5 * ranks + 2 * (2 * ranks + cursors(ranks as u32) as u64 / 2)) * 8;
     (32 + 2 * size_of::<Offer>() as u64 + lists).next_multiple_of(16)
-}
-
-/// A row's pieces: how many, and vectors of each. Small where tokens are few, so that all warps have work.
-fn cut(vectors: u32, bound: u32) -> (u32, u32) {
-    let most = match bound {
-        0..=32 => PIECE / 2,
-        _ => PIECE,
-    };
-    let pieces = vectors.div_ceil(most).clamp(1, PIECES);
-    let piece = vectors.div_ceil(pieces).max(1);
-    (vectors.div_ceil(piece), piece)
 }
 
 /// Blocks that the kernels need at least: one that keeps, one that helps other slots, one that moves.
@@ -68,11 +115,18 @@ pub(super) fn check(rank: u32, map: &Map, blocks: u32, sharing: u32, device: &st
 }
 
 /// Blocks that may wait on a device, of every rank and slot: half of it stays for what does not wait (see pairs.rs).
-pub(super) fn waiting_blocks(kernels: &Kernels, sms: u32, sharing: u32, slots: u32) -> Result<u32> {
-    let mut fewest = kernels.stream_rows.blocks_per_sm(THREADS, SHARED)?;
+pub(super) fn waiting_blocks(
+    kernels: &Kernels,
+    sms: u32,
+    sharing: u32,
+    slots: u32,
+    ranks: u32,
+) -> Result<u32> {
+    let shared = shared(ranks);
+    let mut fewest = kernels.stream_rows.blocks_per_sm(THREADS, shared)?;
     for from in [Float::Bf16, Float::F16, Float::F32] {
         for to in [Float::Bf16, Float::F16, Float::F32] {
-            fewest = fewest.min(kernels.stream_results(from, to).blocks_per_sm(THREADS, SHARED)?);
+            fewest = fewest.min(kernels.stream_results(from, to).blocks_per_sm(THREADS, shared)?);
         }
     }
     Ok(fewest * sms / 2 / (sharing * slots).max(1))
@@ -84,7 +138,7 @@ impl Cuda {
         self.map.sizes.uses.fifos
     }
 
-    fn fifos(&self, slot: u32) -> Fifos {
+    fn fifos(&self, slot: u32, cut: Cut) -> Fifos {
         let private = self.private.address();
         Fifos {
             states: private + self.layout.fifos,
@@ -96,11 +150,13 @@ impl Cuda {
             entry_bytes: self.map.entry_bytes(),
             counts: Counts { region: self.map.counts(0, 0), stride: self.map.count_stride() },
             rows: self.map.sizes.fifo_rows,
-            lanes: lanes(self.ranks),
+            words_each: self.map.sizes.fifo_pieces,
             slots: self.map.sizes.slots,
             slot,
-            stage: STAGE,
-            reserved: 0,
+            stage: Cut::stage(cut.stages),
+            stages: cut.stages,
+            senders: cut.senders(),
+            cursors: cursors(self.ranks),
         }
     }
 
@@ -109,28 +165,26 @@ impl Cuda {
         bytes[..plane].iter().map(|bytes| entry_part(*bytes as u64)).sum::<u64>() as u32
     }
 
-    fn rows_on_offer(&self, d: &Dispatch) -> Offer {
+    fn rows_on_offer(&self, d: &Dispatch, cut: Cut) -> Offer {
         let bytes = &d.send.shape.plane_bytes;
-        let vectors = bytes[TOKENS] / 16;
-        let (pieces, piece) = cut(vectors, d.grid.bound);
         let (rows, stride) = self.source(d, TOKENS);
         let mut offer = Offer {
             route: self.route_params(d),
             rows,
             stride,
-            order: self.list(d.memory, self.routing.order),
-            order_starts: self.list(d.memory, self.routing.bases),
             rows_for: if d.reuse { self.list(d.memory, self.routing.rows_for) } else { 0 },
             room: self.room(d),
             limit: self.packed_limit(d),
-            vectors,
-            piece,
-            pieces,
+            vectors: bytes[TOKENS] / 16,
+            piece: cut.piece,
+            pieces: cut.pieces,
             flags: flag::HAS_CHOICES,
             ids_at: Self::in_entry(bytes, IDS),
             weights_at: Self::in_entry(bytes, WEIGHTS),
             source_at: Self::in_entry(bytes, SOURCE),
             bound: d.grid.bound,
+            beside: beside(bytes),
+            sequences: (self.stream_movers(&d.call) * cut.senders()).min(SENDERS),
             ..Offer::default()
         };
         for (plane, &size) in bytes.iter().enumerate().skip(SCALES).filter(|(_, size)| **size > 0) {
@@ -141,10 +195,20 @@ impl Cuda {
         offer
     }
 
+    /// Blocks that move, if a call both sends and takes.
+    fn stream_movers(&self, call: &Call) -> u32 {
+        within(call, self.stream_blocks) + 1 - fewest_blocks(&self.map)
+    }
+
     /// The first half's one block; else one that keeps, one that helps, and those that move.
     fn stream_shape(&self, call: &Call, waits: bool) -> Launch {
         let grid = if waits { within(call, self.stream_blocks) } else { 1 };
-        Launch { grid, block: THREADS, shared: if waits { SHARED } else { 0 }, ..Launch::default() }
+        Launch {
+            grid,
+            block: THREADS,
+            shared: if waits { shared(self.ranks) } else { 0 },
+            ..Launch::default()
+        }
     }
 
     /// `sends`: the first half; `waits`: the second.
@@ -158,6 +222,8 @@ impl Cuda {
             self.launch_open(d)?;
         }
         let halves = if sends { flag::RAISES } else { 0 } | if waits { flag::WAITS } else { 0 };
+        let bytes = &d.send.shape.plane_bytes;
+        let cut = Cut::rows(bytes[TOKENS] / 16, beside(bytes), d.grid.bound);
         if sends && !d.reuse {
             // It only tells: the counts are heard where other slots are helped meanwhile.
             self.launch_place(d, flag::RAISES, opens)?;
@@ -165,8 +231,8 @@ impl Cuda {
         let mut params = StreamParams {
             finish: self.packed_finish(d, receive, halves),
             place: self.place_params(d, halves, opens),
-            fifos: self.fifos(d.call.slot),
-            offer: self.rows_on_offer(d),
+            fifos: self.fifos(d.call.slot, cut),
+            offer: self.rows_on_offer(d, cut),
             owners: self.owners,
             expert_counts: self.small(d.expert_counts, d.call.slot, Region::ExpertCounts),
             expert_stats: d.expert_stats.map_or(0, |rows| rows.ptr as u64),
@@ -206,15 +272,18 @@ impl Cuda {
         meet.staged_bytes = 0;
         let weights_at = entry_part(Self::result_bytes(c)) as u32;
         let vectors = (Self::result_bytes(c) / 16) as u32;
-        let (pieces, piece) = cut(vectors, c.grid.bound);
+        let beside = if c.has_row_weights { entry_part(c.weight_bytes() as u64) as u32 } else { 0 };
+        let cut = Cut::results(vectors, beside);
         let mut offer = Offer {
             rows: c.send.map_or(0, |rows| rows.ptr as u64),
             stride: c.send.map_or(0, |rows| rows.stride as u64),
             rows_for: self.list(c.memory, self.routing.rank_counts),
             vectors,
-            piece,
-            pieces,
+            piece: cut.piece,
+            pieces: cut.pieces,
             bound: c.grid.bound,
+            beside,
+            sequences: ((self.stream_movers(&c.call) * cut.stages).min(LANES) / self.ranks).max(1),
             ..Offer::default()
         };
         if c.has_row_weights {
@@ -234,7 +303,7 @@ impl Cuda {
         let list = |list| self.list(c.memory, list);
         let params = StreamResultsParams {
             meet,
-            fifos: self.fifos(c.call.slot),
+            fifos: self.fifos(c.call.slot, cut),
             offer,
             owners: self.owners,
             target_ranks: list(self.routing.target_ranks),
@@ -264,17 +333,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_cut_into_pieces_that_have_words() {
-        for (vectors, bound, cuts) in [
-            (1, 4096, (1, 1)),
-            (896, 4096, (2, 448)),
-            (896, 128, (2, 448)),
-            (896, 8, (4, 224)),
-            (900, 8, (5, 180)),
-            (10_000, 4096, (8, 1250)),
-        ] {
-            assert_eq!(cut(vectors, bound), cuts);
-            assert!(cuts.0 <= PIECES && cuts.0 * cuts.1 >= vectors);
+    fn a_stage_has_room_for_a_piece_and_what_is_beside_it() {
+        for vectors in [1, 448, 896, 900, 1792, 10_000] {
+            for beside in [0, 80, 304, 6_560, 6_576, MOST_BESIDE] {
+                for bound in [1, 128, FEW_TOKENS + 1, 4096] {
+                    let cut = Cut::rows(vectors, beside, bound);
+                    assert!(
+                        cut.pieces * cut.piece >= vectors && (cut.pieces - 1) * cut.piece < vectors,
+                        "{cut:?}"
+                    );
+                    assert!(16 * cut.piece + beside <= Cut::stage(cut.stages), "{cut:?}");
+                    assert!(cut.pieces <= Cut::rows(vectors, beside, 0).pieces, "{cut:?}");
+                    assert!(3 * cut.senders() < cut.stages, "{cut:?}");
+                }
+            }
         }
+        assert_eq!(Cut::rows(896, 304, FEW_TOKENS), Cut { pieces: 2, piece: 448, stages: MANY });
+        assert_eq!(Cut::rows(896, 304, 4096), Cut { pieces: 1, piece: 896, stages: FEW });
+        assert_eq!(Cut::results(1792, 32), Cut { pieces: 4, piece: 448, stages: MANY });
     }
 }

@@ -121,9 +121,9 @@ impl Cuda {
             demands: list(self.routing.demands),
             room: self.room(d),
             limit: self.packed_limit(d),
-            order: if self.is_streamed() { list(self.routing.order) } else { 0 },
-            order_starts: if self.is_streamed() { list(self.routing.bases) } else { 0 },
-            flags: halves | if opens { flag::AFTER_OPEN } else { 0 },
+            flags: halves
+                | if opens { flag::AFTER_OPEN } else { 0 }
+                | if self.is_streamed() { flag::FROM_ZERO } else { 0 },
             reserved: 0,
         }
     }

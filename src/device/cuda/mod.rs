@@ -39,7 +39,7 @@ use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
 
 pub use contiguous::MOST_KEYS;
 pub use driver::probe;
-pub use fifo::PIECES as FIFO_PIECES;
+pub use fifo::{MOST_BESIDE as FIFO_MOST_BESIDE, beside as fifo_beside, most_pieces as fifo_pieces};
 pub use module::check_kernels;
 
 /// What the host knows of one slot.
@@ -135,8 +135,8 @@ pub struct Ground {
 const RESIDENT_GRIDS: u32 = 128;
 
 impl Ground {
-    /// `sharing`: the ranks on this device.
-    pub fn new(ordinal: i32, slots: u32, sharing: u32) -> Result<Ground> {
+    /// `sharing`: the ranks on this device; `ranks`: all.
+    pub fn new(ordinal: i32, slots: u32, sharing: u32, ranks: u32) -> Result<Ground> {
         let station = Station::of(ordinal)?;
         // A call has at most one waiting kernel at a time, of one block; all of them must find a place beside those
         // that move rows.
@@ -151,7 +151,7 @@ impl Ground {
         let pinned = Arc::new(Pinned::new(&station.context, pinned_bytes(slots))?);
         let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let pair_blocks = pairs::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
-        let stream_blocks = fifo::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
+        let stream_blocks = fifo::waiting_blocks(&station.kernels, station.sms(), sharing, slots, ranks)?;
         Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing })
     }
     pub fn context(&self) -> &Arc<Context> {

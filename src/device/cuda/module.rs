@@ -123,9 +123,9 @@ impl Kernels {
         kernels.carry.allow_shared(CARRY_SHARED)?;
         kernels.place_experts.allow_shared(COUNTING_SHARED)?;
         kernels.spread.allow_shared(COUNTING_SHARED)?;
-        kernels.stream_rows.allow_shared(fifo::SHARED)?;
+        kernels.stream_rows.allow_shared(fifo::MOST_SHARED)?;
         for kernel in kernels.stream.iter().flatten() {
-            kernel.allow_shared(fifo::SHARED)?;
+            kernel.allow_shared(fifo::MOST_SHARED)?;
         }
         Ok(kernels)
     }

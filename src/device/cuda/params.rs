@@ -23,10 +23,10 @@ const ROUTE: usize = 144;
 const RECEIVE: usize = 392;
 const SIDE: usize = 48;
 const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
-const PLACE: usize = SEAT + ROUTE + 80;
+const PLACE: usize = SEAT + ROUTE + 64;
 const FINISH: usize = SEAT + ROUTE + RECEIVE + 24;
-const OFFER: usize = ROUTE + 80 + SIDE * SIDES + 16;
-const FIFOS: usize = 96;
+const OFFER: usize = ROUTE + 72 + SIDE * SIDES + 16;
+const FIFOS: usize = 104;
 const STREAM: usize = FINISH + PLACE + FIFOS + OFFER + 72;
 const SETTLE: usize = SEAT + 96 + SIDE * SIDES;
 const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
@@ -113,9 +113,9 @@ twins! {
         push: PushParams, receive: Receive, flags: u32, reserved: u32,
     }
     Counts: 16, stride at 8 => { region: u64, stride: u64 }
-    PlaceParams: PLACE, flags at SEAT + ROUTE + 72 => {
+    PlaceParams: PLACE, flags at SEAT + ROUTE + 56 => {
         seat: Seat, route: Route, counts: Counts, kept_counts: Address, received: Address, summary: Address,
-        demands: Address, room: u32, limit: u32, order: Address, order_starts: Address, flags: u32, reserved: u32,
+        demands: Address, room: u32, limit: u32, flags: u32, reserved: u32,
     }
     SettleParams: SETTLE, side at SEAT + 96 => {
         seat: Seat, kept_counts: Address, to_tokens: u64, to_ids: u64, to_weights: u64, to_source: u64,
@@ -164,13 +164,14 @@ twins! {
         flags: u32,
     }
     Offer: OFFER, ready at OFFER - 4 => {
-        route: Route, rows: Address, stride: u64, order: Address, order_starts: Address, rows_for: Address, room: u32,
-        limit: u32, vectors: u32, piece: u32, pieces: u32, flags: u32, ids_at: u32, weights_at: u32, source_at: u32,
-        sides: u32, side: [Side; SIDES], bound: u32, epoch: u32, live: u32, ready: u32,
+        route: Route, rows: Address, stride: u64, rows_for: Address, room: u32, limit: u32, vectors: u32, piece: u32,
+        pieces: u32, flags: u32, ids_at: u32, weights_at: u32, source_at: u32, sides: u32, side: [Side; SIDES],
+        bound: u32, beside: u32, sequences: u32, epoch: u32, live: u32, ready: u32,
     }
-    Fifos: FIFOS, reserved at FIFOS - 4 => {
+    Fifos: FIFOS, cursors at FIFOS - 4 => {
         states: Address, state_bytes: u64, all: Address, entries: u64, words: u64, slot_bytes: u64, entry_bytes: u64,
-        counts: Counts, rows: u32, lanes: u32, slots: u32, slot: u32, stage: u32, reserved: u32,
+        counts: Counts, rows: u32, words_each: u32, slots: u32, slot: u32, stage: u32, stages: u32, senders: u32,
+        cursors: u32,
     }
     StreamParams: STREAM + 56 * OUTS, out at STREAM => {
         finish: FinishParams, place: PlaceParams, fifos: Fifos, offer: Offer, owners: Owners, expert_counts: Address,
@@ -223,6 +224,7 @@ pub mod flag {
 
     pub const BANKS: u32 = 4;
     pub const AFTER_OPEN: u32 = 8;
+    pub const FROM_ZERO: u32 = 16;
     pub const PADS_WEIGHTS: u32 = 16;
     pub const PADS_SOURCE: u32 = 32;
     pub const PAIR_POWERS: u32 = 64;

@@ -287,7 +287,8 @@ typedef struct a2a_config_t {
      */
     int32_t max_scale_bytes;
     /**
-     * (same) Largest row of each extra, in bytes; 0 = that extra is not used.
+     * (same) Largest row of each extra, in bytes; 0 = that extra is not used. NVLINK_TWO_SIDED on CUDA takes at most 12 KiB of
+     * ids, weights, scales and extras together, each rounded up to 16 bytes.
      */
     int32_t extra_row_bytes[A2A_MAX_EXTRAS];
     /**

@@ -235,15 +235,7 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
   A2A_SUMS(a2a_combine_##name, From, To, true, false)       \
   A2A_SUMS(a2a_weigh_##name, From, To, false, true)         \
   A2A_SUMS(a2a_combine_weigh_##name, From, To, true, true)
-A2A_REDUCE(bf16_bf16, Bf16, Bf16)
-A2A_REDUCE(bf16_f16, Bf16, F16)
-A2A_REDUCE(bf16_f32, Bf16, F32)
-A2A_REDUCE(f16_bf16, F16, Bf16)
-A2A_REDUCE(f16_f16, F16, F16)
-A2A_REDUCE(f16_f32, F16, F32)
-A2A_REDUCE(f32_bf16, F32, Bf16)
-A2A_REDUCE(f32_f16, F32, F16)
-A2A_REDUCE(f32_f32, F32, F32)
+A2A_EACH_SUM(A2A_REDUCE)
 #undef A2A_REDUCE
 #undef A2A_SUMS
 

@@ -519,20 +519,12 @@ __device__ __forceinline__ void stream_results(const StreamResultsParams& p) {
   arrive(state.ended);
 }
 
-#define A2A_STREAM(name, From, To)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(kStreamThreads, kStreamsPerSm)                                                       \
-      a2a_stream_##name(const __grid_constant__ StreamResultsParams p) {                                                \
-    stream_results<From, To>(p);                                                                                        \
+#define A2A_STREAM(name, From, To)                                            \
+  extern "C" __global__ void __launch_bounds__(kStreamThreads, kStreamsPerSm) \
+      a2a_stream_##name(const __grid_constant__ StreamResultsParams p) {      \
+    stream_results<From, To>(p);                                              \
   }
-A2A_STREAM(bf16_bf16, Bf16, Bf16)
-A2A_STREAM(bf16_f16, Bf16, F16)
-A2A_STREAM(bf16_f32, Bf16, F32)
-A2A_STREAM(f16_bf16, F16, Bf16)
-A2A_STREAM(f16_f16, F16, F16)
-A2A_STREAM(f16_f32, F16, F32)
-A2A_STREAM(f32_bf16, F32, Bf16)
-A2A_STREAM(f32_f16, F32, F16)
-A2A_STREAM(f32_f32, F32, F32)
+A2A_EACH_SUM(A2A_STREAM)
 #undef A2A_STREAM
 
 }  // namespace a2a

@@ -41,6 +41,18 @@ struct F32 {
   }
 };
 
+// Expands to what `X` makes of each pair of what results are and what their sum becomes.
+#define A2A_EACH_SUM(X)     \
+  X(bf16_bf16, Bf16, Bf16)  \
+  X(bf16_f16, Bf16, F16)    \
+  X(bf16_f32, Bf16, F32)    \
+  X(f16_bf16, F16, Bf16)    \
+  X(f16_f16, F16, F16)      \
+  X(f16_f32, F16, F32)      \
+  X(f32_bf16, F32, Bf16)    \
+  X(f32_f16, F32, F16)      \
+  X(f32_f32, F32, F32)
+
 // `n` elements of an output, side by side: 8 or 4.
 template <class To, uint32_t n>
 __device__ __forceinline__ void load_out(const uint8_t* at, float* x) {

@@ -323,7 +323,8 @@ pub struct a2a_config_t {
     pub scale_layout: a2a_scale_layout_t,
     /// (same) Largest row of the caller's `scales`, in bytes; 0 = no scales. Must be 0 with `quant`.
     pub max_scale_bytes: i32,
-    /// (same) Largest row of each extra, in bytes; 0 = that extra is not used.
+    /// (same) Largest row of each extra, in bytes; 0 = that extra is not used. NVLINK_TWO_SIDED on CUDA takes at most 12 KiB of
+    /// ids, weights, scales and extras together, each rounded up to 16 bytes.
     pub extra_row_bytes: [i32; A2A_MAX_EXTRAS],
     /// (same) Dispatch/combine pairs that may be in flight at once; 0 = 1, at most 64.
     pub num_slots: i32,

@@ -4,7 +4,7 @@ use super::dispatch::{kind_of, unit};
 use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{Counts, Fifos, Offer, Out, Side, StreamParams, StreamResultsParams, flag};
-use super::{Cuda, lock, within};
+use super::{Cuda, within};
 use crate::config::MAX_RANKS;
 use crate::device::map::{IDS, Map, PLANES, SCALES, SOURCE, Sizes, TOKENS, WEIGHTS, entry_part};
 use crate::device::{Call, Combine, Dispatch, Float, Region, Target};
@@ -213,14 +213,7 @@ impl Cuda {
 
     /// `sends`: the first half; `waits`: the second.
     pub(super) fn launch_stream(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
-        let opens = sends && lock(&self.slots[d.call.slot as usize]).opens;
-        if let Some((from, quant)) = d.send.quant.filter(|_| sends) {
-            self.quantise(d, from, quant)?;
-        }
-        let receive = self.receive_params(d)?;
-        if opens {
-            self.launch_open(d)?;
-        }
+        let (receive, opens) = self.begin_packed(d, sends)?;
         let halves = if sends { flag::RAISES } else { 0 } | if waits { flag::WAITS } else { 0 };
         let bytes = &d.send.shape.plane_bytes;
         let cut = Cut::rows(bytes[TOKENS] / 16, beside(bytes), d.grid.bound);

@@ -41,10 +41,9 @@ impl Cuda {
         self.is_flat() || self.is_contiguous()
     }
 
-    /// `sends`: the first half; `waits`: the second.
-    pub(super) fn launch_packed(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
+    /// What goes before the kernels of a dispatch whose rows are those of one list; whether a dispatch may follow a dispatch.
+    pub(super) fn begin_packed(&self, d: &Dispatch, sends: bool) -> Result<(Receive, bool)> {
         let opens = sends && super::lock(&self.slots[d.call.slot as usize]).opens;
-        let banks = sends && !waits && !d.reuse;
         if let Some((from, quant)) = d.send.quant.filter(|_| sends) {
             self.quantise(d, from, quant)?;
         }
@@ -53,6 +52,13 @@ impl Cuda {
         if opens {
             self.launch_open(d)?;
         }
+        Ok((receive, opens))
+    }
+
+    /// `sends`: the first half; `waits`: the second.
+    pub(super) fn launch_packed(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
+        let banks = sends && !waits && !d.reuse;
+        let (receive, opens) = self.begin_packed(d, sends)?;
         let halves = if sends { flag::RAISES } else { 0 } | if waits { flag::WAITS } else { 0 };
         if !d.reuse {
             self.launch_place(d, halves, opens)?;

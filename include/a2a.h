@@ -25,6 +25,12 @@
 
 
 /**
+ * Config flag: the host of a2a_unique_id_from_address may be more than a loopback address. Without it a2a_create refuses
+ * such an address, since whoever can reach it may knock, if not enter.
+ */
+#define A2A_CONFIG_REMOTE 1
+
+/**
  * Dispatch flag: wait for the counts on the host and report num_rows.
  */
 #define A2A_DISPATCH_HOST_COUNTS 1
@@ -190,8 +196,10 @@ typedef int32_t a2a_overflow_t;
 typedef int32_t a2a_bootstrap_t;
 
 /**
- * The caller's all-gather for bootstrap: rank-ordered concatenation of `bytes` bytes from every rank into
- * `recv`. Returns 0 on success.
+ * The caller's all-gather for bootstrap, a collective over exactly the ranks of the group: concatenates `bytes` bytes
+ * from `send` of every rank, rank ascending, into `recv` (num_ranks * bytes, host memory). `bytes` is the same on all
+ * ranks. Returns 0 on success. Called once by a2a_create with num_ranks > 1, on its thread; how long it waits is its own
+ * affair. What it carries holds the key of the group: whoever can read it can join.
  */
 typedef int32_t (*a2a_allgather_fn)(const void *send, void *recv, size_t bytes, void *user);
 
@@ -315,7 +323,7 @@ typedef struct a2a_config_t {
      */
     int64_t max_recv_rows;
     /**
-     * Milliseconds until a2a_create gives up on a rank; 0 = 300 000.
+     * Milliseconds until a2a_create gives up on a rank; 0 = 300 000. Does not cover config.allgather.
      */
     int64_t setup_timeout_ms;
     /**
@@ -332,7 +340,7 @@ typedef struct a2a_config_t {
      */
     uint64_t memory_limit;
     /**
-     * (same) Reserved for later options; must be 0.
+     * (same) A2A_CONFIG_*, or 0.
      */
     uint64_t flags;
     /**
@@ -350,11 +358,11 @@ typedef struct a2a_config_t {
      */
     int32_t fifo_rows;
     /**
-     * The group's name; unused (all zero) when num_ranks is 1.
+     * The group's name; unused (all zero) when num_ranks is 1, and all zero with A2A_BOOTSTRAP_ALLGATHER.
      */
     struct a2a_unique_id_t unique_id;
     /**
-     * Not in this build: must be NULL, as must allgather_user.
+     * The all-gather of A2A_BOOTSTRAP_ALLGATHER; NULL otherwise.
      */
     a2a_allgather_fn allgather;
     /**
@@ -1103,7 +1111,7 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_BOOTSTRAP_UNIQUE_ID 0
 
 /**
- * By config.allgather.
+ * By config.allgather, which every rank of the group calls once inside a2a_create, a rank that is refused included.
  */
 #define A2A_BOOTSTRAP_ALLGATHER 1
 
@@ -1182,7 +1190,8 @@ a2a_status_t a2a_query_memory(const struct a2a_config_t *config, struct a2a_memo
  * Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
  * maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
  * names the rank and the reason, within setup_timeout_ms of
- * rank 0's call (a rank whose rank 0 never comes: of its own).
+ * rank 0's call (a rank whose rank 0 never comes: of its own). A rank whose config is refused tells the others, for
+ * which it waits up to a second.
  *
  * config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
  * one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of

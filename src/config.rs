@@ -331,6 +331,46 @@ pub fn resolve(address: &str) -> Result<Vec<std::net::SocketAddr>> {
     Ok(found)
 }
 
+/// The caller's all-gather: what this rank says, and room for what all say; returns 0 on success.
+#[derive(Clone)]
+pub struct Allgather(Arc<AllgatherFn>);
+type AllgatherFn = dyn Fn(&[u8], &mut [u8]) -> i32 + Send + Sync;
+
+impl Allgather {
+    pub fn new(call: impl Fn(&[u8], &mut [u8]) -> i32 + Send + Sync + 'static) -> Allgather {
+        Allgather(Arc::new(call))
+    }
+    pub fn call(&self, mine: &[u8], all: &mut [u8]) -> i32 {
+        (self.0)(mine, all)
+    }
+}
+
+impl std::fmt::Debug for Allgather {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Allgather")
+    }
+}
+
+/// How ranks find each other.
+#[derive(Clone, Debug)]
+pub enum Bootstrap {
+    /// Nothing was set: a group of one.
+    Nothing,
+    UniqueId(UniqueId),
+    Allgather(Allgather),
+}
+
+/// What a rank needs to find the others: known before the rest of a config is.
+#[derive(Clone, Debug)]
+pub struct Meeting {
+    pub rank: u32,
+    pub num_ranks: u32,
+    pub bootstrap: Bootstrap,
+    /// Rank 0 may listen on, and be reached at, more than a loopback address.
+    pub remote: bool,
+    pub timeout_ms: u64,
+}
+
 /// A config with every default filled in and every value in range.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -365,15 +405,12 @@ pub struct Config {
     pub max_recv_rows: u64,
     /// 0: the library's choice.
     pub fifo_rows: u32,
-    pub setup_timeout_ms: u64,
     pub first_step_timeout_ms: u64,
     pub timeout_ms: u64,
     /// 0: none.
     pub memory_limit: u64,
-    pub bootstrap: BootstrapKind,
-    pub unique_id: Option<UniqueId>,
-    /// The caller gave an all-gather callback, or an NCCL communicator.
-    pub has_allgather: bool,
+    pub meeting: Meeting,
+    /// The caller gave an NCCL communicator.
     pub has_nccl_comm: bool,
     /// What this rank's plan came to: AUTO may depend on what a rank can afford, and all must come to the same.
     pub chosen: Option<(BackendKind, LayoutKind)>,
@@ -406,7 +443,6 @@ impl Config {
     /// What every rank must agree on, by the name the user knows.
     pub fn agreed(&self) -> Vec<(&'static str, u64)> {
         let mut fields = vec![
-            ("num_ranks", self.num_ranks as u64),
             ("max_ranks", self.max_ranks as u64),
             ("ranks_per_device", self.ranks_per_device as u64),
             ("device", self.device as u64),
@@ -430,6 +466,7 @@ impl Config {
             ("overflow", self.overflow as u64),
             ("max_recv_rows", self.max_recv_rows),
             ("fifo_rows", self.fifo_rows as u64),
+            ("flags", u64::from(self.meeting.remote)),
         ];
         const EXTRAS: [&str; MAX_EXTRAS] = [
             "extra_row_bytes[0]",

@@ -7,21 +7,23 @@
 //! machines with fewer cores than ranks. A2A_TEST_SEED gives other ranks, tokens and moments.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::BufRead;
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use a2a::abi::calls::{a2a_destroy, a2a_set_log_callback, a2a_unique_id_from_address};
+use a2a::abi::calls::{a2a_destroy, a2a_set_log_callback};
 use a2a::abi::types::*;
 use libtest_mimic::{Arguments, Trial};
 
 #[allow(dead_code, reason = "each test binary uses a part")]
 mod common;
+#[path = "faults/rendezvous.rs"]
+mod rendezvous;
 
 use common::*;
+use rendezvous::*;
 
 type Outcomes = Result<Vec<Outcome>, String>;
 
@@ -1694,268 +1696,6 @@ fn slots_cross_and_one_fails(fate: Fate) -> Result<(), String> {
     Ok(())
 }
 
-// ----------------------------------------------------------------------------------------------- creating
-
-type Spoil = fn(&mut a2a_config_t);
-
-/// What every rank must agree on: its name, and how one rank comes to have another.
-const FIELDS: [(&str, Spoil); 15] = [
-    ("num_ranks", |config| config.num_ranks = 5),
-    ("num_experts", |config| config.num_experts = 7),
-    ("max_topk", |config| config.max_topk = 3),
-    ("max_hidden", |config| config.max_hidden = 64),
-    ("max_tokens", |config| config.max_tokens = 17),
-    ("num_slots", |config| config.num_slots = 1),
-    ("fifo_rows", |config| config.fifo_rows = 3),
-    ("backend", |config| config.backend = A2A_BACKEND_ALLGATHER_REDUCESCATTER),
-    ("layout", |config| config.layout = A2A_LAYOUT_RANK_MAJOR),
-    ("token_dtype", |config| config.token_dtype = A2A_DTYPE_BF16),
-    ("combine_dtype", |config| config.combine_dtype = A2A_DTYPE_F16),
-    ("combine_hidden", |config| config.combine_hidden = 64),
-    ("max_scale_bytes", |config| config.max_scale_bytes = 4),
-    ("extra_row_bytes[3]", |config| config.extra_row_bytes[3] = 8),
-    ("expert_owner", |config| config.expert_owner = const { &[1, 0, 0, 1, 2, 2, 3, 3] }.as_ptr()),
-];
-
-/// Ranks that differ in one field, `late` long after the others: all are told which field.
-fn configs_differ(odd: usize, late: Option<usize>) -> Result<(), String> {
-    for (name, spoil) in FIELDS {
-        let outcomes = create(&seats(RANKS, GroupId::new()), |seat| {
-            let mut config = settings(seat, Pair::OneSided);
-            // A table on all sides, so that it is the table that differs.
-            config.placement = A2A_PLACEMENT_TABLE;
-            config.expert_owner = const { &[0, 0, 1, 1, 2, 2, 3, 3] }.as_ptr();
-            if seat.rank == odd {
-                spoil(&mut config);
-            }
-            if late == Some(seat.rank) {
-                sleep(Duration::from_millis(100));
-            }
-            config
-        });
-        for (rank, outcome) in outcomes.iter().enumerate() {
-            refused(outcome, A2A_MISMATCH, &[name, "rank 0"])
-                .map_err(|error| format!("{name} differs, rank {rank}: {error}"))?;
-            in_time("told that configs differ", outcome.1, PROMISE)?;
-        }
-    }
-    Ok(())
-}
-
-fn refused(outcome: &Created, status: a2a_status_t, words: &[&str]) -> Result<(), String> {
-    let (Err(Failure { status: got, text }), took) = outcome else { return Err("a comm was made".into()) };
-    if *got == status && words.iter().all(|word| text.contains(word)) {
-        return Ok(());
-    }
-    let (want, got) = (status_name(status), status_name(*got));
-    Err(format!("expected {want} with {words:?}, got {got} after {took:?}: {text:?}"))
-}
-
-/// Some ranks never come: the deadline holds, and rank 0 says who.
-fn ranks_that_never_come(missing: &[usize]) -> Result<(), String> {
-    let setup = Duration::from_millis(1000);
-    let mut seats = seats(RANKS, GroupId::new());
-    seats.retain(|seat| !missing.contains(&seat.rank));
-    let outcomes = create(&seats, |seat| a2a_config_t {
-        setup_timeout_ms: setup.as_millis() as i64,
-        ..settings(seat, Pair::OneSided)
-    });
-    let names: Vec<String> = missing.iter().map(usize::to_string).collect();
-    let names = format!("ranks {}", names.join(", "));
-    for (seat, outcome) in seats.iter().zip(&outcomes) {
-        let words: &[&str] = match seat.rank {
-            0 => &[&names, "1000 ms"],
-            _ if missing.contains(&0) => &["rank 0", "1000 ms"],
-            _ => &["1000 ms"],
-        };
-        refused(outcome, A2A_TIMEOUT, words)?;
-        let took = outcome.1;
-        in_time("a group that is not complete (1 s is the deadline)", took, setup + PROMISE)?;
-        // The others hear of rank 0's deadline, which may have begun before theirs.
-        let own_deadline = seat.rank == 0 || missing.contains(&0);
-        if own_deadline && took < setup {
-            return Err(format!("rank {} gave up after {took:?}", seat.rank));
-        }
-    }
-    Ok(())
-}
-
-/// Ranks come, one of them is refused alone, then the last one comes and the group is whole.
-fn one_is_refused(first: Vec<Seat>, last: Seat, status: a2a_status_t, words: &[&str]) -> Result<(), String> {
-    let (send, outcomes) = channel();
-    let members = scope(|scope| {
-        for seat in &first {
-            let send = send.clone();
-            scope.spawn(move || {
-                let begun = Instant::now();
-                let outcome = Member::join(seat, Pair::OneSided, false);
-                // Nobody listens any more once the case has failed.
-                let _ = send.send((outcome, begun.elapsed()));
-            });
-        }
-        let next = || outcomes.recv().expect("every rank says how it went");
-        let (refusal, took) = next();
-        refused(&(refusal.map(|member| member.comm), took), status, words)?;
-        in_time("a rank that is refused", took, PROMISE)?;
-        let mut members = vec![Member::join(&last, Pair::OneSided, false)?];
-        for _ in 1..first.len() {
-            members.push(next().0?);
-        }
-        Ok::<_, String>(members)
-    })?;
-    all_fine("a step", &together(&all(&members), |m| m.step(0, 1)))
-}
-
-fn a_rank_comes_twice(twice: usize) -> Result<(), String> {
-    let mut first = seats(RANKS, GroupId::new());
-    let last = first.pop().expect("four ranks");
-    first.push(first[twice].clone());
-    match twice {
-        0 => one_is_refused(first, last, A2A_INVALID_ARGUMENT, &["rank 0", "in use"]),
-        _ => {
-            one_is_refused(first, last, A2A_INVALID_ARGUMENT, &[&format!("rank {twice} has joined already")])
-        }
-    }
-}
-
-/// An address that nobody listens on.
-fn free_address() -> Result<String, String> {
-    let listener = TcpListener::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
-    listener.local_addr().map(|address| address.to_string()).map_err(|error| error.to_string())
-}
-
-fn id_of(address: &str, key: &str) -> Result<GroupId, String> {
-    let text = |text: &str| std::ffi::CString::new(text).expect("no NUL");
-    let (address, key) = (text(address), text(key));
-    let mut id = a2a_unique_id_t { bytes: [0; 128] };
-    // SAFETY: NUL-terminated strings and a valid out-pointer.
-    check(unsafe { a2a_unique_id_from_address(address.as_ptr(), key.as_ptr(), &mut id) })?;
-    Ok(GroupId(id))
-}
-
-/// A stranger with another key claims rank 2 before rank 2 comes.
-fn the_wrong_key() -> Result<(), String> {
-    let address = free_address()?;
-    let mut first = seats(RANKS, id_of(&address, "the right key")?);
-    let last = first.pop().expect("four ranks");
-    first.push(Seat { id: id_of(&address, "a wrong key")?, ..first[2].clone() });
-    one_is_refused(first, last, A2A_MISMATCH, &["rank 2", "does not know the group's key"])
-}
-
-/// Whatever talks to rank 0's port, the group forms.
-fn garbage_at_the_door() -> Result<(), String> {
-    let address = free_address()?;
-    let seats = seats(RANKS, id_of(&address, "key")?);
-    let comms = scope(|scope| {
-        let root = scope.spawn(|| Member::join(&seats[0], Pair::Gather, false));
-        let mut rng = Rng::new(&[seed(), 3]);
-        let mut too_long = u32::MAX.to_le_bytes().to_vec();
-        too_long.push(2);
-        // A JOIN (kind 2) of no bytes, one of a length never sent in full, one of noise.
-        let noise = [&[200, 0, 0, 0, 2][..], &rng.bytes(200)].concat();
-        let said: [&[u8]; 7] = [
-            b"",
-            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            &too_long,
-            &[0, 0, 0, 0, 2],
-            &[100, 0, 0, 0, 2, 1],
-            &noise,
-            &rng.bytes(100_000),
-        ];
-        let mut open = Vec::new();
-        for bytes in said {
-            let mut stream = knock(&address)?;
-            // Being thrown out while still talking is one of the ways this may end.
-            let _ = stream.write_all(bytes);
-            open.push(stream);
-        }
-        // One that hangs up, the others stay.
-        drop(knock(&address)?);
-        let mut members = members(&seats[1..], Pair::Gather)?;
-        members.push(root.join().expect("no panic in a2a_create")?);
-        Ok::<_, String>(members)
-    })?;
-    all_fine("a step", &together(&all(&comms), |m| m.step(0, 1)))
-}
-
-/// Connects as soon as somebody listens.
-fn knock(address: &str) -> Result<TcpStream, String> {
-    let limit = Instant::now() + DEADLINE;
-    loop {
-        match TcpStream::connect(address) {
-            Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() > limit => return Err(format!("nobody listens: {error}")),
-            Err(_) => sleep(Duration::from_millis(5)),
-        }
-    }
-}
-
-/// A rank that may not have the memory says both numbers, and the others hear of it.
-fn a_memory_limit_too_small(odd: usize) -> Result<(), String> {
-    let seats = seats(RANKS, GroupId::new());
-    let total = query_memory(&settings(&seats[odd], Pair::OneSided))?.total_bytes;
-    let outcomes = create(&seats, |seat| {
-        let memory_limit = if seat.rank == odd { total - 1 } else { total };
-        a2a_config_t { memory_limit, ..settings(seat, Pair::OneSided) }
-    });
-    let rank = format!("rank {odd}");
-    for (seat, outcome) in seats.iter().zip(&outcomes) {
-        if seat.rank == odd {
-            refused(outcome, A2A_OUT_OF_MEMORY, &[&rank, &total.to_string(), &(total - 1).to_string()])?;
-        } else {
-            refused(outcome, A2A_PEER_LOST, &[&rank, "memory_limit"])?;
-        }
-        in_time("told of a rank without memory", outcome.1, PROMISE)?;
-    }
-    Ok(())
-}
-
-/// A process is killed while the group forms: as soon as it has joined, or (`welcomed`) when all have and it is due
-/// to send its window; then rank 1 is slow and finds the group gone.
-fn killed_in_rendezvous(victim: usize, welcomed: bool) -> Result<(), String> {
-    let mut group = Group::spawn(Pair::OneSided, false);
-    let id = GroupId::new();
-    let mut joined = vec![0, 2, 1];
-    group.tell_join(&[0, 1, 2], RANKS, id)?;
-    has_joined(&group, 1)?;
-    has_joined(&group, 2)?;
-    if welcomed {
-        group.workers[victim].stop();
-        group.workers[1].stop();
-        group.tell(3, &join(3, RANKS, group.pair, group.views, id))?;
-        joined.insert(0, 3);
-        has_joined(&group, 3)?;
-    }
-    group.workers[victim].kill();
-    let mut struck = now();
-    joined.retain(|rank| *rank != victim);
-    for &rank in &joined {
-        if welcomed && rank == 1 {
-            group.workers[1].go_on();
-            struck = now();
-        }
-        let outcome = group.answer(rank)?;
-        let told = outcome.is(A2A_PEER_LOST, &[&format!("rank {victim}")]);
-        told.map_err(|error| format!("rank {rank}: {error}"))?;
-        in_time("told of a death in a2a_create", outcome.ended.saturating_sub(struck), PROMISE)?;
-    }
-    group.join(&joined)?;
-    group.step(&joined, 0, 1)
-}
-
-/// Returns once rank 0 has let this rank in.
-fn has_joined(group: &Group, rank: usize) -> Result<(), String> {
-    let line = format!("rank {rank} of {RANKS} has joined");
-    let limit = Instant::now() + DEADLINE + GRACE;
-    while !group.workers[0].stderr().contains(&line) {
-        if Instant::now() > limit {
-            return Err(format!("rank 0 never said {line:?}"));
-        }
-        sleep(Duration::from_millis(1));
-    }
-    Ok(())
-}
-
 // --------------------------------------------------------------------------------------- what stays behind
 
 /// A process of its own, so that nothing else opens or maps anything while it counts.
@@ -2027,13 +1767,15 @@ fn footprint() -> Result<[usize; 4], String> {
 
 // ------------------------------------------------------------------------------------------------ main
 
+type Run = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
 fn main() -> std::process::ExitCode {
-    worker(&[OBEY, TIDY]);
+    worker(&[OBEY, TIDY, FEW_FILES]);
     let mut args = Arguments::from_args();
     // Cases wait more than they work.
     args.test_threads.get_or_insert(4);
     let mut trials = Vec::new();
-    let mut add = |name: String, run: Box<dyn FnOnce() -> Result<(), String> + Send>| {
+    let mut add = |name: String, run: Run| {
         trials.push(Trial::test(name, || limited(run).map_err(Into::into)));
     };
     for (number, pair) in PAIRS.into_iter().enumerate() {
@@ -2112,19 +1854,7 @@ fn main() -> std::process::ExitCode {
     for fate in [Fate::Quarrel, Fate::Overflow, Fate::Gone, Fate::GoneAndNobodyComes] {
         add(format!("stream/crossing/{fate:?}"), Box::new(move || slots_cross_and_one_fails(fate)));
     }
-    for odd in [0, 2] {
-        add(format!("create/configs_differ/{odd}"), Box::new(move || configs_differ(odd, None)));
-        add(format!("create/memory_limit/{odd}"), Box::new(move || a_memory_limit_too_small(odd)));
-        add(format!("create/twice/{odd}"), Box::new(move || a_rank_comes_twice(odd)));
-        add(format!("create/killed/{odd}"), Box::new(move || killed_in_rendezvous(odd, false)));
-    }
-    add("create/killed/2/welcomed".into(), Box::new(|| killed_in_rendezvous(2, true)));
-    add("create/configs_differ/1/late".into(), Box::new(|| configs_differ(1, Some(3))));
-    for missing in [&[3][..], &[1, 2], &[0]] {
-        add(format!("create/never_come/{missing:?}"), Box::new(|| ranks_that_never_come(missing)));
-    }
-    add("create/wrong_key".into(), Box::new(the_wrong_key));
-    add("create/garbage".into(), Box::new(garbage_at_the_door));
+    rendezvous::cases(&mut add);
     add("nothing_stays_behind".into(), Box::new(|| launch(TIDY, 1, &[Host::Child(vec![0])], &[], LIMIT)));
 
     let conclusion = libtest_mimic::run(&args, trials);
@@ -2135,7 +1865,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// Runs a case under the hard limit. One that hangs is left behind, its processes go with its thread or with us.
-fn limited(run: Box<dyn FnOnce() -> Result<(), String> + Send>) -> Result<(), String> {
+fn limited(run: Run) -> Result<(), String> {
     let (done, outcome) = channel();
     std::thread::spawn(move || {
         // Nobody listens any more once the time is up.

@@ -186,7 +186,8 @@ pub unsafe extern "C" fn a2a_query_memory(
 /// Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
 /// maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
 /// names the rank and the reason, within setup_timeout_ms of
-/// rank 0's call (a rank whose rank 0 never comes: of its own).
+/// rank 0's call (a rank whose rank 0 never comes: of its own). A rank whose config is refused tells the others, for
+/// which it waits up to a second.
 ///
 /// config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
 /// one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of
@@ -199,8 +200,11 @@ pub unsafe extern "C" fn a2a_create(config: *const a2a_config_t, comm: *mut *mut
             return Err(Error::invalid("comm is NULL"));
         }
         // SAFETY: forwarded from the caller.
-        let config = unsafe { config::read(&read_struct(config)?)? };
-        let created = Comm::create(config)?;
+        let (meeting, config) = unsafe {
+            let raw = read_struct(config)?;
+            (config::meeting(&raw)?, config::read(&raw))
+        };
+        let created = Comm::create(config.inspect_err(|error| comm::decline(&meeting, error))?)?;
         // SAFETY: not NULL; the caller vouches for it.
         unsafe { *comm = COMMS.insert(created) as *mut a2a_comm_t };
         Ok(())

@@ -5,28 +5,96 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::types::*;
 use crate::comm::Comm;
 use crate::config::{
-    BackendKind, BootstrapKind, Config, DeviceKind, Dtype, Experts, LayoutKind, MAX_EXTRAS, MAX_RANKS,
-    MAX_ROWS, MAX_SLOTS, MAX_TIMEOUT_MS, MAX_TOPK, OverflowKind, PlacementKind, QuantKind, ROW_ALIGN,
-    ScaleLayout, TransportKind, UniqueId,
+    Allgather, BackendKind, Bootstrap, BootstrapKind, Config, DeviceKind, Dtype, Experts, LayoutKind,
+    MAX_EXTRAS, MAX_RANKS, MAX_ROWS, MAX_SLOTS, MAX_TIMEOUT_MS, MAX_TOPK, Meeting, OverflowKind,
+    PlacementKind, QuantKind, ROW_ALIGN, ScaleLayout, TransportKind, UniqueId,
 };
 use crate::error::{Error, Result};
+
+fn range(rank: i32, name: &str, value: i64, low: i64, high: i64) -> Result<i64> {
+    if (low..=high).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Error::invalid(format!("rank {rank}: {name} is {value}, it must be from {low} to {high}")))
+    }
+}
+
+/// 0 means the default.
+fn positive(rank: i32, name: &str, value: i64, default: i64, high: i64) -> Result<u64> {
+    range(rank, name, value, 0, high).map(|value| if value == 0 { default as u64 } else { value as u64 })
+}
+
+/// The part by which a rank finds the others; the rest may still be refused.
+///
+/// # Safety
+/// `allgather`, if set, is a function as the ABI says, and may be called with `allgather_user` as long as the call that
+/// reads this lasts.
+pub unsafe fn meeting(raw: &a2a_config_t) -> Result<Meeting> {
+    let rank = raw.rank;
+    let invalid = |text: &str| Err(Error::invalid(format!("rank {rank}: {text}")));
+    let num_ranks = range(rank, "num_ranks", raw.num_ranks as i64, 1, MAX_RANKS as i64)? as u32;
+    range(rank, "rank", rank as i64, 0, num_ranks as i64 - 1)?;
+    if raw.flags & !A2A_CONFIG_REMOTE != 0 {
+        return invalid(&format!("flags is {:#x}, this version knows A2A_CONFIG_REMOTE (1)", raw.flags));
+    }
+    let id = UniqueId::from_bytes(rank, &raw.unique_id.bytes)?;
+    let bootstrap = match (BootstrapKind::from_code(rank, raw.bootstrap)?, id, raw.allgather) {
+        (BootstrapKind::UniqueId, _, Some(_)) => {
+            return invalid("allgather is set and bootstrap is unique_id (0), it needs allgather (1)");
+        }
+        (BootstrapKind::Allgather, Some(_), _) => {
+            return invalid("unique_id is set and bootstrap is allgather (1), it needs unique_id (0)");
+        }
+        (BootstrapKind::Allgather, _, None) => {
+            return invalid("bootstrap is allgather (1) and allgather is NULL");
+        }
+        (_, _, None) if !raw.allgather_user.is_null() => {
+            return invalid("allgather_user is set and allgather is NULL");
+        }
+        (BootstrapKind::UniqueId, Some(id), None) => Bootstrap::UniqueId(id),
+        (BootstrapKind::UniqueId, None, None) => Bootstrap::Nothing,
+        (BootstrapKind::Allgather, None, Some(call)) => {
+            let user = User(raw.allgather_user);
+            Bootstrap::Allgather(Allgather::new(move |mine, all| {
+                // SAFETY: forwarded from the caller; `all` has room for num_ranks times what `mine` has.
+                unsafe { call(mine.as_ptr().cast(), all.as_mut_ptr().cast(), mine.len(), user.get()) }
+            }))
+        }
+    };
+    Ok(Meeting {
+        rank: rank as u32,
+        num_ranks,
+        bootstrap,
+        remote: raw.flags & A2A_CONFIG_REMOTE != 0,
+        timeout_ms: positive(rank, "setup_timeout_ms", raw.setup_timeout_ms, 300_000, MAX_TIMEOUT_MS)?,
+    })
+}
+
+/// The pointer that goes with a caller's function.
+struct User(*mut std::ffi::c_void);
+
+// SAFETY: only handed back to the caller's function, on the thread of the call that brought it.
+unsafe impl Send for User {}
+// SAFETY: as above.
+unsafe impl Sync for User {}
+
+impl User {
+    fn get(&self) -> *mut std::ffi::c_void {
+        self.0
+    }
+}
 
 /// Fills in defaults and checks every value.
 ///
 /// # Safety
-/// `expert_owner`, if set, points at `num_experts` int32.
+/// As for `meeting`; `expert_owner`, if set, points at `num_experts` int32.
 pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
-    let rank = raw.rank;
-    let range = |name: &str, value: i64, low: i64, high: i64| {
-        if (low..=high).contains(&value) {
-            Ok(value)
-        } else {
-            Err(Error::invalid(format!("rank {rank}: {name} is {value}, it must be from {low} to {high}")))
-        }
-    };
+    // SAFETY: forwarded from the caller.
+    let meeting = unsafe { meeting(raw)? };
+    let (rank, num_ranks) = (raw.rank, meeting.num_ranks);
+    let range = |name: &str, value, low, high| range(rank, name, value, low, high);
+    let positive = |name: &str, value, default, high| positive(rank, name, value, default, high);
     let max = i32::MAX as i64;
-    let num_ranks = range("num_ranks", raw.num_ranks as i64, 1, MAX_RANKS as i64)? as u32;
-    range("rank", rank as i64, 0, num_ranks as i64 - 1)?;
     let max_ranks = match range("max_ranks", raw.max_ranks as i64, 0, MAX_RANKS as i64)? as u32 {
         0 => num_ranks,
         max_ranks if max_ranks < num_ranks => {
@@ -65,15 +133,6 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
     for (i, bytes) in raw.extra_row_bytes.iter().enumerate() {
         extra_row_bytes[i] = range(&format!("extra_row_bytes[{i}]"), *bytes as i64, 0, max)? as u32;
     }
-    if raw.flags != 0 {
-        return Err(Error::invalid(format!(
-            "rank {rank}: flags is {:#x}, this version knows none",
-            raw.flags
-        )));
-    }
-    let positive = |name: &str, value: i64, default: i64, high: i64| {
-        range(name, value, 0, high).map(|value| if value == 0 { default as u64 } else { value as u64 })
-    };
 
     let placement = PlacementKind::from_code(rank, raw.placement)?;
     let experts = match placement {
@@ -137,7 +196,6 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
             rows => range("fifo_rows", rows as i64, 2, 1 << 16)? as u32,
         },
         max_recv_rows: range("max_recv_rows", raw.max_recv_rows, 0, MAX_ROWS as i64)? as u64,
-        setup_timeout_ms: positive("setup_timeout_ms", raw.setup_timeout_ms, 300_000, MAX_TIMEOUT_MS)?,
         first_step_timeout_ms: positive(
             "first_step_timeout_ms",
             raw.first_step_timeout_ms,
@@ -146,9 +204,7 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         )?,
         timeout_ms: positive("timeout_ms", raw.timeout_ms, 30_000, MAX_TIMEOUT_MS)?,
         memory_limit: raw.memory_limit,
-        bootstrap: BootstrapKind::from_code(rank, raw.bootstrap)?,
-        unique_id: UniqueId::from_bytes(rank, &raw.unique_id.bytes)?,
-        has_allgather: raw.allgather.is_some() || !raw.allgather_user.is_null(),
+        meeting,
         has_nccl_comm: !raw.nccl_comm.is_null(),
         chosen: None,
     };

@@ -142,8 +142,12 @@ pub const A2A_OVERFLOW_DROP: a2a_overflow_t = 1;
 pub type a2a_bootstrap_t = i32;
 /// By config.unique_id.
 pub const A2A_BOOTSTRAP_UNIQUE_ID: a2a_bootstrap_t = 0;
-/// By config.allgather.
+/// By config.allgather, which every rank of the group calls once inside a2a_create, a rank that is refused included.
 pub const A2A_BOOTSTRAP_ALLGATHER: a2a_bootstrap_t = 1;
+
+/// Config flag: the host of a2a_unique_id_from_address may be more than a loopback address. Without it a2a_create refuses
+/// such an address, since whoever can reach it may knock, if not enter.
+pub const A2A_CONFIG_REMOTE: u64 = 1;
 
 /// Which half of an operation a call performs.
 pub type a2a_phase_t = i32;
@@ -265,8 +269,10 @@ pub struct a2a_unique_id_t {
     pub bytes: [u8; 128],
 }
 
-/// The caller's all-gather for bootstrap: rank-ordered concatenation of `bytes` bytes from every rank into
-/// `recv`. Returns 0 on success.
+/// The caller's all-gather for bootstrap, a collective over exactly the ranks of the group: concatenates `bytes` bytes
+/// from `send` of every rank, rank ascending, into `recv` (num_ranks * bytes, host memory). `bytes` is the same on all
+/// ranks. Returns 0 on success. Called once by a2a_create with num_ranks > 1, on its thread; how long it waits is its own
+/// affair. What it carries holds the key of the group: whoever can read it can join.
 pub type a2a_allgather_fn = Option<
     unsafe extern "C" fn(send: *const c_void, recv: *mut c_void, bytes: usize, user: *mut c_void) -> i32,
 >;
@@ -339,7 +345,7 @@ pub struct a2a_config_t {
     /// EXPERT_CONTIGUOUS: rows of the outputs, alignment included; EXPERT_PADDED: rows of each expert. GATHERED and
     /// RANK_MAJOR, whose rows have fixed places, refuse it.
     pub max_recv_rows: i64,
-    /// Milliseconds until a2a_create gives up on a rank; 0 = 300 000.
+    /// Milliseconds until a2a_create gives up on a rank; 0 = 300 000. Does not cover config.allgather.
     pub setup_timeout_ms: i64,
     /// Milliseconds that all waits of one call may take until the comm's first step has completed; 0 = 600 000
     /// (peers may be compiling).
@@ -348,7 +354,7 @@ pub struct a2a_config_t {
     pub timeout_ms: i64,
     /// Bytes this rank may take, windows, private memory and num_slots routings together; 0 = no limit.
     pub memory_limit: u64,
-    /// (same) Reserved for later options; must be 0.
+    /// (same) A2A_CONFIG_*, or 0.
     pub flags: u64,
     /// (same) [num_experts] owner rank of each expert, host memory, read during the call. Only with
     /// A2A_PLACEMENT_TABLE.
@@ -358,9 +364,9 @@ pub struct a2a_config_t {
     /// (same) Rows that each FIFO of NVLINK_TWO_SIDED holds, 2 to 65536; 0 = the library's choice. Other backends have
     /// none.
     pub fifo_rows: i32,
-    /// The group's name; unused (all zero) when num_ranks is 1.
+    /// The group's name; unused (all zero) when num_ranks is 1, and all zero with A2A_BOOTSTRAP_ALLGATHER.
     pub unique_id: a2a_unique_id_t,
-    /// Not in this build: must be NULL, as must allgather_user.
+    /// The all-gather of A2A_BOOTSTRAP_ALLGATHER; NULL otherwise.
     pub allgather: a2a_allgather_fn,
     /// Passed to allgather; must be NULL without it.
     pub allgather_user: *mut c_void,

@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use crate::backend;
-use crate::config::{BackendKind, BootstrapKind, Config, DeviceKind, LayoutKind, MAX_ROWS, TransportKind};
+use crate::config::{BackendKind, Config, DeviceKind, LayoutKind, MAX_ROWS, TransportKind};
 use crate::config::{QuantKind, ScaleLayout};
 use crate::device::cuda;
 use crate::device::grid::Grid;
@@ -125,9 +125,6 @@ fn check_fields(config: &Config) -> Result<()> {
     }
     if config.max_ranks != config.num_ranks {
         return refuse("max_ranks", config.max_ranks.to_string(), "num_ranks (no backend here is elastic)");
-    }
-    if config.bootstrap != BootstrapKind::UniqueId || config.has_allgather {
-        return refuse("bootstrap by allgather", "set".into(), "bootstrap by unique_id");
     }
     if config.has_nccl_comm {
         return refuse("nccl_comm", "set".into(), "NULL");
@@ -426,7 +423,7 @@ pub fn explain(config: &Config) -> String {
         "placement": config.placement.name(),
     });
     report["timeouts_ms"] = json!({
-        "setup": config.setup_timeout_ms,
+        "setup": config.meeting.timeout_ms,
         "first_step": config.first_step_timeout_ms,
         "step": config.timeout_ms,
     });

@@ -29,7 +29,7 @@ use crate::memory::vmm::{self, VmmWindow};
 use crate::memory::{WindowFd, Windows};
 use crate::transport::bootstrap;
 
-pub use crate::transport::bootstrap::new_unique_id;
+pub use crate::transport::bootstrap::{decline, new_unique_id};
 pub use combine::{CombineRecv, CombineSend};
 pub use dispatch::{DispatchRecv, DispatchSend};
 pub use explain::{Memory, Plan, explain};
@@ -72,7 +72,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Comm {
     pub fn create(mut config: Config) -> Result<Arc<Comm>> {
-        let plan = explain::plan(&config)?;
+        let plan = explain::plan(&config).inspect_err(|error| decline(&config.meeting, error))?;
         config.chosen = Some((plan.backend, plan.layout));
         let Some(backend) = backend::of(plan.backend) else {
             return Err(Error::internal("a backend was chosen that is not built"));
@@ -95,12 +95,12 @@ impl Comm {
         let built = build(&config, &plan, &health, window, fds);
         let (device, watchdog) = match built {
             Ok(built) => {
-                gathered.finish(&config, Ok(()))?;
+                gathered.finish(Ok(()))?;
                 built
             }
             Err(error) => {
                 // The others are told; their answer changes nothing about our own reason.
-                let _ = gathered.finish(&config, Err(error.clone()));
+                let _ = gathered.finish(Err(error.clone()));
                 return Err(error);
             }
         };

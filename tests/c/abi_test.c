@@ -777,19 +777,32 @@ static void test_cuda_or_why_not(void)
     }
 }
 
+static void test_how_ranks_meet(void)
+{
+    int something;
+    WITH(bootstrap, A2A_BOOTSTRAP_ALLGATHER, A2A_INVALID_ARGUMENT, "allgather is NULL");
+    WITH(allgather, no_allgather, A2A_INVALID_ARGUMENT, "bootstrap is unique_id (0)");
+    WITH(allgather_user, &something, A2A_INVALID_ARGUMENT, "allgather_user");
+    a2a_config_t config = config_of(0, 1);
+    config.bootstrap = A2A_BOOTSTRAP_ALLGATHER, config.allgather = no_allgather;
+    OK(a2a_get_unique_id(&config.unique_id));
+    refused_config(&config, A2A_INVALID_ARGUMENT, "unique_id is set");
+    /* A rank alone needs nobody. */
+    config = config_of(0, 1);
+    config.bootstrap = A2A_BOOTSTRAP_ALLGATHER, config.allgather = no_allgather;
+    OK(create_with_config(&config));
+}
+
 static void test_features_not_in_this_build(void)
 {
     int something;
-    WITH(bootstrap, A2A_BOOTSTRAP_ALLGATHER, A2A_UNSUPPORTED, "bootstrap");
-    WITH(allgather, no_allgather, A2A_UNSUPPORTED, "allgather");
-    WITH(allgather_user, &something, A2A_UNSUPPORTED, "allgather");
     WITH(nccl_comm, &something, A2A_UNSUPPORTED, "nccl_comm");
     WITH(backend, A2A_BACKEND_NIXL_ELASTIC, A2A_UNSUPPORTED, "nixl_elastic");
     WITH(transport, A2A_TRANSPORT_NCCL, A2A_UNSUPPORTED, "nccl");
     WITH(transport, A2A_TRANSPORT_NIXL, A2A_UNSUPPORTED, "nixl");
     WITH(max_ranks, 2, A2A_UNSUPPORTED, "max_ranks");
 
-    WITH(flags, 1, A2A_INVALID_ARGUMENT, "flags");
+    WITH(flags, 2, A2A_INVALID_ARGUMENT, "flags");
 
     struct rank *rank = open_alone();
     OK(dispatch(rank));
@@ -1933,6 +1946,7 @@ static const struct {
     TEST(sizes_of_results),
     TEST(unknown_constants),
     TEST(cuda_or_why_not),
+    TEST(how_ranks_meet),
     TEST(features_not_in_this_build),
     TEST(config_ranges),
     TEST(layouts),

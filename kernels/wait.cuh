@@ -3,7 +3,7 @@
 // A flag is {epoch, number} in a mailbox of the waiting rank's window, written by its source with release after the
 // rows it covers. A wait asks if flag - epoch >= 0 in wrapped arithmetic. A wait that lasts looks now and then for the
 // ways it can end without its flags: an abort, ranks at something else, another rank's loss, a dead peer, the deadline
-// (the order of src/device/host/sync.rs). A step that is given up is told to every rank, its slot closes, and the
+// (the order of src/device/protocol.rs). A step that is given up is told to every rank, its slot closes, and the
 // record says why; nothing traps.
 #pragma once
 #include "ptx.cuh"

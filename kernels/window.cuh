@@ -1,5 +1,5 @@
 // What host and kernels share: the words of a mailbox, the state of a slot, the failure record, the parameters of
-// every kernel. Twin of src/device/map.rs (mailboxes) and src/device/cuda/params.rs (all else); both sides assert
+// every kernel. Twin of src/device/mail.rs (mailboxes) and src/device/cuda/params.rs (all else); both sides assert
 // sizes and offsets.
 //
 // Who writes what: a mailbox is written by its source rank alone, in every rank's window; a flag comes last, with
@@ -22,7 +22,7 @@ constexpr uint32_t kRouteBlocks = 8;
 // Windows that a kernel finds in its own parameters; a look into memory costs more than most kernels' arithmetic.
 constexpr uint32_t kNearRanks = 16;
 
-// Byte offsets inside a mailbox (map.rs, mod mail).
+// Byte offsets inside a mailbox (mail.rs).
 constexpr uint32_t kMailBytes = 256;
 constexpr uint32_t kCombineFlag = 8;
 constexpr uint32_t kReadFlag = 16;

@@ -8,11 +8,13 @@ pub mod cuda;
 pub mod grid;
 pub mod host;
 mod loss;
+mod mail;
 pub mod map;
 mod order;
+mod protocol;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,7 @@ use crate::config::{OverflowKind, QuantKind};
 use crate::error::{Error, Result};
 use grid::Grid;
 use map::{COLUMN_PAD, List, PLANES, received_bytes};
+use protocol::Vitals;
 
 /// Rows in memory that the device can address, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]
@@ -169,8 +172,7 @@ impl Bases {
 
 /// What threads beside the calling one tell a waiting device.
 pub struct Health {
-    aborted: AtomicBool,
-    dead: Box<[AtomicBool]>,
+    vitals: Vitals,
     /// The same where kernels can see it.
     mirror: OnceLock<Mirror>,
 }
@@ -190,29 +192,21 @@ unsafe impl Sync for Mirror {}
 
 impl Health {
     pub fn new(ranks: u32) -> Health {
-        Health {
-            aborted: AtomicBool::new(false),
-            dead: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
-            mirror: OnceLock::new(),
-        }
+        Health { vitals: Vitals::new(ranks), mirror: OnceLock::new() }
     }
     /// The user aborted this comm.
     pub fn is_aborted(&self) -> bool {
-        self.aborted.load(Ordering::Acquire)
-    }
-    /// A rank's process is gone.
-    pub fn is_dead(&self, rank: u32) -> bool {
-        self.dead[rank as usize].load(Ordering::Acquire)
+        self.vitals.is_aborted()
     }
     pub fn abort(&self) {
-        self.aborted.store(true, Ordering::SeqCst);
+        self.vitals.abort();
         self.reflect(|mirror| mirror.aborted);
     }
-    /// True if it was not known.
+    /// A rank's process is gone. True if it was not known.
     pub fn died(&self, rank: u32) -> bool {
-        let known = self.dead[rank as usize].swap(true, Ordering::SeqCst);
+        let is_new = self.vitals.died(rank);
         self.reflect(|mirror| mirror.dead.wrapping_add(rank as usize));
-        !known
+        is_new
     }
     fn reflect(&self, word: impl Fn(&Mirror) -> *const AtomicU32) {
         if let Some(mirror) = self.mirror.get() {
@@ -233,10 +227,11 @@ impl Health {
     ) {
         let _ = self.mirror.set(Mirror { aborted, dead, _keep: keep });
         // What happened before; what happens now is reflected by who does it.
-        if self.aborted.load(Ordering::SeqCst) {
+        let Vitals { aborted, dead } = &self.vitals;
+        if aborted.load(Ordering::SeqCst) {
             self.reflect(|mirror| mirror.aborted);
         }
-        for rank in (0..self.dead.len()).filter(|rank| self.dead[*rank].load(Ordering::SeqCst)) {
+        for rank in (0..dead.len()).filter(|rank| dead[*rank].load(Ordering::SeqCst)) {
             self.reflect(|mirror| mirror.dead.wrapping_add(rank));
         }
     }

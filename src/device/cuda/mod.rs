@@ -24,7 +24,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use super::loss::too_many_rows;
-use super::map::{FIRST_EPOCH, List, Map, RoutingMap, mail};
+use super::mail;
+use super::map::{FIRST_EPOCH, List, Map, RoutingMap};
 use super::order::State;
 use super::{
     Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Stream as CallersStream,

@@ -3,7 +3,7 @@
 
 use std::mem::offset_of;
 
-use crate::device::map::mail;
+use crate::device::mail;
 
 pub const MAX_RANKS: usize = 1024;
 pub const SHAPE_WORDS: usize = 16;
@@ -263,7 +263,7 @@ pub mod kind {
     pub const IN_PLACE: u32 = 8;
 }
 
-// The mailbox that kernels know is the one of map.rs.
+// The mailbox that kernels know is the one of mail.rs.
 const _: () = {
     assert!(
         mail::BYTES == 256 && mail::DISPATCH_PAIR == 224 && mail::COMBINE_FLAG == 8 && mail::READ_FLAG == 16

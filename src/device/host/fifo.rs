@@ -18,12 +18,13 @@ use super::land::{From, FromRow, Landing};
 use super::modes::DefaultModes;
 use super::push::Made;
 use super::reduce::{Pull, put_weight, sum_token};
-use super::sync::{Backoff, Flag, Slot};
+use super::sync::{Backoff, Slot};
 use crate::config::OverflowKind;
 use crate::device::grid::Grid;
 use crate::device::loss::{Why, list};
-use crate::device::map::{PLANES, entry_part, mail};
-use crate::device::{Block, Call, Combine, Dispatch, Outbound, Rows};
+use crate::device::map::{PLANES, entry_part};
+use crate::device::protocol::Flag;
+use crate::device::{Block, Call, Combine, Dispatch, Outbound, Rows, mail};
 use crate::error::{Error, Result, Status};
 
 /// Rows that a receiver hears of at once: it can begin while more are written.
@@ -135,20 +136,9 @@ impl Host {
         let offset = self.map.fifo_entry(slot, source, number);
         self.bases.at(window, offset, self.map.sizes.entry_bytes())
     }
-    /// Rows that a peer has written for this rank.
-    fn head(&self, slot: u32, peer: u32) -> u64 {
-        self.flag(slot, peer, Flag::Rows)
-    }
-    /// Tells a peer how many of its rows have been taken.
-    fn tell_tail(&self, slot: u32, peer: u32, taken: u64) {
-        let mailbox = self.map.mailbox(slot, self.rank);
-        self.bases.word(peer, mailbox + mail::FIFO_TAIL).store(taken, Release);
-    }
     /// How many more rows a peer's FIFO takes.
     fn credit(&self, slot: u32, peer: u32, sent: u64) -> u64 {
-        let mailbox = self.map.mailbox(slot, peer);
-        let tail = self.bases.word(self.rank, mailbox + mail::FIFO_TAIL).load(Acquire);
-        (self.map.sizes.fifo_rows as u64).saturating_sub(sent.saturating_sub(tail))
+        self.endpoint(slot).credit(peer, sent, self.map.sizes.fifo_rows as u64)
     }
 
     pub(super) fn offer_dispatch(&self, d: &Dispatch) -> Result<()> {
@@ -224,7 +214,7 @@ impl Host {
         if let Some(Outgoing { ready: false, offer: Offer::Rows { grid, overflow, .. }, memory }) =
             &slot.fifos.offers[0]
         {
-            if !self.counts_are_here(number, epoch) {
+            if !self.endpoint(number).all_have_come(Flag::Counts, epoch) {
                 return false;
             }
             self.place_by_counts(number, grid, &mut self.ledger(memory), &mut slot.demands);
@@ -241,8 +231,7 @@ impl Host {
         let mut rows = 0;
         let mut wrote = |peer: u32, count: u64, row_bytes: u64, sent: u64| {
             if count > 0 {
-                let mailbox = self.map.mailbox(number, self.rank);
-                self.bases.word(peer, mailbox + mail::FIFO_HEAD).store(sent, Release);
+                self.endpoint(number).tell_head(peer, sent);
                 Self::add(&self.stats.rows_fifo, count);
                 Self::add(&self.stats.bytes_fifo, count * row_bytes);
                 Self::add(&self.stats.bytes_remote, if peer == self.rank { 0 } else { count * row_bytes });
@@ -341,6 +330,7 @@ impl Host {
         }
         let mut landing = Landing::new(self, d);
         let bytes = &d.send.shape.plane_bytes;
+        let end = self.endpoint(d.call.slot);
         let mut backoff = Backoff::new();
         loop {
             let mut moved = self.pump(d.call.slot, slot);
@@ -348,7 +338,7 @@ impl Host {
             for peer in 0..self.ranks {
                 let at = peer as usize;
                 let fifos = &mut slot.fifos;
-                let until = self.head(d.call.slot, peer).min(fifos.goals[at]);
+                let until = end.head(peer).min(fifos.goals[at]);
                 while fifos.taken[at] < until {
                     let entry = self.entry(self.rank, d.call.slot, peer, fifos.taken[at]);
                     landing.token(&entry_row(bytes, entry), fifos.rows[at], false);
@@ -356,7 +346,7 @@ impl Host {
                     fifos.taken[at] += 1;
                     moved = true;
                 }
-                self.tell_tail(d.call.slot, peer, fifos.taken[at]);
+                end.tell_tail(peer, fifos.taken[at]);
                 done &= fifos.taken[at] == fifos.goals[at];
             }
             if done {
@@ -395,6 +385,7 @@ impl Host {
     /// FIFOs together, for every rank sends its own in token order.
     fn take_results(&self, c: &Combine, slot: &mut Slot, token: &mut u32, missing: &mut u64) -> bool {
         let l = self.ledger(c.memory);
+        let end = self.endpoint(c.call.slot);
         let _modes = DefaultModes::enter();
         let Slot { fifos, pulls, .. } = slot;
         let topk = c.grid.topk as usize;
@@ -403,7 +394,7 @@ impl Host {
         while *token < c.tokens {
             let at = *token as usize;
             let kept = |peer: u32, position: u32| l.place(peer as usize, position).is_some();
-            let come = |peer: u32| self.head(c.call.slot, peer) > fifos.taken[peer as usize];
+            let come = |peer: u32| end.head(peer) > fifos.taken[peer as usize];
             if !l.targets(at).all(|(peer, position)| !kept(peer, position) || come(peer)) {
                 break;
             }
@@ -433,7 +424,7 @@ impl Host {
             for (peer, position) in l.targets(at) {
                 if kept(peer, position) {
                     fifos.taken[peer as usize] += 1;
-                    self.tell_tail(c.call.slot, peer, fifos.taken[peer as usize]);
+                    end.tell_tail(peer, fifos.taken[peer as usize]);
                 }
             }
             *token += 1;
@@ -457,20 +448,13 @@ impl Host {
         }
         if backoff.looks() {
             let own = self.map.mailbox(call.slot, self.rank) + mail::WAITS_FOR;
-            if let Some(peer) = self.starved_of(call.slot, slot, flag).next() {
+            if let Some(peer) = self.endpoint(call.slot).starved_of(&slot.awaited(flag, bound)).next() {
                 self.bases.word(self.rank, own).store(waits_for(slot.epoch(), flag, peer), Release);
             }
             self.look_for_trouble(call, slot, flag, bound)?;
         }
         backoff.pause();
         Ok(())
-    }
-
-    /// Ranks whose next row is waited for: those whose rows stand in their FIFO are not late, we do not take them for
-    /// want of another's.
-    pub(super) fn starved_of(&self, slot_number: u32, slot: &Slot, flag: Flag) -> impl Iterator<Item = u32> {
-        let starved = move |peer: &u32| self.head(slot_number, *peer) <= slot.fifos.taken[*peer as usize];
-        self.missing(slot_number, slot, flag).filter(starved)
     }
 
     /// The rank that keeps a peer from taking our rows: itself, or whose rows it waits for in the same operation.
@@ -564,9 +548,10 @@ impl Host {
     /// Forgets rows on offer to ranks that will not take them; this rank's own step is whole without them.
     fn drop_undeliverable(&self, number: u32, slot: &mut Slot) {
         let epoch = slot.epoch();
+        let end = self.endpoint(number);
         for peer in 0..self.ranks {
             if slot.fifos.has_rows_for(peer)
-                && (self.why_gone(peer).is_some() || self.gave_up(number, peer, epoch).is_some())
+                && (end.why_gone(peer, &self.health.vitals).is_some() || end.gave_up(peer, epoch).is_some())
             {
                 slot.fifos.left.iter_mut().for_each(|left| left[peer as usize] = 0);
             }

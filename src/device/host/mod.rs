@@ -1,7 +1,8 @@
 //! The ops on CPU memory, run by the calling thread.
 //!
-//! `sync` holds everything about flags, waits and losses; `route` and `place` the maths of where rows go; `push` and
-//! `land` move them out and in, `fifo` both ways; `quant` and `reduce` compute.
+//! `sync` holds a slot's state, what a step says and waits for through `device/protocol.rs`, and how it is given up;
+//! `route` and `place` the maths of where rows go; `push` and `land` move them out and in, `fifo` both ways; `quant` and
+//! `reduce` compute.
 
 mod fifo;
 mod land;

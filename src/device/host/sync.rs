@@ -1,11 +1,12 @@
-//! A slot's state, its flags, and every wait on the CPU.
+//! A slot's state, what a rank says and waits for in a step, and how a step is given up, on the CPU.
 //!
-//! Who writes what: a rank writes its own mailbox in every window (flags with release, after the rows they cover),
-//! and waits on the mailboxes in its own. All waits go through `wait_for`, which knows the ways a wait can end other
-//! than by its flags: ranks that are at something else, an abort, another rank's loss, a dead peer, the deadline.
+//! What words in windows mean, in which order they are written and read, and the ways a wait can end are the
+//! protocol's (`device/protocol.rs`). Here stand what goes with each flag, how a waiting rank passes its time, and the
+//! error that an end becomes. All waits but those for rows out of FIFOs go through `wait_for`.
 
 use std::sync::MutexGuard;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use super::Host;
@@ -16,13 +17,14 @@ use crate::config::{LayoutKind, MAX_TOPK};
 use crate::device::loss::{Void, Why, operation_name, result_word, why_gone};
 #[cfg(debug_assertions)]
 use crate::device::map::TOKENS;
-use crate::device::map::{FIRST_EPOCH, Map, mail, mask_words};
+use crate::device::map::{FIRST_EPOCH, Map};
 use crate::device::order::State;
-use crate::device::{Call, Combine, Dispatch, Float, Half, Shape};
+use crate::device::protocol::{Awaited, AwaitedRows, Endpoint, Flag, Signal, Trouble, Words};
+use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Shape, mail};
 use crate::error::{Error, Result, Status};
 
 /// The generation of members; it stays 1 until membership can change.
-const GENERATION: u64 = 1;
+const GENERATION: u16 = 1;
 
 /// What a rank knows of one slot.
 #[derive(Default)]
@@ -83,80 +85,48 @@ impl Slot {
     pub(super) fn epoch(&self) -> u32 {
         FIRST_EPOCH.wrapping_add(self.sequence as u32).wrapping_sub(1)
     }
-}
-
-/// What a wait waits for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Flag {
-    /// The counts of a dispatch.
-    Counts,
-    Dispatch,
-    /// A dispatch that replays a routing.
-    Replay,
-    Combine,
-    Read,
-    /// Rows of a dispatch, and of a combine, out of FIFOs.
-    Rows,
-    Results,
-}
-
-/// Operations in progress words and error records.
-const DISPATCH: u32 = 1;
-const COMBINE: u32 = 2;
-const READ: u32 = 3;
-const REPLAY: u32 = 4;
-
-impl Flag {
-    fn offset(self) -> u64 {
-        match self {
-            Flag::Counts => mail::COUNTS_FLAG,
-            Flag::Dispatch | Flag::Replay => mail::DISPATCH_FLAG,
-            Flag::Combine => mail::COMBINE_FLAG,
-            Flag::Read => mail::READ_FLAG,
-            Flag::Rows | Flag::Results => mail::FIFO_HEAD,
-        }
+    /// Of the current step.
+    fn signal(&self, flag: Flag, bound: Option<u32>) -> Signal {
+        Signal { flag, epoch: self.epoch(), bound }
     }
-    pub(super) fn operation(self) -> u32 {
-        match self {
-            Flag::Counts | Flag::Dispatch | Flag::Rows => DISPATCH,
-            Flag::Replay => REPLAY,
-            Flag::Combine | Flag::Results => COMBINE,
-            Flag::Read => READ,
-        }
-    }
-    fn of_dispatch(d: &Dispatch) -> Flag {
-        if d.reuse { Flag::Replay } else { Flag::Dispatch }
+    pub(super) fn awaited(&self, flag: Flag, bound: Option<u32>) -> Awaited<'_> {
+        let rows = AwaitedRows { goals: &self.fifos.goals, taken: &self.fifos.taken };
+        let streams = matches!(flag, Flag::Rows | Flag::Results);
+        Awaited { signal: self.signal(flag, bound), rows: streams.then_some(rows) }
     }
 }
 
-/// A peer in one of the two kinds of dispatch waits for a peer in the other.
-fn replay_differs(mine: u32, theirs: u32) -> bool {
-    matches!((mine, theirs), (DISPATCH, REPLAY) | (REPLAY, DISPATCH))
+/// Where a slot's words lie.
+pub(super) struct SlotWords<'a> {
+    bases: &'a Bases,
+    map: &'a Map,
+    slot: u32,
+}
+
+impl Words for SlotWords<'_> {
+    #[inline]
+    fn word(&self, window: u32, source: u32, offset: u64) -> &AtomicU64 {
+        self.bases.word(window, self.map.mailbox(self.slot, source) + offset)
+    }
+    #[inline]
+    fn half(&self, window: u32, source: u32, offset: u64) -> &AtomicU32 {
+        self.bases.half(window, self.map.mailbox(self.slot, source) + offset)
+    }
+    fn mask(&self, window: u32, source: u32, word: usize) -> &AtomicU64 {
+        self.bases.word(window, self.map.loss_mask(self.slot, source) + word as u64 * 8)
+    }
+    fn gone(&self, window: u32, source: u32) -> &AtomicU32 {
+        self.bases.half(window, self.map.gone(source))
+    }
+}
+
+/// The flag of a dispatch of either kind.
+fn of_dispatch(d: &Dispatch) -> Flag {
+    if d.reuse { Flag::Replay } else { Flag::Dispatch }
 }
 
 /// Bit of a dispatch flag's number: the rows stand in the source's bank.
 const BANKED: u32 = 1 << 31;
-
-/// An epoch and a number, as a flag carries them.
-fn pack(epoch: u32, number: u32) -> u64 {
-    (epoch as u64) << 32 | number as u64
-}
-
-/// True if `flag` has reached `epoch`; right across the wrap.
-fn reached(flag: u64, epoch: u32) -> bool {
-    ((flag >> 32) as u32).wrapping_sub(epoch) as i32 >= 0
-}
-
-/// {bound, operation, low 28 bits of the epoch}.
-fn progress(epoch: u32, operation: u32, bound: u32) -> u64 {
-    (bound as u64) << 32 | (operation as u64) << 28 | (epoch & 0x0fff_ffff) as u64
-}
-
-/// How far a progress word's step is ahead of an epoch.
-fn steps_ahead(word: u64, epoch: u32) -> i32 {
-    // 28-bit difference, sign-extended.
-    ((word as u32).wrapping_sub(epoch) << 4) as i32 >> 4
-}
 
 /// Gives the core away more and more: on a machine with fewer cores than ranks the peer needs it.
 pub(super) struct Backoff {
@@ -191,28 +161,20 @@ impl Host {
         self.slots[slot as usize].lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// This rank's end of a slot's words.
+    pub(super) fn endpoint(&self, slot: u32) -> Endpoint<SlotWords<'_>> {
+        let words = SlotWords { bases: &self.bases, map: &self.map, slot };
+        Endpoint { words, rank: self.rank, ranks: self.ranks, generation: GENERATION }
+    }
+
     /// No flag of the first epoch has come.
     pub(super) fn reset_flags(&self) {
-        for slot in 0..self.map.sizes.slots {
-            for source in 0..self.ranks {
-                let mailbox = self.map.mailbox(slot, source);
-                for flag in [mail::DISPATCH_FLAG, mail::COMBINE_FLAG, mail::READ_FLAG, mail::COUNTS_FLAG] {
-                    let word = pack(FIRST_EPOCH.wrapping_sub(1), 0);
-                    self.bases.word(self.rank, mailbox + flag).store(word, Release);
-                }
-                let word = progress(FIRST_EPOCH.wrapping_sub(1), 0, 0);
-                self.bases.word(self.rank, mailbox + mail::PROGRESS).store(word, Release);
-            }
-        }
+        (0..self.map.sizes.slots).for_each(|slot| self.endpoint(slot).reset(FIRST_EPOCH));
     }
 
     pub(super) fn mark_gone(&self, aborted: bool) {
-        let reason = if aborted { 2 } else { 1 };
-        for peer in 0..self.ranks {
-            let word = self.bases.half(peer, self.map.gone(self.rank));
-            // An abort stays an abort when the comm is destroyed afterwards.
-            let _ = word.compare_exchange(0, reason, Release, Relaxed);
-        }
+        // Any slot's end will do: they share the word.
+        self.endpoint(0).leave(aborted);
     }
 
     pub(super) fn check_half(&self, slot: &Slot, call: &Call, half: Half) -> Result<()> {
@@ -247,39 +209,22 @@ impl Host {
 
     /// A dispatch follows a dispatch: nothing of the former one may be overwritten before all have read it.
     fn finish_reading(&self, call: &Call, slot: &mut Slot) -> Result<()> {
-        let epoch = slot.epoch();
-        self.tell_progress(call.slot, epoch, READ, 0);
-        for peer in 0..self.ranks {
-            let mailbox = self.map.mailbox(call.slot, self.rank);
-            self.bases.word(peer, mailbox + mail::READ_FLAG).store(pack(epoch, 0), Release);
-        }
+        self.endpoint(call.slot).raise(&slot.signal(Flag::Read, None), |_| 0);
         self.wait_for(call, slot, Flag::Read, None)
     }
 
-    fn tell_progress(&self, slot: u32, epoch: u32, operation: u32, bound: u32) {
-        let mailbox = self.map.mailbox(slot, self.rank);
-        for peer in 0..self.ranks {
-            let word = progress(epoch, operation, bound);
-            self.bases.word(peer, mailbox + mail::PROGRESS).store(word, Release);
-        }
-    }
-
-    /// Tells every rank this rank's counts, which stand in the routing or, by expert, in the slot. The progress word
-    /// comes before the flag, so that a peer that waits for something else can tell.
+    /// Tells every rank this rank's counts, which stand in the routing or, by expert, in the slot.
     pub(super) fn raise_counts(&self, d: &Dispatch) -> Result<()> {
         let slot = self.slot(d.call.slot);
         let l = self.ledger(d.memory);
         let counts: &[i32] = if d.grid.layout.by_expert() { &slot.rows_of } else { l.rows_for };
-        let epoch = slot.epoch();
-        self.tell_progress(d.call.slot, epoch, DISPATCH, d.grid.bound);
-        for peer in 0..self.ranks {
-            let offset = self.map.counts(d.call.slot, self.rank);
+        let offset = self.map.counts(d.call.slot, self.rank);
+        self.endpoint(d.call.slot).raise(&slot.signal(Flag::Counts, Some(d.grid.bound)), |peer| {
             for (key, rows) in counts.iter().enumerate() {
                 self.bases.half(peer, offset + key as u64 * 4).store(*rows as u32, Relaxed);
             }
-            let mailbox = self.map.mailbox(d.call.slot, self.rank);
-            self.bases.word(peer, mailbox + mail::COUNTS_FLAG).store(pack(epoch, 0), Release);
-        }
+            0
+        });
         Ok(())
     }
 
@@ -288,42 +233,34 @@ impl Host {
         self.wait_for(&d.call, &mut slot, Flag::Counts, Some(d.grid.bound))
     }
 
-    /// True if every rank's counts of the slot's step are here.
-    pub(super) fn counts_are_here(&self, slot: u32, epoch: u32) -> bool {
-        (0..self.ranks).all(|peer| reached(self.flag(slot, peer, Flag::Counts), epoch))
-    }
-
     /// The rows are in place: says so to every rank, with what they are.
     pub(super) fn raise_dispatch(&self, d: &Dispatch) -> Result<()> {
         let slot = self.slot(d.call.slot);
         let l = self.ledger(d.memory);
-        let epoch = slot.epoch();
-        let mailbox = self.map.mailbox(d.call.slot, self.rank);
-        let shape = &d.send.shape;
         let banked = d.split && !d.reuse && self.map.sizes.uses.banks;
-        self.tell_progress(d.call.slot, epoch, Flag::of_dispatch(d).operation(), shape.bound);
-        for peer in 0..self.ranks {
-            self.tell_shape(peer, mailbox + mail::DISPATCH_SHAPE, &shape.words());
-            self.bases.half(peer, mailbox + mail::TOKENS).store(d.send.tokens, Relaxed);
-            self.bases.half(peer, mailbox + mail::REPLAYS).store(d.reuse as u32, Relaxed);
-            let gathers = self.map.sizes.uses.published;
+        let gathers = self.map.sizes.uses.published;
+        let words = d.send.shape.words();
+        let end = self.endpoint(d.call.slot);
+        end.raise(&slot.signal(of_dispatch(d), Some(d.grid.bound)), |peer| {
+            tell_shape(&end, peer, mail::DISPATCH_SHAPE, &words);
+            end.tell(peer, mail::TOKENS, d.send.tokens);
+            end.tell(peer, mail::REPLAYS, d.reuse as u32);
             let rows = if gathers { d.send.tokens } else { l.rows_for[peer as usize] as u32 };
-            let word = pack(epoch, rows | if banked { BANKED } else { 0 });
-            self.bases.word(peer, mailbox + mail::DISPATCH_FLAG).store(word, Release);
-        }
+            rows | if banked { BANKED } else { 0 }
+        });
         Ok(())
     }
 
     pub(super) fn raise_combine(&self, c: &Combine) -> Result<()> {
-        let epoch = self.slot(c.call.slot).epoch();
+        let slot = self.slot(c.call.slot);
         #[cfg(debug_assertions)]
         self.poison(c);
-        let mailbox = self.map.mailbox(c.call.slot, self.rank);
-        self.tell_progress(c.call.slot, epoch, COMBINE, c.grid.bound);
-        for peer in 0..self.ranks {
-            self.tell_shape(peer, mailbox + mail::COMBINE_SHAPE, &combine_words(c));
-            self.bases.word(peer, mailbox + mail::COMBINE_FLAG).store(pack(epoch, 0), Release);
-        }
+        let words = combine_words(c);
+        let end = self.endpoint(c.call.slot);
+        end.raise(&slot.signal(Flag::Combine, Some(c.grid.bound)), |peer| {
+            tell_shape(&end, peer, mail::COMBINE_SHAPE, &words);
+            0
+        });
         Ok(())
     }
 
@@ -339,27 +276,21 @@ impl Host {
         }
     }
 
-    fn tell_shape(&self, peer: u32, offset: u64, words: &[u32]) {
-        for (i, word) in words.iter().enumerate() {
-            self.bases.half(peer, offset + i as u64 * 4).store(*word, Relaxed);
-        }
-    }
-
     pub(super) fn await_dispatch(&self, d: &Dispatch) -> Result<()> {
         let mut guard = self.slot(d.call.slot);
         let slot = &mut *guard;
-        let flag = Flag::of_dispatch(d);
+        let flag = of_dispatch(d);
         self.wait_for(&d.call, slot, flag, Some(d.grid.bound))?;
         let words = d.send.shape.words();
+        let end = self.endpoint(d.call.slot);
         for peer in 0..self.ranks {
-            let mailbox = self.map.mailbox(d.call.slot, peer);
-            let replays = self.bases.half(self.rank, mailbox + mail::REPLAYS).load(Relaxed);
+            let replays = end.told(peer, mail::REPLAYS);
             if replays != d.reuse as u32 {
                 let values = (d.reuse as u64, replays as u64);
                 return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Replay));
             }
             self.compare_shape(&d.call, slot, flag, peer, &words, Shape::name)?;
-            let tokens = self.bases.half(self.rank, mailbox + mail::TOKENS).load(Relaxed);
+            let tokens = end.told(peer, mail::TOKENS);
             let told = match d.rank_tokens {
                 Some(told) => Some(told[peer as usize] as u32),
                 None if d.uniform => Some(d.send.tokens),
@@ -369,7 +300,7 @@ impl Host {
                 let values = (told as u64, tokens as u64);
                 return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Told));
             }
-            let word = self.bases.word(self.rank, mailbox + mail::DISPATCH_FLAG).load(Relaxed) as u32;
+            let word = end.flag(peer, flag) as u32;
             // A count is what a peer wrote: bounded before it is an index.
             slot.arrived[peer as usize] = ((word & !BANKED).min(d.grid.bound), word & BANKED != 0);
         }
@@ -415,9 +346,9 @@ impl Host {
         name: impl Fn(usize) -> String,
     ) -> Result<()> {
         let shape = if flag == Flag::Combine { mail::COMBINE_SHAPE } else { mail::DISPATCH_SHAPE };
-        let mailbox = self.map.mailbox(call.slot, peer);
+        let end = self.endpoint(call.slot);
         for (i, mine) in mine.iter().enumerate() {
-            let theirs = self.bases.half(self.rank, mailbox + shape + i as u64 * 4).load(Relaxed);
+            let theirs = end.told(peer, shape + i as u64 * 4);
             if theirs != *mine {
                 let values = (*mine as u64, theirs as u64);
                 let why = Why::Word { name: name(i) };
@@ -427,19 +358,12 @@ impl Host {
         Ok(())
     }
 
-    /// The one wait. Returns when every rank's flag has reached the slot's epoch.
+    /// Returns when every rank's flag has come.
     fn wait_for(&self, call: &Call, slot: &mut Slot, flag: Flag, bound: Option<u32>) -> Result<()> {
-        let epoch = slot.epoch();
+        let signal = slot.signal(flag, bound);
         let mut backoff = Backoff::new();
-        let mut next = 0;
         Self::add(&self.stats.hops, 1);
-        loop {
-            while next < self.ranks && reached(self.flag(call.slot, next, flag), epoch) {
-                next += 1;
-            }
-            if next == self.ranks {
-                return Ok(());
-            }
+        self.endpoint(call.slot).wait(&signal, || {
             if self.pump(call.slot, slot) {
                 backoff = Backoff::new();
             }
@@ -447,33 +371,16 @@ impl Host {
                 self.look_for_trouble(call, slot, flag, bound)?;
             }
             backoff.pause();
-        }
-    }
-
-    pub(super) fn flag(&self, slot: u32, source: u32, flag: Flag) -> u64 {
-        let offset = self.map.mailbox(slot, source) + flag.offset();
-        self.bases.word(self.rank, offset).load(Acquire)
-    }
-
-    /// True if all that is waited for from a peer has come.
-    fn has_come(&self, slot_number: u32, slot: &Slot, flag: Flag, peer: u32) -> bool {
-        let word = self.flag(slot_number, peer, flag);
-        match flag {
-            Flag::Rows | Flag::Results => word >= slot.fifos.goals[peer as usize],
-            _ => reached(word, slot.epoch()),
-        }
-    }
-
-    /// Ranks whose flag has not come, or comes no more.
-    pub(super) fn missing(&self, slot_number: u32, slot: &Slot, flag: Flag) -> impl Iterator<Item = u32> {
-        (0..self.ranks).filter(move |&peer| !self.has_come(slot_number, slot, flag, peer))
+            Ok(())
+        })
     }
 
     /// Another thread aborted this comm.
     pub(super) fn check_aborted(&self, call: &Call, slot: &Slot, flag: Flag) -> Result<()> {
-        if !self.health.is_aborted() {
-            return Ok(());
-        }
+        if self.health.is_aborted() { Err(self.aborted(call, slot, flag)) } else { Ok(()) }
+    }
+
+    fn aborted(&self, call: &Call, slot: &Slot, flag: Flag) -> Error {
         let text = format!(
             "rank {}: aborted while it waited in {} on slot {}, sequence {}",
             self.rank,
@@ -481,26 +388,10 @@ impl Host {
             call.slot,
             slot.sequence
         );
-        Err(Error::new(Status::Aborted, text))
+        Error::new(Status::Aborted, text)
     }
 
-    /// Why a peer can send nothing more, if it cannot.
-    pub(super) fn why_gone(&self, peer: u32) -> Option<&'static str> {
-        let word = self.bases.half(self.rank, self.map.gone(peer)).load(Acquire);
-        why_gone(if word == 0 && self.health.is_dead(peer) { 3 } else { word })
-    }
-
-    /// True if a peer has given up on the slot's step or an earlier one.
-    pub(super) fn gave_up(&self, slot_number: u32, observer: u32, epoch: u32) -> Option<u64> {
-        let offset = self.map.mailbox(slot_number, observer) + mail::LOSS;
-        let word = self.bases.word(self.rank, offset).load(Acquire);
-        // A loss of a later step leaves this one to its own flags.
-        let later = (word as u32).wrapping_sub(epoch) as i32 > 0;
-        (word >> 48 == GENERATION && !later).then_some(word)
-    }
-
-    /// Every way a wait can end without its flags. The cause is read before the flag is looked at once more: a rank
-    /// that left, died or went on *after* its flag is no loss.
+    /// Ends the step if what is awaited comes no more.
     pub(super) fn look_for_trouble(
         &self,
         call: &Call,
@@ -508,86 +399,38 @@ impl Host {
         flag: Flag,
         bound: Option<u32>,
     ) -> Result<()> {
-        let epoch = slot.epoch();
-        let streams = matches!(flag, Flag::Rows | Flag::Results);
-        let goals = |slot: &Slot, peer: u32| match streams {
-            true => (slot.fifos.goals[peer as usize], self.flag(call.slot, peer, flag)),
-            false => (pack(epoch, 0) >> 32, self.flag(call.slot, peer, flag) >> 32),
+        let end = self.endpoint(call.slot);
+        let awaited = slot.awaited(flag, bound);
+        let is_late = || call.started.elapsed() >= call.budget;
+        let Some(trouble) = end.look_for_trouble(&awaited, &self.health.vitals, is_late) else {
+            return Ok(());
         };
-        self.check_aborted(call, slot, flag)?;
-
-        // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
-        for peer in 0..self.ranks {
-            let word =
-                self.bases.word(self.rank, self.map.mailbox(call.slot, peer) + mail::PROGRESS).load(Acquire);
-            let (ahead, operation, theirs) =
-                (steps_ahead(word, epoch), (word >> 28 & 0xf) as u32, (word >> 32) as u32);
-            // A peer may go on while rows it owes are on offer; what it is at was checked by its flag.
-            let here = !streams && !self.has_come(call.slot, slot, flag, peer);
-            if let Some(mine) =
-                bound.filter(|mine| ahead == 0 && operation == flag.operation() && theirs != *mine)
-            {
-                let values = (mine as u64, theirs as u64);
-                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, Why::Bound));
+        let (status, lost, values, why) = match trouble {
+            Trouble::Aborted => return Err(self.aborted(call, slot, flag)),
+            Trouble::Bound { peer, mine, theirs } => {
+                (Status::Mismatch, vec![peer], (mine as u64, theirs as u64), Why::Bound)
             }
-            let mine = flag.operation();
-            let elsewhere = matches!(operation, COMBINE | READ) && operation != mine;
-            // One kind of dispatch beside the other is wrong whatever flags have come.
-            let differs = !streams && ahead == 0 && replay_differs(mine, operation);
-            if differs || here && (ahead > 0 || ahead == 0 && elsewhere) {
+            Trouble::Elsewhere { peer, operation, ahead } => {
                 let values = (flag.operation() as u64, operation as u64);
-                let why = Why::Elsewhere { ahead: ahead as i64 };
-                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, why));
+                (Status::Mismatch, vec![peer], values, Why::Elsewhere { ahead: ahead as i64 })
             }
-        }
-
-        // Somebody else gave up on the step.
-        for observer in (0..self.ranks).filter(|r| *r != self.rank) {
-            let Some(word) = self.gave_up(call.slot, observer, epoch) else { continue };
-            if self.missing(call.slot, slot, flag).next().is_none() {
-                continue;
+            Trouble::GaveUp { observer, status, lost, origin } => {
+                let status = Status::from_code(status as i32).unwrap_or(Status::PeerLost);
+                let values = end.values(&awaited, lost.first().copied().unwrap_or(observer));
+                (status, lost, values, Why::GaveUp { origin })
             }
-            let status = Status::from_code((word >> 32 & 0xffff) as i32).unwrap_or(Status::PeerLost);
-            let lost = self.read_mask(call.slot, observer);
-            // Word may have come through a third rank: the first is the one to ask.
-            let origin = self.map.mailbox(call.slot, observer) + mail::LOSS_ORIGIN;
-            let origin = self.bases.half(self.rank, origin).load(Relaxed);
-            let values = goals(slot, lost.first().copied().unwrap_or(observer));
-            return Err(self.lose(call, slot, flag, status, &lost, values, Why::GaveUp { origin }));
-        }
-
-        // Ranks that can send nothing more.
-        let (lost, whys): (Vec<u32>, Vec<&str>) = (0..self.ranks)
-            .filter_map(|peer| self.why_gone(peer).map(|why| (peer, why)))
-            .filter(|(peer, _)| !self.has_come(call.slot, slot, flag, *peer))
-            .unzip();
-        if let Some(first) = lost.first() {
-            let values = goals(slot, *first);
-            return Err(self.lose(call, slot, flag, Status::PeerLost, &lost, values, Why::Gone { whys }));
-        }
-
-        if call.started.elapsed() >= call.budget {
-            let late: Vec<u32> = match streams {
-                true => self.starved_of(call.slot, slot, flag).collect(),
-                false => self.missing(call.slot, slot, flag).collect(),
-            };
-            if let Some(first) = late.first() {
-                let values = goals(slot, *first);
-                let why = Why::Late { deadline: call.budget };
-                return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, why));
+            Trouble::Gone(gone) => {
+                let values = end.values(&awaited, gone[0].0);
+                let whys = gone.iter().filter_map(|(_, word)| why_gone(*word)).collect();
+                let lost = gone.iter().map(|(peer, _)| *peer).collect();
+                (Status::PeerLost, lost, values, Why::Gone { whys })
             }
-        }
-        Ok(())
-    }
-
-    fn read_mask(&self, slot: u32, observer: u32) -> Vec<u32> {
-        let mask = self.map.loss_mask(slot, observer);
-        (0..self.ranks)
-            .filter(|r| {
-                let word = self.bases.word(self.rank, mask + (r / 64) as u64 * 8).load(Relaxed);
-                word >> (r % 64) & 1 == 1
-            })
-            .collect()
+            Trouble::Late(late) => {
+                let values = end.values(&awaited, late[0]);
+                (Status::Timeout, late, values, Why::Late { deadline: call.budget })
+            }
+        };
+        Err(self.lose(call, slot, flag, status, &lost, values, why))
     }
 
     /// Gives a step up: tells every rank, closes the slot, keeps the first error.
@@ -603,21 +446,7 @@ impl Host {
         why: Why,
     ) -> Error {
         let origin = if let Why::GaveUp { origin } = why { origin } else { self.rank };
-        let epoch = slot.epoch();
-        let mut mask = vec![0u64; mask_words(self.ranks)];
-        for r in lost {
-            mask[(r / 64) as usize] |= 1 << (r % 64);
-        }
-        for peer in 0..self.ranks {
-            let offset = self.map.loss_mask(call.slot, self.rank);
-            for (i, word) in mask.iter().enumerate() {
-                self.bases.word(peer, offset + i as u64 * 8).store(*word, Relaxed);
-            }
-            let mailbox = self.map.mailbox(call.slot, self.rank);
-            self.bases.half(peer, mailbox + mail::LOSS_ORIGIN).store(origin, Relaxed);
-            let word = GENERATION << 48 | (status as u64) << 32 | epoch as u64;
-            self.bases.word(peer, self.map.mailbox(call.slot, self.rank) + mail::LOSS).store(word, Release);
-        }
+        self.endpoint(call.slot).give_up(slot.epoch(), status as u32, lost, origin);
         let error = Void {
             rank: self.rank,
             slot: call.slot,
@@ -638,6 +467,12 @@ impl Host {
     }
 }
 
+fn tell_shape(end: &Endpoint<SlotWords>, peer: u32, offset: u64, words: &[u32]) {
+    for (i, word) in words.iter().enumerate() {
+        end.tell(peer, offset + i as u64 * 4, *word);
+    }
+}
+
 fn combine_words(c: &Combine) -> [u32; 3] {
     let code = match c.send_type {
         Float::Bf16 => 0,
@@ -645,24 +480,4 @@ fn combine_words(c: &Combine) -> [u32; 3] {
         Float::F32 => 2,
     };
     [c.hidden, code, c.has_row_weights as u32]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn flags_compare_across_the_wrap() {
-        assert!(reached(pack(0, 7), u32::MAX));
-        assert!(!reached(pack(u32::MAX, 7), 0));
-        assert!(reached(pack(5, 0), 5));
-    }
-
-    #[test]
-    fn progress_words_compare_across_the_wrap() {
-        assert_eq!(steps_ahead(progress(1, 1, 9), u32::MAX), 2);
-        assert_eq!(steps_ahead(progress(u32::MAX, 2, 9), 1), -2);
-        assert_eq!(steps_ahead(progress(77, 2, u32::MAX), 77), 0);
-        assert_eq!(progress(77, 2, 5) >> 32, 5);
-    }
 }

@@ -464,6 +464,55 @@ typedef struct a2a_info_t {
 } a2a_info_t;
 
 /**
+ * How long a2a_recover waits. All zero, or NULL: the defaults.
+ */
+typedef struct a2a_recover_in_t {
+    /**
+     * sizeof(a2a_recover_in_t) of the caller.
+     */
+    size_t struct_size;
+    /**
+     * Milliseconds for the whole recovery; 0 = the config's setup_timeout_ms. Ranks that nobody gave up on are waited
+     * for until then.
+     */
+    int64_t timeout_ms;
+    /**
+     * Milliseconds that ranks which were given up on, but whose process lives, are waited for once all others have come;
+     * 0 = 1000.
+     */
+    int64_t patience_ms;
+} a2a_recover_in_t;
+
+/**
+ * What the survivors agreed on: the same on every one of them, but for whole_steps after a recovery that failed.
+ */
+typedef struct a2a_recover_out_t {
+    /**
+     * sizeof(a2a_recover_out_t) of the caller.
+     */
+    size_t struct_size;
+    /**
+     * 1 after a2a_create, one more with each recovery.
+     */
+    uint64_t generation;
+    /**
+     * Bit r % 64 of word r / 64: rank r takes part.
+     */
+    uint64_t members[16];
+    int32_t num_members;
+    /**
+     * 1 if the windows are other memory, at the same addresses; 0 if they were kept.
+     */
+    int32_t replaced;
+    /**
+     * By slot: the last step, as a2a_error_info_t.sequence counts, that is whole on every member: its combine has
+     * returned, or another dispatch has followed it. What ranks have of later steps is not whole. From here on steps
+     * count from 1 again.
+     */
+    uint64_t whole_steps[64];
+} a2a_recover_out_t;
+
+/**
  * DLPack's DLDevice.
  */
 typedef struct a2a_tensor_device_t {
@@ -769,7 +818,7 @@ typedef struct a2a_error_info_t {
      */
     int32_t reserved;
     /**
-     * Steps opened on the slot, the failed one included.
+     * Steps opened on the slot since a2a_create or the last a2a_recover, the failed one included.
      */
     uint64_t sequence;
     /**
@@ -1217,6 +1266,38 @@ a2a_status_t a2a_get_info(struct a2a_comm_t *comm, struct a2a_info_t *info);
 a2a_status_t a2a_set_timeout(struct a2a_comm_t *comm,
                              int64_t first_step_timeout_ms,
                              int64_t timeout_ms);
+
+/**
+ * After a loss: the survivors agree on who they are, and go on in the same comm, at the same addresses. Collective over
+ * the survivors: every rank calls it whose call ended with TIMEOUT, PEER_LOST or MISMATCH, and every other that means
+ * to go on, from any state of its slots; steps in flight are void. Returns when all have done their part; then every
+ * slot is open and idle, routings can be dispatched afresh (not replayed: A2A_DISPATCH_REUSE is refused until they have
+ * been), a2a_get_async_error says nothing, and what stood in views is gone.
+ *
+ * Whoever does not come is lost: ranks whose process has ended or whose comm was destroyed or aborted at once, others
+ * as a2a_recover_in_t says. Experts of lost ranks get no rows: their ids count as -1 and as bad ids
+ * (A2A_STEP_BAD_ID). A lost rank that turns up later gets PEER_LOST and can only destroy its comm; whatever it was at, it
+ * changes nothing of the others' results: unless it is known to have ended, the windows have become other memory.
+ *
+ * in: may be NULL. out: may be NULL; written on success only. With another failure than INVALID_ARGUMENT or BUSY no step
+ * can run until a later a2a_recover succeeds: one may die during a recovery too. Memory: while windows are replaced, as
+ * much again as window_bytes of a2a_memory_t. Threads: one call at a time on a comm. CUDA memory: UNSUPPORTED in this
+ * build. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died
+ * meanwhile; or the others went on without this rank), ABORTED.
+ */
+a2a_status_t a2a_recover(struct a2a_comm_t *comm,
+                         const struct a2a_recover_in_t *input,
+                         struct a2a_recover_out_t *output);
+
+/**
+ * Says who takes part and, as far as this rank knows, lives.
+ *
+ * mask: out, [count] int32, 1 = member and alive; count at least num_ranks. Threads: any, at any time. Errors:
+ * INVALID_ARGUMENT.
+ */
+a2a_status_t a2a_get_rank_mask(struct a2a_comm_t *comm,
+                               int32_t *mask,
+                               int32_t count);
 
 /**
  * Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for something this

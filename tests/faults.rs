@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
 use std::thread::{scope, sleep};
@@ -19,10 +20,13 @@ use libtest_mimic::{Arguments, Trial};
 
 #[allow(dead_code, reason = "each test binary uses a part")]
 mod common;
+#[path = "faults/recovery.rs"]
+mod recovery;
 #[path = "faults/rendezvous.rs"]
 mod rendezvous;
 
 use common::*;
+use recovery::again_and_again;
 use rendezvous::*;
 
 type Outcomes = Result<Vec<Outcome>, String>;
@@ -280,18 +284,23 @@ impl Ask {
     /// A rank's input and the sums that combine must give: rank r's experts multiply by r + 1, all in small integers
     /// that float32 holds exactly. A rank owns two experts; where a row is a (token, expert) pair, a token has the
     /// result of each of its choices, else of each of its ranks.
-    fn input(&self, rank: usize, world: usize, pair: Pair) -> (DispatchIn, Vec<f32>) {
+    /// Ranks that are not `members` have no experts: third, how many choices name one of theirs.
+    fn input(&self, rank: usize, world: usize, pair: Pair, members: u64) -> (DispatchIn, Vec<f32>, i64) {
         let mut rng = Rng::new(&[self.seed, rank as u64]);
         let drawn = rng.below(TOKENS + 1);
         let tokens = self.tokens.unwrap_or(drawn);
         let mut ids = Vec::new();
         let mut values = Vec::new();
         let mut sums = Vec::new();
+        let mut absent = 0;
         for token in 0..tokens {
             let choices = token * self.topk..(token + 1) * self.topk;
             let experts: Vec<i32> = choices.map(|choice| self.goes.expert(&mut rng, choice, world)).collect();
             let mut owners: Vec<usize> =
                 experts.iter().filter(|id| **id >= 0).map(|id| *id as usize / 2).collect();
+            let named = owners.len();
+            owners.retain(|rank| members >> rank & 1 == 1);
+            absent += (named - owners.len()) as i64;
             if !pair.by_expert() {
                 owners.sort();
                 owners.dedup();
@@ -304,18 +313,18 @@ impl Ask {
             }
             ids.extend(experts.iter().flat_map(|id| id.to_le_bytes()));
         }
+        let replays = self.flags & A2A_DISPATCH_REUSE != 0;
         values.truncate(tokens * self.hidden * self.element.bits as usize / 8);
         let input = DispatchIn {
             tokens: Some(Tensor::of(self.element, &[tokens, self.hidden], &values)),
             // A routing that is replayed has its own.
-            topk_ids: (self.flags & A2A_DISPATCH_REUSE == 0)
-                .then(|| Tensor::of(I32, &[tokens, self.topk], &ids)),
+            topk_ids: (!replays).then(|| Tensor::of(I32, &[tokens, self.topk], &ids)),
             rank_tokens: self.rank_tokens.clone(),
             max_tokens: self.bound as i32,
             flags: self.flags,
             ..Default::default()
         };
-        (input, sums)
+        (input, sums, if replays { 0 } else { absent })
     }
 }
 
@@ -327,6 +336,8 @@ struct Work {
     results: CombineIn,
     sums: CombineOut,
     expected: Vec<f32>,
+    /// Choices of experts of ranks that take part no more.
+    absent: i64,
 }
 
 /// A rank's comm with a routing on every slot.
@@ -336,6 +347,8 @@ struct Member {
     pair: Pair,
     slots: Vec<(Routing, Mutex<Work>)>,
     comm: Comm,
+    /// Ranks that take part, a bit each.
+    members: AtomicU64,
 }
 
 fn settings(seat: &Seat, pair: Pair) -> a2a_config_t {
@@ -366,7 +379,8 @@ impl Member {
             comm.routing(slot as i32).map(|routing| (routing, Mutex::new(work)))
         };
         let slots = (0..SLOTS).map(slot).collect::<Result<_, _>>()?;
-        Ok(Member { rank: seat.rank, world: seat.world, pair, slots, comm })
+        let members = AtomicU64::new((1 << seat.world) - 1);
+        Ok(Member { rank: seat.rank, world: seat.world, pair, slots, comm, members })
     }
 
     fn join(seat: &Seat, pair: Pair, views: bool) -> Result<Member, Failure> {
@@ -382,7 +396,8 @@ impl Member {
         let (routing, mut work) = self.slot(slot);
         let work = &mut *work;
         if phase != A2A_PHASE_RECV {
-            (work.input, work.expected) = ask.input(self.rank, self.world, self.pair);
+            let members = self.members.load(Ordering::Relaxed);
+            (work.input, work.expected, work.absent) = ask.input(self.rank, self.world, self.pair, members);
             work.output.tokens = Some(match self.pair.streams() {
                 true => Tensor::new(ask.element, &[self.world * ask.bound, ask.hidden]),
                 false => Tensor::view(),
@@ -392,6 +407,11 @@ impl Member {
         let (input, output) = (&work.input, &mut work.output);
         let mut outcome = Outcome::of(|| self.comm.dispatch(routing, phase, input, output));
         outcome.words = read(&output.status);
+        let counted = (phase != A2A_PHASE_SEND).then(|| outcome.words.get(1).copied()).flatten();
+        if let Some(bad) = counted.filter(|bad| outcome.status == A2A_SUCCESS && *bad != work.absent) {
+            outcome.status = WRONG;
+            outcome.text = format!("{bad} ids of lost ranks were counted and not {}", work.absent);
+        }
         outcome
     }
 
@@ -570,6 +590,8 @@ fn follow(member: &mut Option<Member>, line: &str) -> Result<Outcome, String> {
             }
         }
         "record" => member.record(),
+        "recover" => member.recover(number(1)? as i64, number(2)? as i64),
+        "mask" => member.mask(),
         "destroy" => member.destroy(),
         _ => return Err(format!("no such order: {line:?}")),
     })
@@ -1261,7 +1283,7 @@ fn a_second_call_is_busy(pair: Pair) -> Result<(), String> {
         let call = scope.spawn(|| member.dispatch(0, A2A_PHASE_BOTH, &Ask::new(1)));
         member.until_waiting(hops)?;
         let routing = &member.slots[1].0;
-        let (input, _) = Ask::new(2).input(member.rank, member.world, pair);
+        let (input, ..) = Ask::new(2).input(member.rank, member.world, pair, u64::MAX);
         let calls = [
             Outcome::of(|| {
                 member.comm.dispatch(routing, A2A_PHASE_BOTH, &input, &mut DispatchOut::default())
@@ -1705,6 +1727,7 @@ fn tidy(_: &Seat) -> Result<(), String> {
     // What the first use of anything leaves for good is not a leak.
     trouble(1)?;
     cycle(Pair::OneSided)?;
+    again_and_again(Pair::OneSided)?;
     let before = footprint()?;
     for index in 0..48 {
         cycle(PAIRS[index % PAIRS.len()])?;
@@ -1712,6 +1735,7 @@ fn tidy(_: &Seat) -> Result<(), String> {
     for index in 0..3 {
         trouble(index)?;
     }
+    PAIRS.into_iter().try_for_each(again_and_again)?;
     // Threads of the launcher end by themselves, a little after their process.
     let limit = Instant::now() + GRACE;
     while footprint()? != before && Instant::now() < limit {
@@ -1855,6 +1879,7 @@ fn main() -> std::process::ExitCode {
         add(format!("stream/crossing/{fate:?}"), Box::new(move || slots_cross_and_one_fails(fate)));
     }
     rendezvous::cases(&mut add);
+    recovery::cases(&mut add);
     add("nothing_stays_behind".into(), Box::new(|| launch(TIDY, 1, &[Host::Child(vec![0])], &[], LIMIT)));
 
     let conclusion = libtest_mimic::run(&args, trials);

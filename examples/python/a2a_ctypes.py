@@ -26,6 +26,7 @@ SCALES_ROW, SCALES_COLUMN = range(2)
 PLACEMENT_CONTIGUOUS, PLACEMENT_TABLE = range(2)
 OVERFLOW_ERROR, OVERFLOW_DROP = range(2)
 BOOTSTRAP_UNIQUE_ID, BOOTSTRAP_ALLGATHER = range(2)
+CONFIG_REMOTE = 1
 PHASE_BOTH, PHASE_SEND, PHASE_RECV = range(3)
 DISPATCH_HOST_COUNTS, DISPATCH_ZERO_PADDING, DISPATCH_UNIFORM, DISPATCH_REUSE = 1, 2, 4, 8
 COMBINE_ACCUMULATE, COMBINE_NO_WEIGHTS = 1, 2
@@ -303,6 +304,25 @@ class Stats(Sized):
     ]
 
 
+class RecoverIn(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("timeout_ms", c_int64),
+        ("patience_ms", c_int64),
+    ]
+
+
+class RecoverOut(Sized):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("generation", c_uint64),
+        ("members", c_uint64 * 16),
+        ("num_members", c_int32),
+        ("replaced", c_int32),
+        ("whole_steps", c_uint64 * 64),
+    ]
+
+
 # Every function: what it returns (None: a status, checked) and what it takes.
 SIGNATURES = {
     "a2a_get_unique_id": (None, [POINTER(UniqueId)]),
@@ -313,6 +333,8 @@ SIGNATURES = {
     "a2a_create": (None, [POINTER(Config), POINTER(c_void_p)]),
     "a2a_get_info": (None, [c_void_p, POINTER(Info)]),
     "a2a_set_timeout": (None, [c_void_p, c_int64, c_int64]),
+    "a2a_recover": (None, [c_void_p, POINTER(RecoverIn), POINTER(RecoverOut)]),
+    "a2a_get_rank_mask": (None, [c_void_p, POINTER(c_int32), c_int32]),
     "a2a_abort": (None, [c_void_p]),
     "a2a_destroy": (None, [c_void_p]),
     "a2a_routing_create": (None, [c_void_p, c_int32, POINTER(c_void_p)]),

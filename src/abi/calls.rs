@@ -5,7 +5,9 @@ use std::ffi::{CStr, c_char, c_void};
 use std::sync::Arc;
 
 use super::config;
-use super::guard::{Table, Versioned, guard, guard_with, last_error, read_struct, write_struct};
+use super::guard::{
+    Table, Versioned, check_struct, guard, guard_with, last_error, read_struct, write_struct,
+};
 use super::tensor::{self, RoutingHandle};
 use super::types::*;
 use crate::comm::{self, Comm};
@@ -32,11 +34,13 @@ versioned! {
     a2a_dispatch_out_t: 160,
     a2a_combine_in_t: 48,
     a2a_combine_out_t: 32,
+    a2a_recover_in_t: 24,
     // Results: a caller may take fewer fields than there are.
     a2a_memory_t: 16,
     a2a_info_t: 16,
     a2a_stats_t: 16,
     a2a_error_info_t: 16,
+    a2a_recover_out_t: 16,
 }
 
 /// Runs `body` with the comm; a panic in it fails the comm.
@@ -233,6 +237,83 @@ pub unsafe extern "C" fn a2a_set_timeout(
     timeout_ms: i64,
 ) -> a2a_status_t {
     with_comm("a2a_set_timeout", comm, |comm| comm.set_timeout(first_step_timeout_ms, timeout_ms))
+}
+
+/// After a loss: the survivors agree on who they are, and go on in the same comm, at the same addresses. Collective over
+/// the survivors: every rank calls it whose call ended with TIMEOUT, PEER_LOST or MISMATCH, and every other that means
+/// to go on, from any state of its slots; steps in flight are void. Returns when all have done their part; then every
+/// slot is open and idle, routings can be dispatched afresh (not replayed: A2A_DISPATCH_REUSE is refused until they have
+/// been), a2a_get_async_error says nothing, and what stood in views is gone.
+///
+/// Whoever does not come is lost: ranks whose process has ended or whose comm was destroyed or aborted at once, others
+/// as a2a_recover_in_t says. Experts of lost ranks get no rows: their ids count as -1 and as bad ids
+/// (A2A_STEP_BAD_ID). A lost rank that turns up later gets PEER_LOST and can only destroy its comm; whatever it was at, it
+/// changes nothing of the others' results: unless it is known to have ended, the windows have become other memory.
+///
+/// in: may be NULL. out: may be NULL; written on success only. With another failure than INVALID_ARGUMENT or BUSY no step
+/// can run until a later a2a_recover succeeds: one may die during a recovery too. Memory: while windows are replaced, as
+/// much again as window_bytes of a2a_memory_t. Threads: one call at a time on a comm. CUDA memory: UNSUPPORTED in this
+/// build. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died
+/// meanwhile; or the others went on without this rank), ABORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_recover(
+    comm: *mut a2a_comm_t,
+    input: *const a2a_recover_in_t,
+    output: *mut a2a_recover_out_t,
+) -> a2a_status_t {
+    with_comm("a2a_recover", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        let input = if input.is_null() { None } else { Some(unsafe { read_struct(input)? }) };
+        if !output.is_null() {
+            // SAFETY: as above. Refused before anybody is kept waiting.
+            unsafe { check_struct(output)? };
+        }
+        let (timeout_ms, patience_ms) = input.map_or((0, 0), |input| (input.timeout_ms, input.patience_ms));
+        let recovered = comm.recover(timeout_ms, patience_ms)?;
+        if output.is_null() {
+            return Ok(());
+        }
+        let mut whole_steps = [0; 64];
+        whole_steps[..recovered.whole.len()].copy_from_slice(&recovered.whole);
+        let value = a2a_recover_out_t {
+            struct_size: 0,
+            generation: recovered.generation,
+            members: *recovered.members.words(),
+            num_members: recovered.members.len() as i32,
+            replaced: recovered.replaced as i32,
+            whole_steps,
+        };
+        // SAFETY: as above.
+        unsafe { write_struct(output, &value) }
+    })
+}
+
+/// Says who takes part and, as far as this rank knows, lives.
+///
+/// mask: out, [count] int32, 1 = member and alive; count at least num_ranks. Threads: any, at any time. Errors:
+/// INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_get_rank_mask(
+    comm: *mut a2a_comm_t,
+    mask: *mut i32,
+    count: i32,
+) -> a2a_status_t {
+    with_comm("a2a_get_rank_mask", comm, |comm| {
+        let ranks = comm.rank_mask()?;
+        let rank = comm.config().rank;
+        if mask.is_null() {
+            return Err(Error::invalid(format!("rank {rank}: mask is NULL")));
+        }
+        if (count as i64) < ranks.len() as i64 {
+            let text = format!("rank {rank}: count is {count}, num_ranks is {}", ranks.len());
+            return Err(Error::invalid(text));
+        }
+        for (i, is_there) in ranks.into_iter().enumerate() {
+            // SAFETY: the caller vouches for count int32.
+            unsafe { mask.add(i).write_unaligned(is_there as i32) };
+        }
+        Ok(())
+    })
 }
 
 /// Ends every call in flight on the comm with A2A_ABORTED, and every later one. Peers that wait for something this

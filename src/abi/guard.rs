@@ -135,6 +135,14 @@ pub unsafe fn read_struct<T: Versioned>(ptr: *const T) -> Result<T> {
     }
 }
 
+/// What `write_struct` would refuse.
+///
+/// # Safety
+/// As for `read_struct`.
+pub unsafe fn check_struct<T: Versioned>(ptr: *const T) -> Result<()> {
+    check_size(ptr, read_size(ptr)?)
+}
+
 /// Writes a result struct: at most the caller's struct_size bytes, the size itself kept.
 ///
 /// # Safety

@@ -483,7 +483,7 @@ pub struct a2a_error_info_t {
     pub peer: i32,
     /// Must be ignored.
     pub reserved: i32,
-    /// Steps opened on the slot, the failed one included.
+    /// Steps opened on the slot since a2a_create or the last a2a_recover, the failed one included.
     pub sequence: u64,
     /// The value waited for and the value found.
     pub expected: u64,
@@ -492,6 +492,39 @@ pub struct a2a_error_info_t {
     pub lost_ranks: [u64; 16],
     /// The sentence, NUL-terminated UTF-8.
     pub message: [c_char; 512],
+}
+
+/// How long a2a_recover waits. All zero, or NULL: the defaults.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct a2a_recover_in_t {
+    /// sizeof(a2a_recover_in_t) of the caller.
+    pub struct_size: usize,
+    /// Milliseconds for the whole recovery; 0 = the config's setup_timeout_ms. Ranks that nobody gave up on are waited
+    /// for until then.
+    pub timeout_ms: i64,
+    /// Milliseconds that ranks which were given up on, but whose process lives, are waited for once all others have come;
+    /// 0 = 1000.
+    pub patience_ms: i64,
+}
+
+/// What the survivors agreed on: the same on every one of them, but for whole_steps after a recovery that failed.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct a2a_recover_out_t {
+    /// sizeof(a2a_recover_out_t) of the caller.
+    pub struct_size: usize,
+    /// 1 after a2a_create, one more with each recovery.
+    pub generation: u64,
+    /// Bit r % 64 of word r / 64: rank r takes part.
+    pub members: [u64; 16],
+    pub num_members: i32,
+    /// 1 if the windows are other memory, at the same addresses; 0 if they were kept.
+    pub replaced: i32,
+    /// By slot: the last step, as a2a_error_info_t.sequence counts, that is whole on every member: its combine has
+    /// returned, or another dispatch has followed it. What ranks have of later steps is not whole. From here on steps
+    /// count from 1 again.
+    pub whole_steps: [u64; 64],
 }
 
 /// What a rank dispatches. T tokens, K ids each; every tensor may be absent (NULL) where it says so.
@@ -637,6 +670,8 @@ const _: () = {
     assert!(size_of::<a2a_info_t>() == 88);
     assert!(size_of::<a2a_stats_t>() == 136);
     assert!(size_of::<a2a_error_info_t>() == 696);
+    assert!(size_of::<a2a_recover_in_t>() == 24);
+    assert!(size_of::<a2a_recover_out_t>() == 664);
     assert!(size_of::<a2a_dispatch_in_t>() == 136);
     assert!(size_of::<a2a_dispatch_out_t>() == 160);
     assert!(size_of::<a2a_combine_in_t>() == 48);

@@ -7,7 +7,9 @@ use super::{Comm, lock};
 use crate::config::{LayoutKind, MAX_EXTRAS, QuantKind, ROW_ALIGN, ScaleLayout};
 use crate::device::grid::Grid;
 use crate::device::map::{IDS, PLANES, Plane, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
-use crate::device::{Device, Dispatch, Float, Half, Outbound, Region, Rows, Stream, Target, column_shape};
+use crate::device::{
+    Device, Dispatch, Float, Half, Membership, Outbound, Region, Rows, Stream, Target, column_shape,
+};
 use crate::error::{Error, Result, Status};
 
 /// Dispatch flags, as the ABI numbers them.
@@ -215,6 +217,14 @@ impl Comm {
         if reuse && !last.received {
             return invalid("flags has A2A_DISPATCH_REUSE, the routing has no received dispatch".into());
         }
+        let Membership { generation, members } = device.membership();
+        if reuse && last.generation != generation {
+            return invalid(format!(
+                "flags has A2A_DISPATCH_REUSE, the routing is of generation {}, the comm of {generation}: dispatch \
+                 afresh after a2a_recover",
+                last.generation
+            ));
+        }
         let bound = match send.max_tokens {
             0 if reuse => last.grid.bound,
             bound if reuse && bound as i64 != last.grid.bound as i64 => {
@@ -245,7 +255,7 @@ impl Comm {
                 last.tokens
             ));
         }
-        let mut sent = Sent { tokens: tokens as u32, ..Sent::new(last.grid, 0) };
+        let mut sent = Sent { tokens: tokens as u32, generation, ..Sent::new(last.grid, 0) };
         let quant = self.check_quant(send)?;
         sent.shape.bound = bound;
         for (plane, name, tensor) in send.named() {
@@ -355,12 +365,17 @@ impl Comm {
                 if *count < 0 || *count as u32 > bound {
                     return invalid(format!("rank_tokens[{rank}] is {count}, the step's bound is {bound}"));
                 }
+                if *count > 0 && !members.contains(rank as u32) {
+                    return invalid(format!(
+                        "rank_tokens[{rank}] is {count}, rank {rank} takes part no more"
+                    ));
+                }
             }
             if gathers {
                 rows = told.iter().map(|count| *count as u64).sum();
             }
         } else if gathers && flags & UNIFORM != 0 {
-            rows = config.num_ranks as u64 * tokens as u64;
+            rows = members.len() as u64 * tokens as u64;
         }
         sent.capacity = rows as u32;
         let send = Outbound { shape: sent.shape, tokens: sent.tokens, planes: send.planes(), quant };

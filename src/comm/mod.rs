@@ -8,6 +8,7 @@
 mod combine;
 mod dispatch;
 mod explain;
+mod membership;
 mod routing;
 mod tensor;
 mod watchdog;
@@ -33,6 +34,7 @@ pub use crate::transport::bootstrap::{decline, new_unique_id};
 pub use combine::{CombineRecv, CombineSend};
 pub use dispatch::{DispatchRecv, DispatchSend};
 pub use explain::{Memory, Plan, explain};
+use membership::Past;
 pub use routing::Routing;
 use routing::Sent;
 pub use tensor::{ColumnTensor, Element, Output, Tensor, View};
@@ -50,6 +52,11 @@ pub struct Comm {
     /// `None` once destroyed.
     device: RwLock<Option<Arc<dyn Device>>>,
     health: Arc<Health>,
+    /// The group's key: its survivors meet under it.
+    key: [u8; 16],
+    /// Where the windows are mapped, on the CPU.
+    windows: Option<Windows>,
+    past: Mutex<Past>,
     /// Ends with the comm, in this order: peers learn of it, then the thread stops.
     alive: Mutex<Option<(Lifeline, Watchdog)>>,
     /// Held by the call in flight.
@@ -92,8 +99,9 @@ impl Comm {
         })?;
         let Some((lifeline, window)) = own else { return Err(Error::internal("no window was made")) };
         let fds = std::mem::take(&mut gathered.fds);
+        let key = gathered.key;
         let built = build(&config, &plan, &health, window, fds);
-        let (device, watchdog) = match built {
+        let Built { device, windows, watchdog } = match built {
             Ok(built) => {
                 gathered.finish(Ok(()))?;
                 built
@@ -118,6 +126,9 @@ impl Comm {
             backend,
             device: RwLock::new(Some(device)),
             health,
+            key,
+            windows,
+            past: Mutex::default(),
             alive: Mutex::new(Some((lifeline, watchdog))),
             in_call: Mutex::new(()),
             failure: Mutex::new(None),
@@ -447,6 +458,13 @@ impl OwnWindow {
     }
 }
 
+/// What a comm is built of once the ranks have met.
+struct Built {
+    device: Arc<dyn Device>,
+    windows: Option<Windows>,
+    watchdog: Watchdog,
+}
+
 /// Maps every window, puts this rank's own into its first state and starts the watchdog. No rank steps before all
 /// have done this: the rendezvous ends with it.
 fn build(
@@ -455,7 +473,7 @@ fn build(
     health: &Arc<Health>,
     own: OwnWindow,
     fds: Vec<Vec<OwnedFd>>,
-) -> Result<(Arc<dyn Device>, Watchdog)> {
+) -> Result<Built> {
     let (rank, bytes) = (config.rank, plan.memory().window);
     let mut windows = Vec::with_capacity(fds.len());
     let mut watched = Vec::with_capacity(fds.len());
@@ -470,21 +488,23 @@ fn build(
         watched.push(fds);
     }
     let (map, experts) = (plan.map.clone(), config.experts.clone());
-    let device: Arc<dyn Device> = match own {
+    let (device, mapped): (Arc<dyn Device>, _) = match own {
         OwnWindow::Host => {
             let adopted = windows.into_iter().zip(0..).map(|(fd, peer)| WindowFd::adopt(peer, fd, bytes));
-            let bases = Windows::map(adopted.collect::<Result<_>>()?, bytes)?.bases();
-            Arc::new(Host::new(rank, map, experts, bases, health.clone()))
+            let windows = Windows::map(adopted.collect::<Result<_>>()?, bytes)?;
+            let host = Host::new(rank, map, experts, windows.bases(), health.clone());
+            (Arc::new(host), Some(windows))
         }
         OwnWindow::Cuda(ground, window) => {
             let attic = vmm::attic(watched[0][0].as_fd())?;
             let lifelines = watched.iter().map(|fds| fds[0].as_fd());
             let bases = vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?.bases();
-            Arc::new(Cuda::new(rank, map, experts, bases, health.clone(), *ground, attic)?)
+            (Arc::new(Cuda::new(rank, map, experts, bases, health.clone(), *ground, attic)?), None)
         }
     };
     let milliseconds = Duration::from_millis;
     device.set_timeout(milliseconds(config.first_step_timeout_ms), milliseconds(config.timeout_ms));
     watched[rank as usize].clear();
-    Ok((device, Watchdog::start(rank, watched, health.clone())?))
+    let watchdog = Watchdog::start(rank, watched, health.clone())?;
+    Ok(Built { device, windows: mapped, watchdog })
 }

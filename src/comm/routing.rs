@@ -16,6 +16,8 @@ pub(super) struct Sent {
     pub everyone: bool,
     /// The dispatch was received: it can be combined, and replayed.
     pub received: bool,
+    /// Of the members it was sent among.
+    pub generation: u64,
     pub flags: u64,
     /// Empty: not told.
     pub rank_tokens: Vec<i32>,
@@ -40,6 +42,7 @@ impl Sent {
             tokens: 0,
             everyone: false,
             received: false,
+            generation: 0,
             flags: 0,
             // Filled by every dispatch that is told: no step allocates.
             rank_tokens: Vec::with_capacity(ranks as usize),

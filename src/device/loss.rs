@@ -92,12 +92,13 @@ impl Void {
     }
 }
 
-/// Why a peer can send nothing more, by its word (3: nobody is left to write one).
+/// Why a peer can send nothing more, by the number of its gone word (`protocol`).
 pub fn why_gone(word: u32) -> Option<&'static str> {
     match word {
         0 => None,
         1 => Some("destroyed its comm"),
         2 => Some("aborted"),
+        4 => Some("went on without this rank (a2a_recover)"),
         _ => Some("its process ended"),
     }
 }

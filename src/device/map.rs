@@ -259,6 +259,12 @@ impl Map {
         self.slots + self.control_bytes * self.sizes.slots as u64
     }
 
+    /// Where those stand: offsets and bytes.
+    pub fn control_regions(&self) -> impl Iterator<Item = (u64, u64)> {
+        let slots = (0..self.sizes.slots).map(|slot| (self.slot(slot), self.control_bytes));
+        std::iter::once((0, self.slots)).chain(slots)
+    }
+
     /// Where what a view can show starts.
     pub fn region(&self, slot: u32, region: Region) -> u64 {
         match region {
@@ -278,7 +284,7 @@ impl Map {
     fn slot(&self, slot: u32) -> u64 {
         self.slots + slot as u64 * self.slot_bytes
     }
-    /// u32, written by `source`: 1 it destroyed its comm, 2 it aborted.
+    /// u32, written by `source`: why it sends nothing more (`protocol`).
     pub fn gone(&self, source: u32) -> u64 {
         source as u64 * 4
     }

@@ -10,6 +10,7 @@ pub mod host;
 mod loss;
 mod mail;
 pub mod map;
+pub mod members;
 mod order;
 mod protocol;
 
@@ -22,6 +23,7 @@ use crate::config::{OverflowKind, QuantKind};
 use crate::error::{Error, Result};
 use grid::Grid;
 use map::{COLUMN_PAD, List, PLANES, received_bytes};
+use members::Members;
 use protocol::Vitals;
 
 /// Rows in memory that the device can address, `stride` bytes apart.
@@ -134,6 +136,7 @@ impl Columns {
 }
 
 /// Where the windows of all ranks lie in this process, and what keeps them there.
+#[derive(Clone)]
 pub struct Bases {
     windows: Vec<(*mut u8, u64)>,
     _keep: Arc<dyn Any + Send + Sync>,
@@ -269,6 +272,33 @@ stats!(
     bad_ids,
     steps_lost,
 );
+
+/// Who takes part, and for the how manieth time that has been agreed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Membership {
+    pub generation: u64,
+    pub members: Members,
+}
+
+impl Membership {
+    /// Of a new comm.
+    pub fn first(ranks: u32) -> Membership {
+        Membership { generation: 1, members: Members::all(ranks) }
+    }
+    /// Nobody has been lost yet.
+    pub fn is_whole(&self) -> bool {
+        self.generation == 1
+    }
+}
+
+/// How a rank stands when it is to recover.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Ranks that were given up on, by this one or by who told it.
+    pub given_up: Members,
+    /// By slot: the last step that is whole on this rank.
+    pub whole: Vec<u64>,
+}
 
 /// The four halves of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -620,6 +650,23 @@ pub trait Device: Send + Sync {
     fn set_timeout(&self, first_step: Duration, step: Duration);
     /// Tells every peer that this rank takes part no more. Never waits.
     fn leave(&self, aborted: bool);
+
+    fn membership(&self) -> Membership;
+    /// What this rank knows of the slots' steps and of lost ranks.
+    fn standing(&self) -> Standing;
+    /// Closes every slot that is open.
+    fn suspend(&self, why: &Error);
+    /// True if a rank makes no more calls: its process ended, or its comm was destroyed or aborted.
+    fn has_left(&self, peer: u32) -> bool;
+    /// True if no window can be read or written by a rank any more, whatever it was at.
+    fn cannot_touch(&self, peer: u32) -> bool;
+    /// The rank that went on without this one, if any did.
+    fn left_behind_by(&self) -> Option<u32>;
+    /// Tells a rank that this one goes on without it.
+    fn leave_behind(&self, lost: u32);
+    /// What this rank goes on with among these members, all slots idle. Its own window is in its first state; the
+    /// others' are not looked at. This device is not used again.
+    fn recovered(&self, membership: Membership) -> Result<Arc<dyn Device>>;
 }
 
 /// What a view can show.

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use Ordering::{Acquire, Relaxed, Release, SeqCst};
 
 use super::mail;
+use super::members::Members;
 
 /// What a rank is at, in progress words and error records.
 pub const DISPATCH: u32 = 1;
@@ -24,10 +25,12 @@ pub const COMBINE: u32 = 2;
 pub const READ: u32 = 3;
 pub const REPLAY: u32 = 4;
 
-/// Why a rank sends nothing more, in its gone word; the last nobody is left to write.
+/// Why a rank sends nothing more, in its gone word; that it ended nobody is left to write.
 const DESTROYED: u32 = 1;
 const ABORTED: u32 = 2;
 const ENDED: u32 = 3;
+/// Of a survivor that went on without the rank whose window it is written to.
+const WITHOUT: u32 = 4;
 
 /// What a wait waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,15 +177,18 @@ impl Vitals {
 }
 
 /// One rank's end of a slot's words. It writes its own mailbox in every window, and reads the mailboxes in its own.
-pub struct Endpoint<W> {
+pub struct Endpoint<'a, W> {
     pub words: W,
     pub rank: u32,
+    /// Ranks there were when the comm began.
     pub ranks: u32,
+    /// Those that take part: nobody else is told of anything, or waited for.
+    pub members: &'a Members,
     /// Of the members; losses of another one are not of this one's steps.
     pub generation: u16,
 }
 
-impl<W: Words> Endpoint<W> {
+impl<W: Words> Endpoint<'_, W> {
     /// In this rank's own window: no flag of the first epoch has come. No peer may step before that.
     pub fn reset(&self, first_epoch: u32) {
         let before = first_epoch.wrapping_sub(1);
@@ -199,11 +205,11 @@ impl<W: Words> Endpoint<W> {
     #[inline]
     pub fn raise(&self, signal: &Signal, mut tell: impl FnMut(u32) -> u32) {
         let Signal { flag, epoch, bound } = *signal;
-        for peer in 0..self.ranks {
+        for peer in self.members.iter() {
             let word = progress(epoch, flag.operation(), bound.unwrap_or(0));
             self.words.word(peer, self.rank, mail::PROGRESS).store(word, Release);
         }
-        for peer in 0..self.ranks {
+        for peer in self.members.iter() {
             let number = tell(peer);
             self.words.word(peer, self.rank, flag.offset()).store(pack(epoch, number), Release);
         }
@@ -228,22 +234,18 @@ impl<W: Words> Endpoint<W> {
 
     /// True if every rank's flag has reached an epoch.
     pub fn all_have_come(&self, flag: Flag, epoch: u32) -> bool {
-        (0..self.ranks).all(|peer| reached(self.flag(peer, flag), epoch))
+        self.members.iter().all(|peer| reached(self.flag(peer, flag), epoch))
     }
 
     /// The one wait. Returns when every rank's flag has come, or what ends it `between` two looks.
     #[inline]
     pub fn wait<E>(&self, signal: &Signal, mut between: impl FnMut() -> Result<(), E>) -> Result<(), E> {
-        let mut next = 0;
-        loop {
-            while next < self.ranks && reached(self.flag(next, signal.flag), signal.epoch) {
-                next += 1;
+        for peer in self.members.iter() {
+            while !reached(self.flag(peer, signal.flag), signal.epoch) {
+                between()?;
             }
-            if next == self.ranks {
-                return Ok(());
-            }
-            between()?;
         }
+        Ok(())
     }
 
     /// True if all that is waited for from a rank has come.
@@ -256,7 +258,7 @@ impl<W: Words> Endpoint<W> {
     }
 
     fn missing(&self, awaited: &Awaited) -> impl Iterator<Item = u32> {
-        (0..self.ranks).filter(|peer| !self.has_come(awaited, *peer))
+        self.members.iter().filter(|peer| !self.has_come(awaited, *peer))
     }
 
     /// Ranks whose next word is waited for. Those whose rows stand in their FIFO are not late: we do not take them, for
@@ -297,7 +299,7 @@ impl<W: Words> Endpoint<W> {
         let Signal { flag, epoch, bound } = awaited.signal;
         let mine = flag.operation();
         let streams = awaited.rows.is_some();
-        (0..self.ranks).find_map(|peer| {
+        self.members.iter().find_map(|peer| {
             let word = self.words.word(self.rank, peer, mail::PROGRESS).load(Acquire);
             let (ahead, operation, theirs) =
                 (steps_ahead(word, epoch), (word >> 28 & 0xf) as u32, (word >> 32) as u32);
@@ -321,14 +323,14 @@ impl<W: Words> Endpoint<W> {
 
     /// Somebody else gave up on the step.
     fn loss_of_another(&self, awaited: &Awaited) -> Option<Trouble> {
-        (0..self.ranks).filter(|observer| *observer != self.rank).find_map(|observer| {
+        self.members.iter().filter(|observer| *observer != self.rank).find_map(|observer| {
             let status = self.gave_up(observer, awaited.signal.epoch)?;
             self.missing(awaited).next()?;
             let is_lost = |rank: &u32| {
                 let word = self.words.mask(self.rank, observer, (rank / 64) as usize).load(Relaxed);
                 word >> (rank % 64) & 1 == 1
             };
-            let lost = (0..self.ranks).filter(is_lost).collect();
+            let lost = self.members.iter().filter(is_lost).collect();
             // Word may have come through a third rank: the first is the one to ask.
             let origin = self.told(observer, mail::LOSS_ORIGIN);
             Some(Trouble::GaveUp { observer, status, lost, origin })
@@ -336,7 +338,9 @@ impl<W: Words> Endpoint<W> {
     }
 
     fn leavers(&self, awaited: &Awaited, vitals: &Vitals) -> Option<Trouble> {
-        let gone: Vec<(u32, u32)> = (0..self.ranks)
+        let gone: Vec<(u32, u32)> = self
+            .members
+            .iter()
             .filter_map(|peer| Some((peer, self.why_gone(peer, vitals)?)))
             .filter(|(peer, _)| !self.has_come(awaited, *peer))
             .collect();
@@ -359,7 +363,7 @@ impl<W: Words> Endpoint<W> {
     /// Gives a step up: tells every rank on whom, and which rank did so first.
     pub fn give_up(&self, epoch: u32, status: u32, lost: &[u32], origin: u32) {
         let word = (self.generation as u64) << 48 | (status as u64) << 32 | epoch as u64;
-        for peer in 0..self.ranks {
+        for peer in self.members.iter() {
             for (i, first) in (0..self.ranks).step_by(64).enumerate() {
                 let mine = lost.iter().filter(|rank| (first..first + 64).contains(rank));
                 let mask = mine.fold(0, |mask, rank| mask | 1 << (rank % 64));
@@ -378,6 +382,11 @@ impl<W: Words> Endpoint<W> {
         }
     }
 
+    /// A rank's last call has ended, and it makes no other.
+    pub fn has_destroyed(&self, peer: u32) -> bool {
+        self.words.gone(self.rank, peer).load(Acquire) == DESTROYED
+    }
+
     /// Says that this rank sends nothing more.
     pub fn leave(&self, aborted: bool) {
         let reason = if aborted { ABORTED } else { DESTROYED };
@@ -385,6 +394,16 @@ impl<W: Words> Endpoint<W> {
             // An abort stays an abort when the comm is destroyed afterwards.
             let _ = self.words.gone(peer, self.rank).compare_exchange(0, reason, Release, Relaxed);
         }
+    }
+
+    /// Tells a rank that this one went on without it.
+    pub fn leave_behind(&self, lost: u32) {
+        self.words.gone(lost, self.rank).store(WITHOUT, Release);
+    }
+
+    /// The rank that went on without this one, if any did.
+    pub fn left_behind_by(&self) -> Option<u32> {
+        (0..self.ranks).find(|peer| self.words.gone(self.rank, *peer).load(Acquire) == WITHOUT)
     }
 
     /// Rows that a rank has written into its FIFO here.

@@ -120,6 +120,19 @@ impl Windows {
         Ok(Windows { mappings: Arc::new(mappings) })
     }
 
+    /// Maps another window of a rank at the address of its former one, whose memory goes with its last mapping: who
+    /// still maps it writes nowhere else.
+    pub fn replace(&self, peer: u32, window: &WindowFd) -> Result<()> {
+        let Mapping { ptr, bytes } = self.mappings[peer as usize];
+        let flags = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the range is ours, of that size, and stays mapped; no call of this comm is in flight.
+        let mapped = unsafe {
+            let flags_fixed = MapFlags::SHARED | MapFlags::FIXED;
+            rustix::mm::mmap(ptr as *mut _, bytes as usize, flags, flags_fixed, &window.fd, 0)
+        };
+        mapped.map(|_| ()).map_err(|e| Error::system(format!("mmap of rank {peer}'s new window"), e))
+    }
+
     pub fn bases(&self) -> Bases {
         let windows = self.mappings.iter().map(|m| (m.ptr, m.bytes)).collect();
         // SAFETY: mapped read-write, page-aligned, kept by the Arc.

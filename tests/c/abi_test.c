@@ -777,6 +777,59 @@ static void test_cuda_or_why_not(void)
     }
 }
 
+/* A rank alone: what a2a_recover takes and says; with others it is tests/faults/recovery.rs. */
+static void test_recover(void)
+{
+    struct rank *rank = open_alone();
+    int32_t mask[2] = {7, 7};
+    a2a_recover_in_t in;
+    union {
+        a2a_recover_out_t out;
+        unsigned char bytes[sizeof(a2a_recover_out_t)];
+    } it;
+
+    OK(dispatch(rank));
+    OK(a2a_recover(rank->comm, NULL, NULL));
+    REFUSED(combine(rank), A2A_INVALID_ARGUMENT, "combine SEND on slot 0 is out of order");
+    OK(dispatch(rank));
+    OK(combine(rank));
+
+    memset(&in, 0, sizeof in);
+    memset(&it, 0, sizeof it);
+    REFUSED(a2a_recover(rank->comm, &in, NULL), A2A_INVALID_ARGUMENT, "a2a_recover_in_t.struct_size is 0");
+    in.struct_size = sizeof in;
+    REFUSED(a2a_recover(rank->comm, &in, &it.out), A2A_INVALID_ARGUMENT, "a2a_recover_out_t.struct_size is 0");
+    it.out.struct_size = sizeof it.out;
+    in.timeout_ms = -1;
+    REFUSED(a2a_recover(rank->comm, &in, &it.out), A2A_INVALID_ARGUMENT, "timeout_ms is -1");
+    in.timeout_ms = 0, in.patience_ms = INT64_MAX;
+    REFUSED(a2a_recover(rank->comm, &in, &it.out), A2A_INVALID_ARGUMENT, "patience_ms is 9223372036854775807");
+    in.patience_ms = 0;
+    OK(a2a_recover(rank->comm, &in, &it.out));
+    CHECK(it.out.generation == 3 && it.out.members[0] == 1 && it.out.num_members == 1 && it.out.replaced == 0);
+    CHECK(it.out.whole_steps[0] == 1 && it.out.whole_steps[1] == 0);
+
+    /* An older caller's struct ends after the generation. */
+    memset(&it, 0xa5, sizeof it);
+    it.out.struct_size = 16;
+    OK(a2a_recover(rank->comm, NULL, &it.out));
+    CHECK(it.out.generation == 4);
+    for (size_t i = 16; i < sizeof it; i++) CHECK(it.bytes[i] == 0xa5);
+    OK(dispatch(rank));
+    OK(combine(rank));
+
+    REFUSED(a2a_get_rank_mask(rank->comm, NULL, 1), A2A_INVALID_ARGUMENT, "mask is NULL");
+    REFUSED(a2a_get_rank_mask(rank->comm, mask, 0), A2A_INVALID_ARGUMENT, "count is 0, num_ranks is 1");
+    OK(a2a_get_rank_mask(rank->comm, mask, 2));
+    CHECK(mask[0] == 1 && mask[1] == 7);
+    REFUSED(a2a_recover(NULL, NULL, NULL), A2A_INVALID_ARGUMENT, "a2a_comm_t");
+    REFUSED(a2a_get_rank_mask(NULL, mask, 2), A2A_INVALID_ARGUMENT, "a2a_comm_t");
+
+    OK(a2a_abort(rank->comm));
+    REFUSED(a2a_recover(rank->comm, NULL, NULL), A2A_ABORTED, "aborted");
+    close_rank(rank);
+}
+
 static void test_how_ranks_meet(void)
 {
     int something;
@@ -1946,6 +1999,7 @@ static const struct {
     TEST(sizes_of_results),
     TEST(unknown_constants),
     TEST(cuda_or_why_not),
+    TEST(recover),
     TEST(how_ranks_meet),
     TEST(features_not_in_this_build),
     TEST(config_ranges),

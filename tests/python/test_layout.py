@@ -26,6 +26,8 @@ STRUCTS = {
     "a2a_combine_out_t": a2a.CombineOut,
     "a2a_error_info_t": a2a.ErrorInfo,
     "a2a_stats_t": a2a.Stats,
+    "a2a_recover_in_t": a2a.RecoverIn,
+    "a2a_recover_out_t": a2a.RecoverOut,
 }
 CONSTANTS = [name for name, value in vars(a2a).items() if name.isupper() and isinstance(value, int)]
 

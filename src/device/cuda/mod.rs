@@ -28,8 +28,8 @@ use super::mail;
 use super::map::{FIRST_EPOCH, List, Map, RoutingMap};
 use super::order::State;
 use super::{
-    Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Stream as CallersStream,
-    Target,
+    Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Region, Standing, Stats,
+    Stream as CallersStream, Target,
 };
 use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result};
@@ -744,6 +744,29 @@ impl Device for Cuda {
             (&raw mut (*control).first_step_ns).write_volatile(nanoseconds(first_step));
             (&raw mut (*control).step_ns).write_volatile(nanoseconds(step));
         }
+    }
+    fn membership(&self) -> Membership {
+        Membership::first(self.ranks)
+    }
+    fn standing(&self) -> Standing {
+        Standing::default()
+    }
+    fn suspend(&self, _why: &Error) {}
+    fn has_left(&self, peer: u32) -> bool {
+        self.health.vitals.is_dead(peer)
+    }
+    fn cannot_touch(&self, _peer: u32) -> bool {
+        false
+    }
+    fn left_behind_by(&self) -> Option<u32> {
+        None
+    }
+    fn leave_behind(&self, _lost: u32) {}
+    fn recovered(&self, _membership: Membership) -> Result<Arc<dyn Device>> {
+        Err(Error::unsupported(format!(
+            "rank {}: a2a_recover on CUDA memory is not in this build",
+            self.rank
+        )))
     }
     fn leave(&self, aborted: bool) {
         // An abort stays an abort when the comm is destroyed afterwards.

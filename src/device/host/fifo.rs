@@ -246,10 +246,11 @@ impl Host {
                 let mut made = Made::new(self.rank, send, grid.topk, scratch);
                 // Token by token, so that a row is made once for all that take it now.
                 let mut open = 0;
-                for peer in 0..self.ranks {
+                credit.fill(0);
+                unsaid.fill(0);
+                for peer in self.members() {
                     let at = peer as usize;
                     credit[at] = self.credit(number, peer, sent[at]).min(left[at] as u64);
-                    unsaid[at] = 0;
                     open += u32::from(credit[at] > 0);
                 }
                 let awaited = next.iter().zip(credit.iter()).filter(|(_, credit)| **credit > 0);
@@ -287,14 +288,14 @@ impl Host {
                         }
                     }
                 }
-                for peer in 0..self.ranks {
+                for peer in self.members() {
                     wrote(peer, unsaid[peer as usize], row_bytes, sent[peer as usize]);
                 }
             }
             Offer::Results { rows, weights } => {
                 let size = rows.row_bytes();
                 let row_bytes = (size + weights.map_or(0, |w| w.row_bytes())) as u64;
-                for peer in 0..self.ranks {
+                for peer in self.members() {
                     let at = peer as usize;
                     let before = sent[at];
                     for _ in 0..self.credit(number, peer, before).min(left[at] as u64) {
@@ -335,7 +336,7 @@ impl Host {
         loop {
             let mut moved = self.pump(d.call.slot, slot);
             let mut done = true;
-            for peer in 0..self.ranks {
+            for peer in self.members() {
                 let at = peer as usize;
                 let fifos = &mut slot.fifos;
                 let until = end.head(peer).min(fifos.goals[at]);
@@ -539,7 +540,7 @@ impl Host {
                     let mut others = self.other_slots(call.slot);
                     slot.fifos.has_rows_for(*peer) || others.any(|(_, other)| other.fifos.has_rows_for(*peer))
                 };
-                return (0..self.ranks).filter(awaited).collect();
+                return self.members().filter(awaited).collect();
             }
             backoff.pause();
         }
@@ -549,7 +550,7 @@ impl Host {
     fn drop_undeliverable(&self, number: u32, slot: &mut Slot) {
         let epoch = slot.epoch();
         let end = self.endpoint(number);
-        for peer in 0..self.ranks {
+        for peer in self.members() {
             if slot.fifos.has_rows_for(peer)
                 && (end.why_gone(peer, &self.health.vitals).is_some() || end.gave_up(peer, epoch).is_some())
             {

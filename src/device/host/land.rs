@@ -262,7 +262,7 @@ impl Host {
             *cursor = *start as u64;
         }
         for (source, (rows, banked)) in arrived.iter().enumerate() {
-            if padded && !banked {
+            if padded && !banked && self.membership.members.contains(source as u32) {
                 for (place, cursor) in cursors[..local].iter_mut().enumerate() {
                     let key = self.experts.start(self.rank) as u64 + place as u64;
                     let offset = self.map.counts(d.call.slot, source as u32) + key * 4;

@@ -20,7 +20,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::map::{Map, RoutingMap};
-use super::{Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Region, Stats, Target};
+use super::{
+    Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Region, Standing, Stats, Target,
+};
 use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result};
 use sync::Slot;
@@ -34,14 +36,28 @@ pub struct Host {
     experts: Experts,
     bases: Bases,
     health: Arc<Health>,
+    membership: Membership,
     slots: Vec<Mutex<Slot>>,
     first_error: Mutex<Option<Error>>,
-    stats: Stats,
+    stats: Arc<Stats>,
 }
 
 impl Host {
     /// Puts this rank's own window into its first state: no peer may step before that.
     pub fn new(rank: u32, map: Map, experts: Experts, bases: Bases, health: Arc<Health>) -> Host {
+        let membership = Membership::first(map.sizes.ranks());
+        Host::with(rank, map, experts, bases, health, membership, Arc::default())
+    }
+
+    fn with(
+        rank: u32,
+        map: Map,
+        experts: Experts,
+        bases: Bases,
+        health: Arc<Health>,
+        membership: Membership,
+        stats: Arc<Stats>,
+    ) -> Host {
         let host = Host {
             rank,
             ranks: map.sizes.ranks(),
@@ -51,11 +67,17 @@ impl Host {
             experts,
             bases,
             health,
+            membership,
             first_error: Mutex::new(None),
-            stats: Stats::default(),
+            stats,
         };
         host.reset_flags();
         host
+    }
+
+    /// The ranks that take part, ascending.
+    fn members(&self) -> impl Iterator<Item = u32> + use<> {
+        self.membership.members.iter()
     }
 
     fn add(counter: &AtomicU64, value: u64) {
@@ -189,5 +211,42 @@ impl Device for Host {
     }
     fn leave(&self, aborted: bool) {
         self.mark_gone(aborted)
+    }
+    fn membership(&self) -> Membership {
+        self.membership
+    }
+    fn standing(&self) -> Standing {
+        let mut standing = Standing::default();
+        for slot in self.slots.iter().map(|slot| slot.lock().unwrap_or_else(|e| e.into_inner())) {
+            standing.whole.push(slot.whole);
+            let lost = slot.error().and_then(|error| error.loss.as_ref()).map(|loss| &loss.lost);
+            lost.into_iter().flatten().for_each(|rank| standing.given_up.insert(*rank));
+        }
+        standing
+    }
+    fn suspend(&self, why: &Error) {
+        (0..self.map.sizes.slots).for_each(|slot| self.slot(slot).close(why.clone()));
+    }
+    fn has_left(&self, peer: u32) -> bool {
+        self.endpoint(0).why_gone(peer, &self.health.vitals).is_some()
+    }
+    fn cannot_touch(&self, peer: u32) -> bool {
+        self.health.vitals.is_dead(peer) || self.endpoint(0).has_destroyed(peer)
+    }
+    fn left_behind_by(&self) -> Option<u32> {
+        self.endpoint(0).left_behind_by()
+    }
+    fn leave_behind(&self, lost: u32) {
+        self.endpoint(0).leave_behind(lost)
+    }
+    fn recovered(&self, membership: Membership) -> Result<Arc<dyn Device>> {
+        for (offset, bytes) in self.map.control_regions() {
+            let at = self.bases.at(self.rank, offset, bytes);
+            // SAFETY: `at` checked the bounds; no member steps before all have done this, and nobody else can.
+            unsafe { std::ptr::write_bytes(at, 0, bytes as usize) };
+        }
+        let (bases, health, stats) = (self.bases.clone(), self.health.clone(), self.stats.clone());
+        let (map, experts) = (self.map.clone(), self.experts.clone());
+        Ok(Arc::new(Host::with(self.rank, map, experts, bases, health, membership, stats)))
     }
 }

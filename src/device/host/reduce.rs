@@ -268,7 +268,7 @@ impl Host {
                 }
             };
             if c.everyone {
-                (0..self.ranks).for_each(|peer| pull(peer, base + token as u64, None, false));
+                self.members().for_each(|peer| pull(peer, base + token as u64, None, false));
             } else if c.grid.layout.by_expert() {
                 let ids = &l.ids[token * topk..][..topk];
                 for k in 0..topk {

@@ -185,12 +185,28 @@ impl Host {
             for token in 0..tokens {
                 let ids = &mut l.ids[token * topk..][..topk];
                 slot.bad_ids += read_ids(rows, token, d.ids_are_64, self.experts.num(), ids);
+                if !self.membership.is_whole() {
+                    slot.bad_ids += self.forget_absent(ids);
+                }
             }
         }
         keep_weights(&d.send.planes[WEIGHTS], tokens, topk, l.weights);
         route(&self.experts, &d.grid, tokens, &mut l, &mut slot.rows_of);
         self.stats.bad_ids.fetch_add(slot.bad_ids as u64, Relaxed);
         Ok(())
+    }
+
+    /// Ids that a rank owns which takes part no more count as -1. Returns how many there were.
+    fn forget_absent(&self, ids: &mut [i32]) -> u32 {
+        let members = &self.membership.members;
+        let mut absent = 0;
+        for id in ids.iter_mut().filter(|id| **id >= 0) {
+            if !members.contains(self.experts.place(*id as usize).0) {
+                *id = -1;
+                absent += 1;
+            }
+        }
+        absent
     }
 
     /// A replayed routing keeps its weights unless new ones come with the tokens.

@@ -20,11 +20,8 @@ use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map};
 use crate::device::order::State;
 use crate::device::protocol::{Awaited, AwaitedRows, Endpoint, Flag, Signal, Trouble, Words};
-use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Shape, mail};
+use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Membership, Shape, mail};
 use crate::error::{Error, Result, Status};
-
-/// The generation of members; it stays 1 until membership can change.
-const GENERATION: u16 = 1;
 
 /// What a rank knows of one slot.
 #[derive(Default)]
@@ -32,6 +29,8 @@ pub(super) struct Slot {
     state: State,
     /// Steps opened.
     sequence: u64,
+    /// The last one of which all is done.
+    pub(super) whole: u64,
     /// The routing of the current step.
     routing: u64,
     /// Ids of the current dispatch outside [-1, experts).
@@ -76,6 +75,14 @@ impl Slot {
     }
     pub(super) fn is_closed(&self) -> bool {
         self.closed.is_some()
+    }
+    /// Why it is closed; what it is closed with.
+    pub(super) fn error(&self) -> Option<&Error> {
+        self.closed.as_ref()
+    }
+    pub(super) fn close(&mut self, error: Error) {
+        self.closed.get_or_insert(error);
+        self.fifos.clear();
     }
     /// Between SEND and RECV of an operation, and the RECV can succeed.
     pub(super) fn is_pending(&self) -> bool {
@@ -162,9 +169,10 @@ impl Host {
     }
 
     /// This rank's end of a slot's words.
-    pub(super) fn endpoint(&self, slot: u32) -> Endpoint<SlotWords<'_>> {
+    pub(super) fn endpoint(&self, slot: u32) -> Endpoint<'_, SlotWords<'_>> {
         let words = SlotWords { bases: &self.bases, map: &self.map, slot };
-        Endpoint { words, rank: self.rank, ranks: self.ranks, generation: GENERATION }
+        let Membership { generation, members } = &self.membership;
+        Endpoint { words, rank: self.rank, ranks: self.ranks, members, generation: *generation as u16 }
     }
 
     /// No flag of the first epoch has come.
@@ -190,6 +198,7 @@ impl Host {
         if half == Half::DispatchSend {
             if matches!(slot.state, State::Dispatched | State::Overflowed) {
                 self.finish_reading(call, &mut slot)?;
+                slot.whole = slot.sequence;
             }
             slot.sequence += 1;
             slot.routing = call.routing;
@@ -202,7 +211,10 @@ impl Host {
         slot.state = State::after(half);
         match half {
             Half::DispatchSend => Self::add(&self.stats.dispatches, 1),
-            Half::CombineRecv => Self::add(&self.stats.combines, 1),
+            Half::CombineRecv => {
+                slot.whole = slot.sequence;
+                Self::add(&self.stats.combines, 1);
+            }
             _ => {}
         }
     }
@@ -283,7 +295,8 @@ impl Host {
         self.wait_for(&d.call, slot, flag, Some(d.grid.bound))?;
         let words = d.send.shape.words();
         let end = self.endpoint(d.call.slot);
-        for peer in 0..self.ranks {
+        slot.arrived.fill((0, false));
+        for peer in self.members() {
             let replays = end.told(peer, mail::REPLAYS);
             if replays != d.reuse as u32 {
                 let values = (d.reuse as u64, replays as u64);
@@ -327,7 +340,7 @@ impl Host {
     pub(super) fn await_combine(&self, c: &Combine) -> Result<()> {
         let mut slot = self.slot(c.call.slot);
         self.wait_for(&c.call, &mut slot, Flag::Combine, Some(c.grid.bound))?;
-        for peer in 0..self.ranks {
+        for peer in self.members() {
             let words = combine_words(c);
             self.compare_shape(&c.call, &mut slot, Flag::Combine, peer, &words, |word| {
                 result_word(word).into()
@@ -467,7 +480,7 @@ impl Host {
     }
 }
 
-fn tell_shape(end: &Endpoint<SlotWords>, peer: u32, offset: u64, words: &[u32]) {
+fn tell_shape(end: &Endpoint<'_, SlotWords>, peer: u32, offset: u64, words: &[u32]) {
     for (i, word) in words.iter().enumerate() {
         end.tell(peer, offset + i as u64 * 4, *word);
     }

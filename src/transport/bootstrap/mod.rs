@@ -17,19 +17,25 @@
 //! the config end the group, because it could never be complete. A rank that is refused by itself comes with DECLINE
 //! in the place of JOIN. One deadline covers everything.
 //!
+//! Survivors of a loss meet again (`recover`) by the same words, wherever the first of them listens.
+//!
 //! Where the caller brings an all-gather, that goes first (`allgather`): it finds the differences and carries the id.
 
 mod allgather;
 mod peer;
+mod recover;
 mod root;
 mod socket;
 mod wire;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use crate::config::{Address, Bootstrap, Config, Meeting, UniqueId};
 use crate::error::{Error, Result};
 use socket::Deadline;
+
+pub use recover::{Recovery, Regathered, regather};
 
 pub fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
@@ -65,7 +71,13 @@ struct Party {
     /// What every rank must share, by name.
     fields: Vec<(String, u64)>,
     deadline: Deadline,
+    /// Who the others meet at, as a sentence names it.
+    root: &'static str,
+    /// Why this rank must not go on, asked now and then while it waits.
+    check: Arc<Check>,
 }
+
+type Check = dyn Fn() -> Result<()> + Send + Sync;
 
 impl Party {
     fn of(meeting: &Meeting, id: UniqueId, timeout_ms: u64) -> Party {
@@ -76,6 +88,8 @@ impl Party {
             remote: meeting.remote,
             fields: Vec::new(),
             deadline: Deadline::after_ms(timeout_ms),
+            root: "rank 0",
+            check: Arc::new(|| Ok(())),
         }
     }
 }
@@ -83,6 +97,8 @@ impl Party {
 /// Descriptors of every rank, rank ascending, this one's own included.
 pub struct Gathered {
     pub fds: Vec<Vec<OwnedFd>>,
+    /// The group's, which its members meet under again.
+    pub key: [u8; 16],
     /// To tell the others whether this rank could use them.
     finish: Finish,
 }
@@ -97,7 +113,7 @@ enum Finish {
 pub fn gather(config: &Config, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
     let meeting = &config.meeting;
     if config.num_ranks == 1 {
-        return Ok(Gathered { fds: vec![own()?], finish: Finish::Alone });
+        return Ok(Gathered { fds: vec![own()?], key: random()?, finish: Finish::Alone });
     }
     let id = match &meeting.bootstrap {
         Bootstrap::UniqueId(id) => id.clone(),
@@ -143,7 +159,13 @@ pub fn decline(meeting: &Meeting, error: &Error) {
 impl Gathered {
     /// Ends the rendezvous: returns when every rank could use what it got, or with the reason why one could not.
     pub fn finish(mut self, outcome: Result<()>) -> Result<()> {
-        match &mut self.finish {
+        self.finish.run(outcome)
+    }
+}
+
+impl Finish {
+    fn run(&mut self, outcome: Result<()>) -> Result<()> {
+        match self {
             Finish::Alone => outcome,
             Finish::Peer { peer } => peer.finish(outcome),
             Finish::Root { root } => match outcome {

@@ -6,20 +6,24 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::root::FDS;
-use super::socket::{Deadline, SLICE, check_user, connect, connect_local, receive_fds, send_fds, wait};
+use super::socket::{
+    Deadline, SLICE, Stream, check_user, connect, connect_local, receive_fds, send_fds, wait,
+};
 use super::wire::{Hello, Kind, Line, Link, PROTOCOL, Trouble, error_bytes, sign, version_number};
 use super::{Finish, Gathered, Party, random};
 use crate::error::{Error, Result, Status};
 
 /// Only the root knows which ranks are missing: the others give it this much longer to say so.
-const ROOT_SPEAKS_FIRST: Duration = Duration::from_millis(500);
+pub const ROOT_SPEAKS_FIRST: Duration = Duration::from_millis(500);
 /// Rank 0 broke off: its reason comes this soon, or not at all.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A peer's connection to rank 0.
 pub struct Peer {
-    party: Party,
+    pub party: Party,
     line: Line,
+    /// Rank 0 went without a word.
+    closed: bool,
 }
 
 /// This rank cannot take part: rank 0 is told, if it is there.
@@ -36,24 +40,27 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
     peer.party.deadline = Deadline::after_ms(peer.party.deadline.ms).later(ROOT_SPEAKS_FIRST);
     let fields = peer.party.fields.iter().flat_map(|(_, value)| value.to_le_bytes()).collect();
     peer.say_hello(Kind::Join, fields)?;
-    let name = peer.await_welcome()?;
-    let shared = own().and_then(|own| peer.send_own(&name, &own));
-    let fds = match shared.and_then(|socket| peer.take_all(socket)) {
-        Ok(fds) => fds,
-        Err(error) => {
-            peer.line.fail(&error);
-            return Err(error);
-        }
-    };
-    Ok(Gathered { fds, finish: Finish::Peer { peer } })
+    let (name, _) = peer.await_welcome()?;
+    let all: Vec<u32> = (0..peer.party.num_ranks).collect();
+    let fds = peer.share(&name, &all, own)?;
+    let key = peer.party.id.key;
+    Ok(Gathered { fds, key, finish: Finish::Peer { peer } })
 }
 
 impl Peer {
     fn connect(party: Party) -> Result<Peer> {
         let me = |e: Error| e.context(format!("rank {}", party.rank));
         let stream = connect(&party.id.address, party.remote, party.deadline).map_err(me)?;
+        Peer::on(stream, party)
+    }
+
+    pub fn on(stream: Stream, party: Party) -> Result<Peer> {
         let line = Line::new(Link::new(stream)?, party.id.key, random()?, [0; 16]);
-        Ok(Peer { party, line })
+        Ok(Peer { party, line, closed: false })
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed
     }
 
     fn error(&self, status: Status, text: impl std::fmt::Display) -> Error {
@@ -61,7 +68,7 @@ impl Peer {
     }
 
     /// Answers rank 0's challenge: says who this is, and `rest`.
-    fn say_hello(&mut self, kind: Kind, rest: Vec<u8>) -> Result<()> {
+    pub fn say_hello(&mut self, kind: Kind, rest: Vec<u8>) -> Result<()> {
         let challenge = self.expect(Kind::Challenge)?;
         self.line.theirs = challenge.try_into().map_err(|bytes: Vec<u8>| {
             self.error(
@@ -86,6 +93,7 @@ impl Peer {
             if let Some(body) = self.hear(kind)? {
                 return Ok(body);
             }
+            (self.party.check)()?;
             if self.party.deadline.has_passed() {
                 let text = format!("the group was not complete within {} ms", self.party.deadline.ms);
                 return Err(self.error(Status::Timeout, text));
@@ -100,12 +108,13 @@ impl Peer {
             Ok(Some(message)) if message.kind == kind => Ok(Some(message.body)),
             Ok(Some(message)) if message.kind == Kind::Fail => Err(self.failure(&message.body)),
             Ok(Some(message)) => {
-                let text = format!("rank 0 sent {:?} where {kind:?} was due", message.kind);
+                let text = format!("{} sent {:?} where {kind:?} was due", self.party.root, message.kind);
                 Err(self.error(Status::Mismatch, text))
             }
             Ok(None) => Ok(None),
             Err(Trouble::Closed) => {
-                let text = "rank 0 closed the connection before the group was formed";
+                self.closed = true;
+                let text = format!("{} closed the connection before the group was formed", self.party.root);
                 Err(self.error(Status::PeerLost, text))
             }
             Err(Trouble::Garbage(what)) => {
@@ -127,13 +136,27 @@ impl Peer {
         }
     }
 
-    /// All ranks have joined: the name of the descriptor socket.
-    fn await_welcome(&mut self) -> Result<[u8; 16]> {
+    /// All ranks have joined: the name of the descriptor socket, and what else is said.
+    pub fn await_welcome(&mut self) -> Result<([u8; 16], Vec<u8>)> {
         let welcome = self.expect(Kind::Welcome)?;
-        let name = self.line.verify(Kind::Welcome, &welcome).and_then(|name| name.try_into().ok());
-        name.ok_or_else(|| {
-            self.error(Status::Mismatch, "who answered as rank 0 does not know the group's key")
-        })
+        let proven =
+            self.line.verify(Kind::Welcome, &welcome).and_then(|said| said.split_first_chunk::<16>());
+        let (name, rest) = proven.ok_or_else(|| {
+            let text = format!("who answered as {} does not know the group's key", self.party.root);
+            self.error(Status::Mismatch, text)
+        })?;
+        Ok((*name, rest.to_vec()))
+    }
+
+    /// Makes this rank's descriptors and hands them in; takes those of `all` ranks, ascending.
+    pub fn share(
+        &mut self,
+        name: &[u8; 16],
+        all: &[u32],
+        own: impl FnOnce() -> Result<Vec<OwnedFd>>,
+    ) -> Result<Vec<Vec<OwnedFd>>> {
+        let shared = own().and_then(|own| self.send_own(name, &own));
+        shared.and_then(|socket| self.take_all(socket, all)).inspect_err(|error| self.line.fail(error))
     }
 
     /// Hands this rank's descriptors to rank 0.
@@ -164,15 +187,16 @@ impl Peer {
         }
     }
 
-    /// Takes every rank's descriptors, rank ascending, and answers each with a byte.
-    fn take_all(&mut self, mut socket: UnixStream) -> Result<Vec<Vec<OwnedFd>>> {
-        let ranks = self.party.num_ranks as usize;
-        let mut fds = Vec::with_capacity(ranks);
-        while fds.len() < ranks {
+    /// Takes the descriptors of `all` ranks and answers each with a byte.
+    fn take_all(&mut self, mut socket: UnixStream, all: &[u32]) -> Result<Vec<Vec<OwnedFd>>> {
+        let mut fds: Vec<Vec<OwnedFd>> = (0..self.party.num_ranks).map(|_| Vec::new()).collect();
+        let mut due = all.iter().copied().peekable();
+        while let Some(rank) = due.peek().copied() {
             let mut of = [0; 4];
             match receive_fds(&socket, &mut of) {
-                Ok(Some(got)) if u32::from_le_bytes(of) as usize == fds.len() => {
-                    fds.push(got);
+                Ok(Some(got)) if u32::from_le_bytes(of) == rank => {
+                    fds[rank as usize] = got;
+                    due.next();
                     if socket.write_all(&[1]).is_err() {
                         return Err(self.last_words());
                     }
@@ -182,6 +206,7 @@ impl Peer {
                     if let Some(body) = self.hear(Kind::Fail)? {
                         return Err(self.failure(&body));
                     }
+                    (self.party.check)()?;
                     if self.party.deadline.has_passed() {
                         let ms = self.party.deadline.ms;
                         let text = format!("the windows were not exchanged within {ms} ms");
@@ -190,7 +215,7 @@ impl Peer {
                     wait(&[self.line.link.stream.as_fd(), socket.as_fd()], self.party.deadline, SLICE)?;
                 }
                 Err(e) if e.raw_os_error() == Some(24) => {
-                    let what = format!("rank {}: descriptors of rank {}", self.party.rank, fds.len());
+                    let what = format!("rank {}: descriptors of rank {rank}", self.party.rank);
                     return Err(Error::system(what, e));
                 }
                 // The root says why over the first connection.

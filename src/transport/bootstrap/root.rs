@@ -40,20 +40,20 @@ struct Stranger {
 }
 
 /// A connection that knows the key, and what it wants.
-struct Proven {
+pub struct Proven {
     kind: Kind,
-    hello: Hello,
-    rest: Vec<u8>,
-    line: Line,
+    pub hello: Hello,
+    pub rest: Vec<u8>,
+    pub line: Line,
 }
 
 /// Strangers, up to where they have proven the key.
-struct Lobby<'a> {
+pub struct Lobby<'a> {
     listener: Listener,
     party: &'a Party,
     strangers: Vec<Stranger>,
     /// Who has proven the key and was not dealt with yet.
-    proven: VecDeque<Proven>,
+    pub proven: VecDeque<Proven>,
     /// The door is not looked at before.
     closed_until: Option<Instant>,
     /// Why somebody was not let in, if it was for want of something.
@@ -68,22 +68,26 @@ impl Lobby<'_> {
         );
         let listener = Listener::open(&party.id.address, party.remote, party.deadline, &in_use)
             .map_err(|e| e.context(format!("rank {}", party.rank)))?;
-        Ok(Lobby {
+        Ok(Lobby::at(listener, party))
+    }
+
+    pub fn at(listener: Listener, party: &Party) -> Lobby<'_> {
+        Lobby {
             listener,
             party,
             strangers: Vec::new(),
             proven: VecDeque::new(),
             closed_until: None,
             shortage: None,
-        })
+        }
     }
 
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+    pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let door = self.closed_until.is_none().then(|| self.listener.as_fd());
         door.into_iter().chain(self.strangers.iter().map(|s| s.line.link.stream.as_fd())).collect()
     }
 
-    fn slice(&self) -> Duration {
+    pub fn slice(&self) -> Duration {
         if self.closed_until.is_some() { SHORT_OF_SOMETHING } else { SLICE }
     }
 
@@ -125,7 +129,7 @@ impl Lobby<'_> {
     }
 
     /// Takes what has come: whoever has proven the key is `proven`, who cannot is refused.
-    fn look(&mut self) {
+    pub fn look(&mut self) {
         self.accept();
         let mut silent = Vec::new();
         for mut stranger in self.strangers.drain(..) {
@@ -180,9 +184,9 @@ fn refuse(mut line: Line, why: &str) {
 
 /// Rank 0's side of a group that forms.
 pub struct Root {
-    party: Party,
-    /// By rank; its own is empty.
-    seats: Vec<Option<Line>>,
+    pub party: Party,
+    /// By rank; empty where nobody is waited for: its own, and of ranks that are left behind.
+    pub seats: Vec<Option<Line>>,
     /// Who has said READY.
     ready: Vec<bool>,
     /// Why ranks may be missing: who knew the key and was refused alone all the same.
@@ -197,9 +201,7 @@ pub fn decline(party: &Party, error: &Error) -> Result<()> {
 }
 
 pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
-    let seats = (0..party.num_ranks).map(|_| None).collect();
-    let ready = vec![false; party.num_ranks as usize];
-    let mut root = Root { party: party.clone(), seats, ready, remarks: Vec::new() };
+    let mut root = Root::new(party.clone());
     let mut lobby = Lobby::open(&party)?;
     if let Err(error) = root.admit_all(&mut lobby) {
         // A group that has waited in vain has nobody left to tell. Who is seated knows; the one whose words ended it,
@@ -211,25 +213,52 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
         return Err(error);
     }
     drop(lobby);
-
-    // Descriptors need a Unix socket whatever the first connection was.
-    let name = random()?;
-    let exchange = listen_local(&name)
-        .and_then(|l| l.map_err(|e| Error::system("rank 0: the descriptor socket", e)))
-        .map_err(|e| root.fail(e))?;
-    let own = own().map_err(|e| root.fail(e))?;
-    for rank in 1..party.num_ranks {
-        let Some(line) = &mut root.seats[rank as usize] else { continue };
-        line.send_signed(Kind::Welcome, name.to_vec()).map_err(|e| root.left(rank, Some(e)))?;
-    }
-    let (sockets, mut fds) = root.collect_fds(&exchange)?;
-    drop(exchange);
-    fds[0] = own;
-    root.hand_round(sockets, &fds)?;
-    Ok(Gathered { fds, finish: Finish::Root { root } })
+    let fds = root.share(|_| Vec::new(), own)?;
+    Ok(Gathered { fds, key: party.id.key, finish: Finish::Root { root } })
 }
 
 impl Root {
+    pub fn new(party: Party) -> Root {
+        let seats = (0..party.num_ranks).map(|_| None).collect();
+        Root { ready: vec![false; party.num_ranks as usize], party, seats, remarks: Vec::new() }
+    }
+
+    /// The ranks that have a seat.
+    pub fn seated(&self) -> impl Iterator<Item = u32> + use<> {
+        let seated: Vec<bool> = self.seats.iter().map(Option::is_some).collect();
+        (0..self.party.num_ranks).filter(move |rank| seated[*rank as usize])
+    }
+
+    /// Welcomes every seated rank, with what is `said` to it.
+    pub fn welcome(&mut self, name: &[u8; 16], said: impl Fn(u32) -> Vec<u8>) -> Result<()> {
+        for rank in self.seated() {
+            let Some(line) = &mut self.seats[rank as usize] else { continue };
+            let body = [&name[..], &said(rank)].concat();
+            line.send_signed(Kind::Welcome, body).map_err(|e| self.left(rank, Some(e)))?;
+        }
+        Ok(())
+    }
+
+    /// Welcomes every seated rank, takes its descriptors and hands everybody's to everybody.
+    pub fn share(
+        &mut self,
+        said: impl Fn(u32) -> Vec<u8>,
+        own: impl FnOnce() -> Result<Vec<OwnedFd>>,
+    ) -> Result<Vec<Vec<OwnedFd>>> {
+        // Descriptors need a Unix socket whatever the first connection was.
+        let name = random()?;
+        let exchange = listen_local(&name)
+            .and_then(|l| l.map_err(|e| Error::system("the descriptor socket", e)))
+            .map_err(|e| self.fail(e))?;
+        let own = own().map_err(|e| self.fail(e))?;
+        self.welcome(&name, said)?;
+        let (sockets, mut fds) = self.collect_fds(&exchange)?;
+        drop(exchange);
+        fds[self.party.rank as usize] = own;
+        self.hand_round(sockets, &fds)?;
+        Ok(fds)
+    }
+
     /// Tells every seated rank that it is over; gives the reason back.
     pub fn fail(&mut self, error: Error) -> Error {
         for line in self.seats.iter_mut().flatten() {
@@ -254,7 +283,7 @@ impl Root {
     /// All is ready on this rank: ends the rendezvous when it is on every other.
     pub fn finish(&mut self) -> Result<()> {
         self.collect_ready()?;
-        for rank in 1..self.party.num_ranks {
+        for rank in self.seated() {
             let Some(line) = &mut self.seats[rank as usize] else { continue };
             if let Err(e) = line.link.send(Kind::Go, &[]) {
                 return Err(self.left(rank, Some(e)));
@@ -265,13 +294,19 @@ impl Root {
 
     /// Gives up at the deadline; `what` the ranks have not done that are not `done`.
     fn check_deadline(&mut self, done: impl Fn(usize) -> bool, what: &str) -> Result<()> {
+        if let Err(error) = (self.party.check)() {
+            return Err(self.fail(error));
+        }
         if !self.party.deadline.has_passed() {
             return Ok(());
         }
-        let late: Vec<String> =
-            (1..self.seats.len()).filter(|rank| !done(*rank)).map(|rank| rank.to_string()).collect();
+        let me = self.party.rank;
+        let late: Vec<String> = (0..self.party.num_ranks)
+            .filter(|rank| *rank != me && !done(*rank as usize))
+            .map(|rank| rank.to_string())
+            .collect();
         let mut text = format!(
-            "rank 0: ranks {} of {} {what} within {} ms",
+            "rank {me}: ranks {} of {} {what} within {} ms",
             late.join(", "),
             self.party.num_ranks,
             self.party.deadline.ms
@@ -285,16 +320,16 @@ impl Root {
     /// Lets ranks in until the group is complete, or tells everybody why it never will be.
     fn admit_all(&mut self, lobby: &mut Lobby<'_>) -> Result<()> {
         loop {
-            let joined: Vec<bool> = self.seats.iter().map(Option::is_some).collect();
-            if joined[1..].iter().all(|joined| *joined) {
+            if self.seats[1..].iter().all(Option::is_some) {
                 return Ok(());
             }
+            let joined: Vec<bool> = self.seats.iter().map(Option::is_some).collect();
             self.check_deadline(|rank| joined[rank], "did not join")?;
             let mut fds = lobby.fds();
             fds.extend(self.seats.iter().flatten().map(|line| line.link.stream.as_fd()));
             wait(&fds, self.party.deadline, lobby.slice())?;
             // A rank that joined has nothing to say before WELCOME: what comes is its end.
-            for rank in 1..self.party.num_ranks {
+            for rank in self.seated() {
                 self.listen(rank, Kind::Fail)?;
             }
             lobby.look();
@@ -307,22 +342,31 @@ impl Root {
         }
     }
 
+    /// Why a rank that knows the key belongs to no group of this one's, if so.
+    pub fn stranger_to(&self, hello: &Hello) -> Option<Error> {
+        let (me, rank, ranks) = (self.party.rank, hello.rank, self.party.num_ranks);
+        let text = if hello.num_ranks != ranks {
+            format!("num_ranks is {ranks} on rank {me} and {} on rank {rank}", hello.num_ranks)
+        } else if (hello.protocol, hello.version) != (PROTOCOL, version_number()) {
+            format!(
+                "the library's version is {} (rendezvous protocol {PROTOCOL}) on rank {me} and {} ({}) on rank {rank}",
+                version_name(version_number()),
+                version_name(hello.version),
+                hello.protocol
+            )
+        } else {
+            return None;
+        };
+        Some(Error::new(Status::Mismatch, text))
+    }
+
     /// Gives a rank that knows the key its place. Another version or size, and a place that is taken, are refused alone;
     /// a config that differs ends the group.
     fn seat(&mut self, proven: Proven) -> Result<()> {
         let Proven { kind, hello, rest, mut line } = proven;
         let (rank, ranks) = (hello.rank, self.party.num_ranks);
-        let alone = if hello.num_ranks != ranks {
-            let text = format!("num_ranks is {ranks} on rank 0 and {} on rank {rank}", hello.num_ranks);
-            Some(Error::new(Status::Mismatch, text))
-        } else if (hello.protocol, hello.version) != (PROTOCOL, version_number()) {
-            let text = format!(
-                "the library's version is {} (rendezvous protocol {PROTOCOL}) on rank 0 and {} ({}) on rank {rank}",
-                version_name(version_number()),
-                version_name(hello.version),
-                hello.protocol
-            );
-            Some(Error::new(Status::Mismatch, text))
+        let alone = if let Some(error) = self.stranger_to(&hello) {
+            Some(error)
         } else if rank == 0 || rank >= ranks || self.seats[rank as usize].is_some() {
             Some(Error::invalid(format!("rank {rank} has joined already")))
         } else {
@@ -352,7 +396,7 @@ impl Root {
     }
 
     /// Looks at what a peer has sent: `true` if it is the message that is due.
-    fn listen(&mut self, rank: u32, kind: Kind) -> Result<bool> {
+    pub fn listen(&mut self, rank: u32, kind: Kind) -> Result<bool> {
         let Some(line) = &mut self.seats[rank as usize] else { return Ok(false) };
         let failed = match line.link.receive() {
             Ok(None) => return Ok(false),
@@ -378,17 +422,16 @@ impl Root {
 
     fn collect_ready(&mut self) -> Result<()> {
         loop {
-            for rank in 1..self.party.num_ranks {
+            for rank in self.seated() {
                 self.listen_for_ready(rank)?;
             }
-            let ready = self.ready.clone();
-            if ready[1..].iter().all(|ready| *ready) {
+            let waiting: Vec<u32> = self.seated().filter(|rank| !self.ready[*rank as usize]).collect();
+            if waiting.is_empty() {
                 return Ok(());
             }
-            self.check_deadline(|rank| ready[rank], "were not ready")?;
-            let waiting = self.seats.iter().zip(&ready).filter(|(_, ready)| !**ready);
-            let fds: Vec<_> =
-                waiting.filter_map(|(line, _)| line.as_ref().map(|line| line.link.stream.as_fd())).collect();
+            self.check_deadline(|rank| !waiting.contains(&(rank as u32)), "were not ready")?;
+            let lines = waiting.iter().filter_map(|rank| self.seats[*rank as usize].as_ref());
+            let fds: Vec<_> = lines.map(|line| line.link.stream.as_fd()).collect();
             wait(&fds, self.party.deadline, SLICE)?;
         }
     }
@@ -400,15 +443,17 @@ impl Root {
         let mut fds: Vec<Vec<OwnedFd>> = (0..ranks).map(|_| Vec::new()).collect();
         let mut waiting: Vec<UnixStream> = Vec::new();
         loop {
-            if (1..ranks).all(|rank| sockets[rank].is_some()) {
+            let absent: Vec<usize> =
+                self.seated().map(|rank| rank as usize).filter(|rank| sockets[*rank].is_none()).collect();
+            if absent.is_empty() {
                 return Ok((sockets, fds));
             }
-            self.check_deadline(|rank| sockets[rank].is_some(), "sent no window")?;
+            self.check_deadline(|rank| !absent.contains(&rank), "sent no window")?;
             let mut polled = vec![exchange.as_fd()];
             polled.extend(waiting.iter().map(|s| s.as_fd()));
             polled.extend(self.seats.iter().flatten().map(|line| line.link.stream.as_fd()));
             wait(&polled, self.party.deadline, SLICE)?;
-            for rank in 1..self.party.num_ranks {
+            for rank in self.seated() {
                 self.listen(rank, Kind::Fail)?;
             }
             for _ in 0..AT_A_TIME {
@@ -434,7 +479,10 @@ impl Root {
                     Err(e) if e.raw_os_error() == Some(24) => {
                         let claimed =
                             self.claimant(&body).map_or("a rank".into(), |rank| format!("rank {rank}"));
-                        return Err(self.fail(Error::system(format!("rank 0: descriptors of {claimed}"), e)));
+                        return Err(self.fail(Error::system(
+                            format!("rank {}: descriptors of {claimed}", self.party.rank),
+                            e,
+                        )));
                     }
                     Err(_) => {}
                 }
@@ -449,18 +497,22 @@ impl Root {
         verify(&self.party.id.key, FDS, &line.mine, body).map(|_| rank)
     }
 
-    /// Sends every rank everybody's descriptors, rank ascending. Each message is answered by a byte.
+    /// Sends every seated rank the descriptors of all, rank ascending. Each message is answered by a byte.
     fn hand_round(&mut self, mut sockets: Vec<Option<UnixStream>>, fds: &[Vec<OwnedFd>]) -> Result<()> {
-        let ranks = self.seats.len();
-        let (mut sent, mut taken) = (vec![0; ranks], vec![0; ranks]);
+        let others: Vec<usize> = self.seated().map(|rank| rank as usize).collect();
+        let mut all = [others.clone(), vec![self.party.rank as usize]].concat();
+        all.sort_unstable();
+        let (mut sent, mut taken) = (vec![0; fds.len()], vec![0; fds.len()]);
         loop {
             let mut stuck = false;
-            for rank in 1..ranks {
-                let Some(socket) = sockets[rank].as_mut().filter(|_| taken[rank] < ranks) else { continue };
+            for &rank in &others {
+                let Some(socket) = sockets[rank].as_mut().filter(|_| taken[rank] < all.len()) else {
+                    continue;
+                };
                 let mut pass = || -> std::io::Result<()> {
                     taken[rank] += answers(socket)?;
-                    while sent[rank] < ranks && sent[rank] < taken[rank] + UNTAKEN {
-                        let of = sent[rank];
+                    while sent[rank] < all.len() && sent[rank] < taken[rank] + UNTAKEN {
+                        let of = all[sent[rank]];
                         let borrowed: Vec<_> = fds[of].iter().map(|fd| fd.as_fd()).collect();
                         if !send_fds(socket, &(of as u32).to_le_bytes(), &borrowed)? {
                             stuck = true;
@@ -475,15 +527,16 @@ impl Root {
                 self.listen_for_ready(rank as u32)?;
                 passed.map_err(|e| self.left(rank as u32, Some(e)))?;
             }
-            if (1..ranks).all(|rank| taken[rank] >= ranks) {
+            let unfinished: Vec<usize> =
+                others.iter().copied().filter(|rank| taken[*rank] < all.len()).collect();
+            if unfinished.is_empty() {
                 return Ok(());
             }
-            self.check_deadline(|rank| taken[rank] >= ranks, "did not take the windows")?;
-            let unfinished = || (1..ranks).filter(|rank| taken[*rank] < ranks);
-            let mut polled: Vec<_> =
-                unfinished().filter_map(|r| sockets[r].as_ref().map(|s| s.as_fd())).collect();
-            let lines = unfinished().filter(|rank| !self.ready[*rank]).filter_map(|r| self.seats[r].as_ref());
-            polled.extend(lines.map(|line| line.link.stream.as_fd()));
+            self.check_deadline(|rank| !unfinished.contains(&rank), "did not take the windows")?;
+            let socket_fds = unfinished.iter().filter_map(|rank| sockets[*rank].as_ref().map(|s| s.as_fd()));
+            let lines = unfinished.iter().filter(|rank| !self.ready[**rank]);
+            let lines = lines.filter_map(|rank| self.seats[*rank].as_ref());
+            let polled: Vec<_> = socket_fds.chain(lines.map(|line| line.link.stream.as_fd())).collect();
             wait(&polled, self.party.deadline, if stuck { SHORT_OF_SOMETHING } else { SLICE })?;
         }
     }

@@ -1,0 +1,158 @@
+//! Who takes part: the survivors of a loss agree, put their windows into their first state, and go on.
+//!
+//! A step that was given up on may still be at work somewhere: a rank that stands still in the middle of it stores the
+//! rest when it goes on. So nothing is used again before every rank that is lost is known to touch it no more, or
+//! before it has been replaced by other memory at the same address.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Comm, lock};
+use crate::config::{DeviceKind, MAX_TIMEOUT_MS};
+use crate::device::members::Members;
+use crate::device::{Device, Membership, Standing};
+use crate::error::{Error, Result, Status};
+use crate::log::{Level, log};
+use crate::memory::WindowFd;
+use crate::transport::bootstrap::{Recovery, Regathered, regather};
+
+/// What the survivors agreed on.
+pub struct Recovered {
+    pub generation: u64,
+    pub members: Members,
+    /// By slot: the last step that is whole on all of them.
+    pub whole: Vec<u64>,
+    /// The windows are other memory.
+    pub replaced: bool,
+}
+
+/// What a comm keeps from one recovery to the next.
+#[derive(Default)]
+pub(super) struct Past {
+    /// The last one failed.
+    broken: bool,
+    whole: Vec<u64>,
+}
+
+/// How long ranks that were given up on, but live, are waited for.
+const PATIENCE_MS: u64 = 1000;
+
+impl Comm {
+    /// `timeout_ms`, `patience_ms`: 0 for the default.
+    pub fn recover(&self, timeout_ms: i64, patience_ms: i64) -> Result<Recovered> {
+        let (_call, device) = self.enter()?;
+        let rank = self.config.rank;
+        let milliseconds = |name: &str, value: i64, default: u64| match value {
+            0 => Ok(default),
+            1..=MAX_TIMEOUT_MS => Ok(value as u64),
+            _ => Err(self.invalid(format!("{name} is {value}, it must be from 0 to {MAX_TIMEOUT_MS}"))),
+        };
+        let timeout_ms = milliseconds("timeout_ms", timeout_ms, self.config.meeting.timeout_ms)?;
+        let patience = Duration::from_millis(milliseconds("patience_ms", patience_ms, PATIENCE_MS)?);
+        if self.config.device == DeviceKind::Cuda {
+            return Err(Error::unsupported(format!(
+                "rank {rank}: a2a_recover on CUDA memory is not in this build"
+            )));
+        }
+        let mut past = lock(&self.past);
+        let standing = device.standing();
+        past.whole.resize(standing.whole.len(), 0);
+        // From here on until all is done no step may run.
+        let text = format!("rank {rank}: the comm is between generations: a2a_recover has not succeeded");
+        device.suspend(&Error::new(Status::PeerLost, text));
+        let begun = Instant::now();
+        loop {
+            match self.meet(&device, &standing, &mut past, timeout_ms, patience) {
+                // A survivor died meanwhile: all others know it, and meet again.
+                Err(error)
+                    if error.status == Status::PeerLost
+                        && device.left_behind_by().is_none()
+                        && begun.elapsed() < Duration::from_millis(timeout_ms) =>
+                {
+                    log(Level::Info, || format!("{error}; once more"));
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// One attempt at a recovery.
+    fn meet(
+        &self,
+        device: &Arc<dyn Device>,
+        standing: &Standing,
+        past: &mut Past,
+        timeout_ms: u64,
+        patience: Duration,
+    ) -> Result<Recovered> {
+        let (rank, bytes, health) = (self.config.rank, self.plan.memory().window, self.health.clone());
+        let recovery = Recovery {
+            key: self.key,
+            rank,
+            num_ranks: self.config.num_ranks,
+            device,
+            standing: standing.clone(),
+            intact: !past.broken,
+            former: &past.whole,
+            patience,
+            timeout_ms,
+            is_aborted: Arc::new(move || health.is_aborted()),
+        };
+        let mut begun = false;
+        let met = regather(recovery, &mut begun, || Ok(vec![WindowFd::create(rank, bytes)?.into_fd()]));
+        // What fails once something was agreed leaves windows of which nobody knows what they are.
+        past.broken |= begun;
+        let recovered = self.go_on(&**device, met?)?;
+        *past = Past { broken: false, whole: recovered.whole.clone() };
+        Ok(recovered)
+    }
+
+    /// This rank's part of what was agreed.
+    fn go_on(&self, device: &dyn Device, mut met: Regathered) -> Result<Recovered> {
+        let Membership { generation, members } = met.membership;
+        let former = device.membership().members;
+        former.without(&members).iter().for_each(|lost| device.leave_behind(lost));
+        let fds = met.fds.take();
+        let replaced = fds.is_some();
+        let whole = std::mem::take(&mut met.whole);
+        let built = self.replace_windows(fds, &members).and_then(|()| device.recovered(met.membership));
+        let next = match built {
+            Ok(next) => {
+                met.finish(Ok(()))?;
+                next
+            }
+            Err(error) => {
+                // The others are told; their answer changes nothing about our own reason.
+                let _ = met.finish(Err(error.clone()));
+                return Err(error);
+            }
+        };
+        *self.device.write().unwrap_or_else(|e| e.into_inner()) = Some(next);
+        log(Level::Info, || {
+            format!("rank {}: generation {generation}, {} ranks take part", self.config.rank, members.len())
+        });
+        Ok(Recovered { generation, members, whole, replaced })
+    }
+
+    fn replace_windows(&self, fds: Option<Vec<Vec<std::os::fd::OwnedFd>>>, members: &Members) -> Result<()> {
+        let (Some(fds), Some(windows)) = (fds, &self.windows) else { return Ok(()) };
+        for (peer, fds) in fds.into_iter().enumerate().filter(|(peer, _)| members.contains(*peer as u32)) {
+            let Some(fd) = fds.into_iter().next() else {
+                let text = format!("rank {}: rank {peer} sent no window", self.config.rank);
+                return Err(Error::new(Status::PeerLost, text));
+            };
+            let window = WindowFd::adopt(peer as u32, fd, self.plan.memory().window)?;
+            windows.replace(peer as u32, &window)?;
+        }
+        Ok(())
+    }
+
+    /// By rank: whether it takes part and, as far as this rank knows, lives.
+    pub fn rank_mask(&self) -> Result<Vec<bool>> {
+        let device = self.device()?;
+        let members = device.membership().members;
+        let is_there =
+            |rank: u32| members.contains(rank) && (rank == self.config.rank || !device.has_left(rank));
+        Ok((0..self.config.num_ranks).map(is_there).collect())
+    }
+}

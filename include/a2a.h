@@ -831,7 +831,8 @@ typedef struct a2a_error_info_t {
      */
     uint64_t lost_ranks[16];
     /**
-     * The sentence, NUL-terminated UTF-8.
+     * The sentence, NUL-terminated UTF-8. As far as there is room "; last: " and the last operations follow, newest first,
+     * by number as a2a_get_history has them.
      */
     char message[512];
 } a2a_error_info_t;
@@ -955,27 +956,27 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_MISMATCH 18
 
 /**
- * Comm: a CUDA call failed. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+ * Comm: a CUDA call failed. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
  */
 #define A2A_CUDA_ERROR 32
 
 /**
- * Comm: an NCCL call failed. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+ * Comm: an NCCL call failed. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
  */
 #define A2A_NCCL_ERROR 33
 
 /**
- * Comm: a NIXL call failed. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+ * Comm: a NIXL call failed. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
  */
 #define A2A_NIXL_ERROR 34
 
 /**
- * Comm: a2a_abort was called on it. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+ * Comm: a2a_abort was called on it. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
  */
 #define A2A_ABORTED 35
 
 /**
- * Comm: a defect of the library was caught. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+ * Comm: a defect of the library was caught. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
  */
 #define A2A_INTERNAL 36
 
@@ -1394,6 +1395,36 @@ a2a_status_t a2a_combine_buffer(struct a2a_comm_t *comm,
  */
 a2a_status_t a2a_get_async_error(struct a2a_comm_t *comm,
                                  struct a2a_error_info_t *info);
+
+/**
+ * Tells the comm's last 256 operations, the one in flight among them: where a rank that hangs is, and how it came
+ * there. Waits for nothing that a call in flight holds.
+ *
+ * buf: out, may be NULL with len 0; receives NUL-terminated JSON, cut off if it does not fit. needed: out, may be NULL;
+ * the bytes the whole text needs now, NUL included: calls on other threads make it longer; 128 KiB are enough at any time.
+ * {"rank", "num_ranks", "version" of the library, "age_us" since a2a_create, "operations": oldest first, "async_error":
+ * the first failure's sentence, as a2a_get_async_error has it, or null}. Of an operation
+ *   number     counts the comm's operations, from 1; one that changes while it is read is left out
+ *   begun_us   microseconds from a2a_create to the call
+ *   took_us    microseconds in the call, so far if it is in flight
+ *   operation  "dispatch" or "combine"
+ *   half       "SEND", "RECV" or "BOTH"
+ *   slot, routing   the routing by a number: the comm's first is 1
+ *   sequence   steps opened on the slot, this one included once it has begun; null if the host cannot know
+ *   tokens     T of the dispatch
+ *   outcome    "in flight", "enqueued", or the name of the status that the call returned
+ * On CUDA a call enqueues, unless it waits for HOST_COUNTS: "enqueued" says that the work is on the stream or in a graph,
+ * and what becomes of it stands in out.status and in async_error. Replays of a captured graph are no calls and are not
+ * told; once work on a slot was captured its sequence is null. Calls that were refused before they began (BUSY, a comm
+ * that has failed, a struct that makes no sense) are not told either.
+ *
+ * Threads: any, at any time, also while another thread is inside a call, and after a failure or an abort. Errors:
+ * INVALID_ARGUMENT; OVERFLOW if buf is given and too small (buf then holds the beginning).
+ */
+a2a_status_t a2a_get_history(struct a2a_comm_t *comm,
+                             char *buf,
+                             size_t len,
+                             size_t *needed);
 
 /**
  * Reports what the comm has moved since a2a_create.

@@ -2,6 +2,7 @@
 //!
 //! A leaf: every layer may use it, it uses nothing of the crate.
 
+use std::ffi::CStr;
 use std::fmt;
 
 /// The status of a call. The numbers are the ABI's (`abi::types` asserts it).
@@ -49,6 +50,27 @@ impl Status {
 
     pub fn from_code(code: i32) -> Option<Status> {
         Status::ALL.into_iter().find(|s| *s as i32 == code)
+    }
+
+    /// The constant's name.
+    pub fn name(self) -> &'static CStr {
+        match self {
+            Status::Success => c"A2A_SUCCESS",
+            Status::InvalidArgument => c"A2A_INVALID_ARGUMENT",
+            Status::Unsupported => c"A2A_UNSUPPORTED",
+            Status::Busy => c"A2A_BUSY",
+            Status::OutOfMemory => c"A2A_OUT_OF_MEMORY",
+            Status::Overflow => c"A2A_OVERFLOW",
+            Status::System => c"A2A_SYSTEM_ERROR",
+            Status::Timeout => c"A2A_TIMEOUT",
+            Status::PeerLost => c"A2A_PEER_LOST",
+            Status::Mismatch => c"A2A_MISMATCH",
+            Status::Cuda => c"A2A_CUDA_ERROR",
+            Status::Nccl => c"A2A_NCCL_ERROR",
+            Status::Nixl => c"A2A_NIXL_ERROR",
+            Status::Aborted => c"A2A_ABORTED",
+            Status::Internal => c"A2A_INTERNAL",
+        }
     }
 
     /// True if the failure voids the step on every rank and closes its slot.

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use a2a::abi::calls::{a2a_destroy, a2a_set_log_callback};
 use a2a::abi::types::*;
 use libtest_mimic::{Arguments, Trial};
+use serde_json::{Value, json};
 
 #[allow(dead_code, reason = "each test binary uses a part")]
 mod common;
@@ -38,6 +39,8 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const PROMISE: Duration = Duration::from_secs(1);
 /// For a loaded machine; only asserts know it.
 const GRACE: Duration = Duration::from_secs(2);
+/// Stands between a record's sentence and the operations that follow it.
+const LAST: &str = "; last: ";
 /// A call on a closed slot waits for nobody.
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// A case is given up after this, whatever hangs.
@@ -481,7 +484,8 @@ impl Member {
         });
         if let Some(info) = info {
             outcome.status = info.status;
-            outcome.text = message(&info);
+            let text = message(&info);
+            outcome.text = text.split_once(LAST).map_or(&text[..], |(sentence, _)| sentence).into();
             outcome.words = vec![
                 info.operation.into(),
                 info.slot.into(),
@@ -1274,6 +1278,124 @@ fn gone_before_it_is_needed(pair: Pair, operation: Operation, destroy: bool) -> 
     peers_lose(&all_but(&crew, 1), operation, if destroy { "destroyed" } else { "aborted" })
 }
 
+/// The last operations of a member, oldest first.
+fn operations(member: &Member) -> Result<Vec<Value>, String> {
+    let history = member.comm.history()?;
+    let (rank, world) = (&history["rank"], &history["num_ranks"]);
+    if (rank, world) != (&json!(member.rank), &json!(member.world)) {
+        return Err(format!("the history of rank {} of {}: {history}", member.rank, member.world));
+    }
+    Ok(history["operations"].as_array().ok_or("no list of operations")?.clone())
+}
+
+/// Fields of an operation are as said.
+fn operation_is(operation: &Value, fields: Value) -> Result<(), String> {
+    let fields = fields.as_object().expect("fields");
+    match fields.iter().find(|(name, value)| operation[name.as_str()] != **value) {
+        Some((name, value)) => Err(format!("{name} is not {value} in {operation}")),
+        None => Ok(()),
+    }
+}
+
+fn took(operation: &Value) -> Duration {
+    Duration::from_micros(operation["took_us"].as_u64().expect("a number"))
+}
+
+/// Rank 1 never calls. Another thread sees where rank 0 hangs, and afterwards how it ended.
+fn a_hang_is_on_record(pair: Pair) -> Result<(), String> {
+    let crew = members(&seats(2, GroupId::new()), pair)?;
+    let member = &crew[0];
+    let ask = Ask { tokens: Some(TOKENS), ..Ask::new(1) };
+    let asked = json!({
+        "number": 1, "operation": "dispatch", "half": "BOTH", "slot": 0, "sequence": 1, "routing": 1, "tokens": TOKENS,
+    });
+    let hops = member.hops()?;
+    let lost = scope(|scope| {
+        let call = scope.spawn(|| member.dispatch(0, A2A_PHASE_BOTH, &ask));
+        member.until_waiting(hops)?;
+        let mut before = Duration::ZERO;
+        for _ in 0..2 {
+            let begun = Instant::now();
+            let told = operations(member)?;
+            in_time("a history is read beside a call that hangs", begun.elapsed(), Duration::ZERO)?;
+            let [operation] = &told[..] else { return Err(format!("one operation and not {told:?}")) };
+            operation_is(operation, asked.clone())?;
+            operation_is(operation, json!({ "outcome": "in flight" }))?;
+            if took(operation) <= before {
+                return Err(format!("{operation} took {before:?} before"));
+            }
+            before = took(operation);
+            sleep(Duration::from_millis(50));
+        }
+        Ok::<_, String>(call.join().expect("no panic in a call"))
+    })?;
+    lost.is(A2A_TIMEOUT, &["dispatch on slot 0, sequence 1", "rank 1"])?;
+
+    let history = member.comm.history()?;
+    let operation = &history["operations"][0];
+    operation_is(operation, asked)?;
+    operation_is(operation, json!({ "outcome": "A2A_TIMEOUT" }))?;
+    if !(DEADLINE..=lost.took).contains(&took(operation)) {
+        return Err(format!("{operation}, and the call took {:?}", lost.took));
+    }
+    if history["async_error"] != json!(lost.sentence()) {
+        return Err(format!("{}: {}", lost.describe(), history["async_error"]));
+    }
+    let text = message(&member.comm.async_error()?);
+    let brief = format!("{LAST}#1 dispatch BOTH slot 0 timeout after {} ms", took(operation).as_millis());
+    if text != format!("{}{brief}", lost.sentence()) {
+        return Err(format!("a2a_get_async_error says {text:?}"));
+    }
+
+    // After an abort too; what is refused since then is not told.
+    member.comm.abort()?;
+    member.dispatch(1, A2A_PHASE_BOTH, &Ask::new(1)).is(A2A_ABORTED, &[])?;
+    match operations(member)?.len() {
+        1 => Ok(()),
+        count => Err(format!("{count} operations after an abort")),
+    }
+}
+
+/// 300 steps of three calls each: the last 256 calls are told, each as it was.
+fn the_last_operations_are_told(pair: Pair) -> Result<(), String> {
+    const STEPS: u64 = 300;
+    let crew = members(&seats(2, GroupId::new()), pair)?;
+    let done = together(&all(&crew), |member| {
+        for step in 0..STEPS {
+            let ask = member.ask(step);
+            let calls = [
+                member.dispatch(1, A2A_PHASE_SEND, &ask),
+                member.dispatch(1, A2A_PHASE_RECV, &ask),
+                member.combine(1, A2A_PHASE_BOTH, &ask),
+            ];
+            all_fine(&format!("step {step}"), &calls)?;
+        }
+        let told = operations(member)?;
+        if told.len() != 256 {
+            return Err(format!("{} operations", told.len()));
+        }
+        let mut begun = 0;
+        for (number, operation) in (3 * STEPS - 255..=3 * STEPS).zip(&told) {
+            let (name, half) =
+                [("dispatch", "SEND"), ("dispatch", "RECV"), ("combine", "BOTH")][(number - 1) as usize % 3];
+            let tokens =
+                member.ask((number - 1) / 3).input(member.rank, member.world, pair, u64::MAX).0.tokens;
+            operation_is(
+                operation,
+                json!({
+                    "number": number, "operation": name, "half": half, "slot": 1, "sequence": number.div_ceil(3),
+                    "routing": 2, "tokens": tokens.expect("tokens").shape()[0], "outcome": "A2A_SUCCESS",
+                }),
+            )?;
+            let after = operation["begun_us"].as_u64().filter(|after| *after >= begun);
+            begun =
+                after.ok_or(format!("{operation} began before the one before, which did at {begun} us"))?;
+        }
+        Ok(())
+    });
+    done.into_iter().collect()
+}
+
 /// One call at a time: a second thread is told so, and the first one's step goes on.
 fn a_second_call_is_busy(pair: Pair) -> Result<(), String> {
     let crew = crew(pair)?;
@@ -1824,6 +1946,8 @@ fn main() -> std::process::ExitCode {
         add(format!("stop/{name}/AtAnyTime/0"), Box::new(move || at_any_time(Fault::Stop, pair, 0)));
         add(format!("pause/{name}"), Box::new(move || a_pause(pair)));
         add(format!("two_slots/{name}"), Box::new(move || the_other_slot_keeps_its_data(pair)));
+        add(format!("history/hang/{name}"), Box::new(move || a_hang_is_on_record(pair)));
+        add(format!("history/last/{name}"), Box::new(move || the_last_operations_are_told(pair)));
         add(format!("busy/{name}"), Box::new(move || a_second_call_is_busy(pair)));
         for operation in OPERATIONS {
             for (how, destroy) in [("abort", false), ("destroy", true)] {

@@ -343,6 +343,7 @@ SIGNATURES = {
     "a2a_combine": (None, [c_void_p, c_void_p, POINTER(CombineIn), POINTER(CombineOut), c_void_p]),
     "a2a_combine_buffer": (None, [c_void_p, c_void_p, POINTER(Tensor)]),
     "a2a_get_async_error": (None, [c_void_p, POINTER(ErrorInfo)]),
+    "a2a_get_history": (None, [c_void_p, c_char_p, c_size_t, POINTER(c_size_t)]),
     "a2a_get_stats": (None, [c_void_p, POINTER(Stats)]),
     "a2a_set_log_callback": (None, [LOG_FN, c_void_p]),
     "a2a_last_error": (c_char_p, []),

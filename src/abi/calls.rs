@@ -128,36 +128,8 @@ pub unsafe extern "C" fn a2a_explain(
         // SAFETY: forwarded from the caller.
         let config = unsafe { config::read(&read_struct(config)?)? };
         let text = comm::explain(&config);
-        if !needed.is_null() {
-            // SAFETY: not NULL; the caller vouches for it.
-            unsafe { *needed = text.len() + 1 };
-        }
-        if buf.is_null() {
-            return if len == 0 {
-                Ok(())
-            } else {
-                Err(Error::invalid(format!("buf is NULL and len is {len}")))
-            };
-        }
-        if len == 0 {
-            return Err(Error::new(Status::Overflow, "len is 0"));
-        }
-        let mut cut = text.len().min(len - 1);
-        while !text.is_char_boundary(cut) {
-            cut -= 1;
-        }
-        // SAFETY: cut < len bytes are the caller's.
-        unsafe {
-            std::ptr::copy_nonoverlapping(text.as_ptr(), buf as *mut u8, cut);
-            *buf.add(cut) = 0;
-        }
-        if cut < text.len() {
-            return Err(Error::new(
-                Status::Overflow,
-                format!("len is {len}, the text needs {}", text.len() + 1),
-            ));
-        }
-        Ok(())
+        // SAFETY: forwarded from the caller.
+        unsafe { write_text(&text, buf, len, needed) }
     })
 }
 
@@ -477,6 +449,42 @@ pub unsafe extern "C" fn a2a_get_async_error(
     })
 }
 
+/// Tells the comm's last 256 operations, the one in flight among them: where a rank that hangs is, and how it came
+/// there. Waits for nothing that a call in flight holds.
+///
+/// buf: out, may be NULL with len 0; receives NUL-terminated JSON, cut off if it does not fit. needed: out, may be NULL;
+/// the bytes the whole text needs now, NUL included: calls on other threads make it longer; 128 KiB are enough at any time.
+/// {"rank", "num_ranks", "version" of the library, "age_us" since a2a_create, "operations": oldest first, "async_error":
+/// the first failure's sentence, as a2a_get_async_error has it, or null}. Of an operation
+///   number     counts the comm's operations, from 1; one that changes while it is read is left out
+///   begun_us   microseconds from a2a_create to the call
+///   took_us    microseconds in the call, so far if it is in flight
+///   operation  "dispatch" or "combine"
+///   half       "SEND", "RECV" or "BOTH"
+///   slot, routing   the routing by a number: the comm's first is 1
+///   sequence   steps opened on the slot, this one included once it has begun; null if the host cannot know
+///   tokens     T of the dispatch
+///   outcome    "in flight", "enqueued", or the name of the status that the call returned
+/// On CUDA a call enqueues, unless it waits for HOST_COUNTS: "enqueued" says that the work is on the stream or in a graph,
+/// and what becomes of it stands in out.status and in async_error. Replays of a captured graph are no calls and are not
+/// told; once work on a slot was captured its sequence is null. Calls that were refused before they began (BUSY, a comm
+/// that has failed, a struct that makes no sense) are not told either.
+///
+/// Threads: any, at any time, also while another thread is inside a call, and after a failure or an abort. Errors:
+/// INVALID_ARGUMENT; OVERFLOW if buf is given and too small (buf then holds the beginning).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_get_history(
+    comm: *mut a2a_comm_t,
+    buf: *mut c_char,
+    len: usize,
+    needed: *mut usize,
+) -> a2a_status_t {
+    with_comm("a2a_get_history", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        unsafe { write_text(&comm.history(), buf, len, needed) }
+    })
+}
+
 /// Reports what the comm has moved since a2a_create.
 ///
 /// stats: out, its struct_size set by the caller. Threads: any, at any time. Errors: INVALID_ARGUMENT.
@@ -526,28 +534,7 @@ pub extern "C" fn a2a_last_error() -> *const c_char {
 /// The name of a status, "A2A_TIMEOUT" for instance; "unknown status" for any other number. Static.
 #[unsafe(no_mangle)]
 pub extern "C" fn a2a_status_name(status: a2a_status_t) -> *const c_char {
-    status_name(status).as_ptr()
-}
-
-fn status_name(status: a2a_status_t) -> &'static CStr {
-    match status {
-        A2A_SUCCESS => c"A2A_SUCCESS",
-        A2A_INVALID_ARGUMENT => c"A2A_INVALID_ARGUMENT",
-        A2A_UNSUPPORTED => c"A2A_UNSUPPORTED",
-        A2A_BUSY => c"A2A_BUSY",
-        A2A_OUT_OF_MEMORY => c"A2A_OUT_OF_MEMORY",
-        A2A_OVERFLOW => c"A2A_OVERFLOW",
-        A2A_SYSTEM_ERROR => c"A2A_SYSTEM_ERROR",
-        A2A_TIMEOUT => c"A2A_TIMEOUT",
-        A2A_PEER_LOST => c"A2A_PEER_LOST",
-        A2A_MISMATCH => c"A2A_MISMATCH",
-        A2A_CUDA_ERROR => c"A2A_CUDA_ERROR",
-        A2A_NCCL_ERROR => c"A2A_NCCL_ERROR",
-        A2A_NIXL_ERROR => c"A2A_NIXL_ERROR",
-        A2A_ABORTED => c"A2A_ABORTED",
-        A2A_INTERNAL => c"A2A_INTERNAL",
-        _ => c"unknown status",
-    }
+    Status::from_code(status).map_or(c"unknown status", Status::name).as_ptr()
 }
 
 /// The library's version, "0.1.0" for instance. Static. The header's is A2A_VERSION.
@@ -581,6 +568,34 @@ unsafe fn text<'a>(argument: &str, ptr: *const c_char) -> Result<&'a str> {
     }
     // SAFETY: not NULL; NUL-terminated by the contract.
     unsafe { CStr::from_ptr(ptr) }.to_str().map_err(|_| Error::invalid(format!("{argument} is not UTF-8")))
+}
+
+/// Gives a caller a text that it cannot know the length of.
+///
+/// # Safety
+/// `buf` is NULL or has `len` bytes, `needed` is NULL or writable.
+unsafe fn write_text(text: &str, buf: *mut c_char, len: usize, needed: *mut usize) -> Result<()> {
+    if !needed.is_null() {
+        // SAFETY: not NULL; the caller vouches for it.
+        unsafe { *needed = text.len() + 1 };
+    }
+    if buf.is_null() {
+        return if len == 0 { Ok(()) } else { Err(Error::invalid(format!("buf is NULL and len is {len}"))) };
+    }
+    if len == 0 {
+        return Err(Error::new(Status::Overflow, "len is 0"));
+    }
+    let cut = text.floor_char_boundary(len - 1);
+    // SAFETY: cut < len bytes are the caller's.
+    unsafe {
+        std::ptr::copy_nonoverlapping(text.as_ptr(), buf as *mut u8, cut);
+        *buf.add(cut) = 0;
+    }
+    if cut < text.len() {
+        let text = format!("len is {len}, the text needs {}", text.len() + 1);
+        return Err(Error::new(Status::Overflow, text));
+    }
+    Ok(())
 }
 
 fn write_id(id: *mut a2a_unique_id_t, unique: UniqueId) -> Result<()> {

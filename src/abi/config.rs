@@ -302,8 +302,7 @@ pub fn error_info(comm: &Comm) -> a2a_error_info_t {
             info.lost_ranks[(rank / 64) as usize] |= 1 << (rank % 64);
         }
     }
-    // Cut at a character, so that the text stays UTF-8.
-    let text = &error.message[..error.message.floor_char_boundary(info.message.len() - 1)];
+    let text = comm.error_text(&error, info.message.len() - 1);
     for (to, from) in info.message.iter_mut().zip(text.bytes()) {
         *to = from as _;
     }

@@ -30,15 +30,15 @@ pub const A2A_PEER_LOST: a2a_status_t = 17;
 /// Step: ranks disagree on the operation, the bound or a row's shape. The step is void, its slot closed.
 /// From `a2a_create`: the ranks' configs disagree; nothing was created.
 pub const A2A_MISMATCH: a2a_status_t = 18;
-/// Comm: a CUDA call failed. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+/// Comm: a CUDA call failed. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
 pub const A2A_CUDA_ERROR: a2a_status_t = 32;
-/// Comm: an NCCL call failed. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+/// Comm: an NCCL call failed. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
 pub const A2A_NCCL_ERROR: a2a_status_t = 33;
-/// Comm: a NIXL call failed. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+/// Comm: a NIXL call failed. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
 pub const A2A_NIXL_ERROR: a2a_status_t = 34;
-/// Comm: a2a_abort was called on it. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+/// Comm: a2a_abort was called on it. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
 pub const A2A_ABORTED: a2a_status_t = 35;
-/// Comm: a defect of the library was caught. Only a2a_get_async_error, a2a_abort and a2a_destroy remain.
+/// Comm: a defect of the library was caught. Only a2a_get_async_error, a2a_get_history, a2a_abort and a2a_destroy remain.
 pub const A2A_INTERNAL: a2a_status_t = 36;
 
 /// The strategy that moves the rows. 0 lets the library choose.
@@ -490,7 +490,8 @@ pub struct a2a_error_info_t {
     pub seen: u64,
     /// Bit r % 64 of word r / 64: rank r was given up on.
     pub lost_ranks: [u64; 16],
-    /// The sentence, NUL-terminated UTF-8.
+    /// The sentence, NUL-terminated UTF-8. As far as there is room "; last: " and the last operations follow, newest first,
+    /// by number as a2a_get_history has them.
     pub message: [c_char; 512],
 }
 

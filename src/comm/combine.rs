@@ -1,10 +1,11 @@
 //! Combine as a call: what is asked is checked against the dispatch that it ends, both halves are run.
 
+use super::history::What;
 use super::routing::{Routing, Sent};
 use super::tensor::{Element, Output, Tensor, View};
 use super::{Comm, lock};
 use crate::config::{Dtype, ROW_ALIGN};
-use crate::device::{Combine, Device, Float, Half, Region, Rows, Stream, Target, Weighting};
+use crate::device::{Call, Combine, Device, Float, Half, Region, Rows, Stream, Target, Weighting};
 use crate::error::{Error, Result};
 
 /// Combine flags, as the ABI numbers them.
@@ -101,6 +102,22 @@ impl Comm {
         stream: Stream,
     ) -> Result<Option<View>> {
         let (_call, device) = self.enter()?;
+        let call = self.call(routing, stream, false, max_sms);
+        let what = What { combine: true, sends: send.is_some(), receives: recv.is_some() };
+        self.recorded(&*device, &call, what, routing.tokens(), || {
+            self.run_combine(&*device, call, routing, send, recv, flags)
+        })
+    }
+
+    fn run_combine(
+        &self,
+        device: &dyn Device,
+        call: Call,
+        routing: &Routing,
+        send: Option<&CombineSend>,
+        recv: Option<&CombineRecv>,
+        flags: u64,
+    ) -> Result<Option<View>> {
         self.check_routing(routing)?;
         if flags & NO_WEIGHTS != 0 && !self.plan.layout.by_expert() {
             return Err(self.invalid(format!(
@@ -111,12 +128,11 @@ impl Comm {
         if flags & !(ACCUMULATE | NO_WEIGHTS) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x3")));
         }
-        let call = self.call(routing, stream, false, max_sms);
         let due = if send.is_some() { Half::CombineSend } else { Half::CombineRecv };
-        self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
+        self.check_due(device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);
         let fresh = match send {
-            Some(send) => Some(self.check_experts_rows(&*device, routing.slot, send, flags, &sent)?),
+            Some(send) => Some(self.check_experts_rows(device, routing.slot, send, flags, &sent)?),
             None => None,
         };
         let (hidden, send_type, weighting, has_row_weights) = match &fresh {
@@ -141,11 +157,11 @@ impl Comm {
                     &tensor.dims[..tensor.ndim]
                 )));
             }
-            self.check_outside(&*device, "tokens", (tensor.rows.address(), tensor.rows.span()))?;
-            out_weights = self.check_out_weights(&*device, recv, &sent, has_row_weights)?;
+            self.check_outside(device, "tokens", (tensor.rows.address(), tensor.rows.span()))?;
+            out_weights = self.check_out_weights(device, recv, &sent, has_row_weights)?;
             let ranks = self.config.num_ranks as usize;
             let region = Some((routing.slot, Region::Status));
-            status = self.check_small(&*device, "status", region, &recv.status, Element::I32, 4 + ranks)?;
+            status = self.check_small(device, "status", region, &recv.status, Element::I32, 4 + ranks)?;
             out = Some(tensor.rows);
         }
         let c = Combine {
@@ -169,7 +185,7 @@ impl Comm {
             status,
         };
         if fresh.is_some() {
-            self.step(&*device, &call, Half::CombineSend, status, |device| {
+            self.step(device, &call, Half::CombineSend, status, |device| {
                 sent.hidden = hidden;
                 sent.send_type = send_type;
                 sent.weighting = weighting;
@@ -178,7 +194,7 @@ impl Comm {
             })?;
         }
         if recv.is_some() {
-            self.step(&*device, &call, Half::CombineRecv, status, |device| {
+            self.step(device, &call, Half::CombineRecv, status, |device| {
                 self.backend.combine_recv(device, &c)
             })?;
         }

@@ -1,6 +1,7 @@
 //! Dispatch as a call: what is asked is checked against what the comm was made for, both halves are run, views are
 //! described.
 
+use super::history::What;
 use super::routing::{Routing, Sent};
 use super::tensor::{ColumnTensor, Element, Output, Tensor, View};
 use super::{Comm, lock};
@@ -8,7 +9,7 @@ use crate::config::{LayoutKind, MAX_EXTRAS, QuantKind, ROW_ALIGN, ScaleLayout};
 use crate::device::grid::Grid;
 use crate::device::map::{IDS, PLANES, Plane, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
 use crate::device::{
-    Device, Dispatch, Float, Half, Membership, Outbound, Region, Rows, Stream, Target, column_shape,
+    Call, Device, Dispatch, Float, Half, Membership, Outbound, Region, Rows, Stream, Target, column_shape,
 };
 use crate::error::{Error, Result, Status};
 
@@ -124,18 +125,34 @@ impl Comm {
         stream: Stream,
     ) -> Result<DispatchViews> {
         let (_call, device) = self.enter()?;
+        let call = self.call(routing, stream, recv.is_some() && flags & HOST_COUNTS != 0, max_sms);
+        let what = What { combine: false, sends: send.is_some(), receives: recv.is_some() };
+        let tokens = send.map_or_else(|| routing.tokens(), |send| send.tokens.rows.rows() as u32);
+        self.recorded(&*device, &call, what, tokens, || {
+            self.run_dispatch(&*device, call, routing, send, recv, flags)
+        })
+    }
+
+    fn run_dispatch(
+        &self,
+        device: &dyn Device,
+        call: Call,
+        routing: &Routing,
+        send: Option<&DispatchSend>,
+        recv: Option<&DispatchRecv>,
+        flags: u64,
+    ) -> Result<DispatchViews> {
         self.check_routing(routing)?;
         if flags & !(HOST_COUNTS | ZERO_PADDING | UNIFORM | REUSE) != 0 {
             return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0xf")));
         }
-        let call = self.call(routing, stream, recv.is_some() && flags & HOST_COUNTS != 0, max_sms);
         let due = if send.is_some() { Half::DispatchSend } else { Half::DispatchRecv };
-        self.check_due(&*device, &call, due, recv.map(|recv| &recv.status))?;
+        self.check_due(device, &call, due, recv.map(|recv| &recv.status))?;
         let mut sent = lock(&routing.sent);
 
         // Everything is checked before anything happens.
         let fresh = match send {
-            Some(send) => Some(self.check_send(&*device, send, flags, &sent)?),
+            Some(send) => Some(self.check_send(device, send, flags, &sent)?),
             None => None,
         };
         let next = fresh.as_ref().map_or(&*sent, |fresh| &fresh.sent);
@@ -146,7 +163,7 @@ impl Comm {
         }
         let flags = if fresh.is_some() { flags } else { sent.flags | flags };
         let wanted = match recv {
-            Some(recv) => self.check_recv(&*device, routing.slot, recv, next)?,
+            Some(recv) => self.check_recv(device, routing.slot, recv, next)?,
             None => Wanted::default(),
         };
 
@@ -180,7 +197,7 @@ impl Comm {
         if let (Some(send), Some(fresh)) = (send, fresh) {
             let mut renewed = fresh.sent;
             renewed.flags = flags;
-            self.step(&*device, &call, Half::DispatchSend, d.status, |device| {
+            self.step(device, &call, Half::DispatchSend, d.status, |device| {
                 // The list keeps its allocation from dispatch to dispatch.
                 renewed.rank_tokens = std::mem::take(&mut sent.rank_tokens);
                 renewed.rank_tokens.clear();
@@ -192,7 +209,7 @@ impl Comm {
         let mut views = DispatchViews { num_rows: -1, ..DispatchViews::default() };
         if let Some(recv) = recv {
             d.rank_tokens = (!sent.rank_tokens.is_empty()).then_some(&sent.rank_tokens[..]);
-            self.step(&*device, &call, Half::DispatchRecv, d.status, |device| {
+            self.step(device, &call, Half::DispatchRecv, d.status, |device| {
                 self.backend.dispatch_recv(device, &d)
             })?;
             if flags & HOST_COUNTS != 0 {
@@ -204,7 +221,7 @@ impl Comm {
                 // Now the host knows what it could only bound before.
                 sent.capacity = views.num_rows as u32;
             }
-            self.fill_views(&*device, routing.slot, recv, &mut views, &sent, capacity);
+            self.fill_views(device, routing.slot, recv, &mut views, &sent, capacity);
         }
         Ok(views)
     }

@@ -8,6 +8,7 @@
 mod combine;
 mod dispatch;
 mod explain;
+mod history;
 mod membership;
 mod routing;
 mod tensor;
@@ -34,6 +35,7 @@ pub use crate::transport::bootstrap::{decline, new_unique_id};
 pub use combine::{CombineRecv, CombineSend};
 pub use dispatch::{DispatchRecv, DispatchSend};
 pub use explain::{Memory, Plan, explain};
+use history::{History, Outcome, What};
 use membership::Past;
 pub use routing::Routing;
 use routing::Sent;
@@ -68,6 +70,7 @@ pub struct Comm {
     dispatched: AtomicBool,
     first_step_done: AtomicBool,
     next_routing: AtomicU64,
+    history: History,
 }
 
 static NEXT_COMM: AtomicU64 = AtomicU64::new(1);
@@ -137,6 +140,7 @@ impl Comm {
             dispatched: AtomicBool::new(false),
             first_step_done: AtomicBool::new(false),
             next_routing: AtomicU64::new(1),
+            history: History::new(config.num_slots),
             config,
             plan,
         }))
@@ -162,6 +166,26 @@ impl Comm {
     pub fn async_error(&self) -> Option<Error> {
         let of_steps = self.device().ok().and_then(|device| device.async_error());
         of_steps.or_else(|| lock(&self.failure).clone())
+    }
+
+    /// A failure's sentence, and behind it as many of the last operations as `room` bytes hold.
+    pub fn error_text(&self, error: &Error, room: usize) -> String {
+        // Cut at a character, so that the text stays UTF-8.
+        let sentence = &error.message[..error.message.floor_char_boundary(room)];
+        format!("{sentence}{}", self.history.tail(room - sentence.len()))
+    }
+
+    /// The last operations, as JSON. Takes no lock that is held while a call waits.
+    pub fn history(&self) -> String {
+        serde_json::json!({
+            "rank": self.config.rank,
+            "num_ranks": self.config.num_ranks,
+            "version": env!("CARGO_PKG_VERSION"),
+            "age_us": self.history.age(),
+            "operations": self.history.operations(),
+            "async_error": self.async_error().map(|error| error.message),
+        })
+        .to_string()
     }
 
     pub fn set_timeout(&self, first_step_ms: i64, ms: i64) -> Result<()> {
@@ -277,6 +301,25 @@ impl Comm {
 
     // What both halves of both operations share.
 
+    /// Runs a call as an operation that is on record.
+    fn recorded<T>(
+        &self,
+        device: &dyn Device,
+        call: &Call,
+        what: What,
+        tokens: u32,
+        run: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let operation = self.history.begin(call, what, tokens, device.sees_steps(call.slot));
+        let result = run();
+        operation.end(match &result {
+            Ok(_) if self.config.device == DeviceKind::Cuda && !call.host_waits => Outcome::Enqueued,
+            Ok(_) => Outcome::Done(Status::Success),
+            Err(error) => Outcome::Done(error.status),
+        });
+        result
+    }
+
     /// Runs one half of a step: its state is the device's, its loss is written where the caller looks.
     fn step(
         &self,
@@ -286,7 +329,12 @@ impl Comm {
         status: Target,
         run: impl FnOnce(&dyn Device) -> Result<()>,
     ) -> Result<()> {
-        let outcome = device.open(call, half).and_then(|()| run(device));
+        let opened = device.open(call, half).inspect(|()| {
+            if half == Half::DispatchSend {
+                self.history.opened(call.slot, device.sees_steps(call.slot));
+            }
+        });
+        let outcome = opened.and_then(|()| run(device));
         if outcome.is_err() {
             device.fail(call);
         }

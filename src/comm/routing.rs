@@ -67,3 +67,10 @@ pub struct Routing {
     pub(super) memory: Arc<Block>,
     pub(super) sent: Mutex<Sent>,
 }
+
+impl Routing {
+    /// Of its last dispatch. A routing that is in another comm's call, and so none of the caller's, has none to tell.
+    pub(super) fn tokens(&self) -> u32 {
+        self.sent.try_lock().map_or(0, |sent| sent.tokens)
+    }
+}

@@ -585,6 +585,8 @@ pub trait Device: Send + Sync {
     /// Begins a half of a step: refuses one that the slot's state does not allow, or a closed slot. A dispatch that
     /// follows a dispatch first waits until every rank has read the former one.
     fn open(&self, call: &Call, half: Half) -> Result<()>;
+    /// True if the host sees every step of the slot: none of them was captured, to be replayed without it.
+    fn sees_steps(&self, slot: u32) -> bool;
     /// Ends a half that `open` began.
     fn close(&self, call: &Call, half: Half);
     /// Ends a half that failed after `open` began it: what other slots count on is done.

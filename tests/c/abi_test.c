@@ -1247,6 +1247,55 @@ static void test_one_rank(void)
     }
 }
 
+static void test_history(void)
+{
+    enum { ENOUGH = 128 << 10 }; /* by a2a.h */
+    struct rank *rank = open_alone();
+    a2a_comm_t *comm = rank->comm;
+    char *text = (char *)malloc(ENOUGH), *again = (char *)malloc(ENOUGH);
+    char small[16];
+    size_t needed = 0, length = 0;
+
+    /* Nothing has been called yet. */
+    OK(a2a_get_history(comm, text, ENOUGH, &needed));
+    CHECK(strlen(text) + 1 == needed && text[0] == '{' && text[needed - 2] == '}');
+    CHECK(strstr(text, "\"operations\":[]") != NULL && strstr(text, "\"async_error\":null") != NULL);
+    CHECK(strstr(text, "\"version\":\"" A2A_VERSION "\"") != NULL);
+    CHECK(strstr(text, "\"rank\":0,\"num_ranks\":1") != NULL);
+
+    OK(dispatch(rank));
+    OK(combine(rank));
+    REFUSED(a2a_combine(comm, rank->routing, &rank->combine_in, &rank->combine_out, NULL), A2A_INVALID_ARGUMENT,
+            "out of order");
+    OK(a2a_get_history(comm, NULL, 0, &needed));
+    OK(a2a_get_history(comm, text, ENOUGH, NULL));
+    CHECK(strstr(text, "\"number\":1,") != NULL && strstr(text, "\"number\":3,") != NULL);
+    CHECK(strstr(text, "\"number\":4,") == NULL);
+    CHECK(strstr(text, "\"operation\":\"dispatch\",\"half\":\"BOTH\",\"slot\":0,\"sequence\":1,") != NULL);
+    CHECK(strstr(text, "\"tokens\":6,\"outcome\":\"A2A_SUCCESS\"") != NULL);
+    CHECK(strstr(text, "\"outcome\":\"A2A_INVALID_ARGUMENT\"}]") != NULL); /* the last one */
+
+    /* The rules are a2a_explain's. */
+    memset(small, 'x', sizeof small);
+    REFUSED(a2a_get_history(comm, small, sizeof small, &length), A2A_OVERFLOW, "len is 16");
+    CHECK(length > sizeof small && small[15] == 0 && strncmp(small, text, 15) == 0);
+    REFUSED(a2a_get_history(comm, small, 0, NULL), A2A_OVERFLOW, "len is 0");
+    REFUSED(a2a_get_history(comm, NULL, 8, NULL), A2A_INVALID_ARGUMENT, "buf is NULL");
+    OK(a2a_get_history(comm, NULL, 0, NULL));
+    REFUSED(a2a_get_history(NULL, text, ENOUGH, NULL), A2A_INVALID_ARGUMENT, "comm");
+
+    /* It outlives the comm's use, not the comm; what is refused since the abort is not told. */
+    OK(a2a_abort(comm));
+    REFUSED(dispatch(rank), A2A_ABORTED, NULL);
+    OK(a2a_get_history(comm, again, ENOUGH, NULL));
+    CHECK(strstr(again, "\"number\":3,") != NULL && strstr(again, "\"number\":4,") == NULL);
+    CHECK(strstr(again, "a2a_abort") != NULL);
+    close_rank(rank);
+    REFUSED(a2a_get_history(comm, text, ENOUGH, NULL), A2A_INVALID_ARGUMENT, "not a live a2a_comm_t");
+    free(text);
+    free(again);
+}
+
 static void test_order_of_calls(void)
 {
     struct rank *rank = open_alone();
@@ -1829,6 +1878,7 @@ static void test_busy(void)
     a2a_info_t info;
     a2a_stats_t stats;
     a2a_error_info_t error;
+    char history[1024];
     pthread_t waiting;
     open_pair(ranks);
     info.struct_size = sizeof info;
@@ -1849,6 +1899,8 @@ static void test_busy(void)
     OK(a2a_get_stats(ranks[0]->comm, &stats));
     OK(a2a_get_async_error(ranks[0]->comm, &error));
     CHECK(error.status == A2A_SUCCESS);
+    OK(a2a_get_history(ranks[0]->comm, history, sizeof history, NULL));
+    CHECK(strstr(history, "\"number\":1,") != NULL && strstr(history, "\"outcome\":\"in flight\"}]") != NULL);
     OK(a2a_set_timeout(ranks[0]->comm, 0, 25000));
     REFUSED(a2a_set_timeout(ranks[0]->comm, -1, 0), A2A_INVALID_ARGUMENT, "timeout");
 
@@ -1919,6 +1971,9 @@ static void test_timeout(void)
     CHECK(error.status == A2A_TIMEOUT && error.operation == 1 && error.slot == 0);
     CHECK(error.rank == 0 && error.peer == 1 && error.sequence == 1 && error.lost_ranks[0] == 2);
     CHECK(error.expected != error.seen && strstr(error.message, "rank 1") != NULL);
+    /* Both calls follow the sentence, the last one first. */
+    CHECK(strstr(error.message, "; last: #2 dispatch BOTH slot 0 timeout after ") != NULL);
+    CHECK(strstr(error.message, " ms, #1 dispatch BOTH slot 0 timeout after 2") != NULL);
     OK(a2a_get_stats(ranks[0]->comm, &stats));
     CHECK(stats.steps_lost == 1);
     for (int r = 0; r < 2; r++) close_rank(ranks[r]);
@@ -2010,6 +2065,7 @@ static const struct {
     TEST(nulls),
     TEST(handles),
     TEST(one_rank),
+    TEST(history),
     TEST(order_of_calls),
     TEST(tensors),
     TEST(no_tokens),

@@ -510,7 +510,7 @@ pub fn stream() -> *mut c_void {
     if cuda::is_enabled() { cuda::stream() } else { null_mut() }
 }
 
-/// The sentence of a record.
+/// The sentence of a record, and the operations that follow it.
 pub fn message(info: &a2a_error_info_t) -> String {
     let text: Vec<u8> = info.message.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
     String::from_utf8_lossy(&text).into_owned()
@@ -569,6 +569,14 @@ impl Comm {
             info.struct_size = size_of::<a2a_error_info_t>();
             check(a2a_get_async_error(self.0, &mut info)).map(|()| info)
         }
+    }
+    /// The last operations, in a buffer of the size that a2a.h says is always enough.
+    pub fn history(&self) -> Result<serde_json::Value, Failure> {
+        let mut text = vec![0u8; 128 << 10];
+        // SAFETY: as many bytes as are said.
+        check(unsafe { a2a_get_history(self.0, text.as_mut_ptr().cast(), text.len(), null_mut()) })?;
+        let text = CStr::from_bytes_until_nul(&text).expect("NUL-terminated");
+        Ok(serde_json::from_slice(text.to_bytes()).expect("JSON"))
     }
     pub fn set_timeout(&self, first_step_ms: i64, ms: i64) -> Result<(), Failure> {
         // SAFETY: no pointers but the handle.

@@ -589,6 +589,10 @@ impl Device for Cuda {
         slot.captured |= capture.is_some();
         Ok(())
     }
+    fn sees_steps(&self, slot: u32) -> bool {
+        // A slot that is not there: the routing is another comm's, and will be refused.
+        self.slots.get(slot as usize).is_some_and(|slot| !lock(slot).captured)
+    }
     fn close(&self, call: &Call, half: Half) {
         lock(&self.slots[call.slot as usize]).state = State::after(half);
     }

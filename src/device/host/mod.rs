@@ -118,6 +118,9 @@ impl Device for Host {
     fn open(&self, call: &Call, half: Half) -> Result<()> {
         self.open_half(call, half)
     }
+    fn sees_steps(&self, _slot: u32) -> bool {
+        true
+    }
     fn close(&self, call: &Call, half: Half) {
         self.close_half(call, half)
     }

@@ -1,0 +1,80 @@
+"""a2a_get_history gives JSON that tells a rank's last operations: how they ended, and that one is in flight."""
+
+import ctypes
+import json
+import threading
+import time
+
+import a2a_ctypes as a2a
+import pytest
+
+import ranks
+
+COUNTS = [5, 3]
+ENOUGH = 128 << 10  # bytes, by a2a.h
+
+
+def history(rank):
+    text = ctypes.create_string_buffer(ENOUGH)
+    rank.lib.a2a_get_history(rank.comm, text, len(text), None)
+    return json.loads(text.value)
+
+
+def steps(rank, group, count):
+    x, ids, weights = ranks.tokens_of(rank, COUNTS[rank], "float32")
+    with ranks.Rank(rank, group, "flashinfer_nvlink_one_sided", "rank_major", COUNTS, "float32") as me:
+        for _ in range(count):
+            got = me.dispatch(x, ids, weights)
+            me.combine(got, me.compute(got, got.tokens), len(x))
+        return history(me)
+
+
+def test_the_operations_of_three_steps(lib, threads):
+    for rank, told in enumerate(ranks.together(threads, 2, steps, 3)):
+        assert (told["rank"], told["num_ranks"], told["async_error"]) == (rank, 2, None)
+        assert told["version"] == lib.a2a_version().decode()
+        operations = told["operations"]
+        assert [entry["number"] for entry in operations] == [1, 2, 3, 4, 5, 6]
+        assert [entry["operation"] for entry in operations] == ["dispatch", "combine"] * 3
+        assert [entry["sequence"] for entry in operations] == [1, 1, 2, 2, 3, 3]
+        for entry in operations:
+            fixed = dict(half="BOTH", slot=0, routing=1, tokens=COUNTS[rank], outcome="A2A_SUCCESS")
+            assert {name: entry[name] for name in fixed} == fixed
+        ends = [entry["begun_us"] + entry["took_us"] for entry in operations]
+        begins = [entry["begun_us"] for entry in operations]
+        assert all(end <= begin + 1 for end, begin in zip(ends, begins[1:]))  # each is cut to whole microseconds
+        assert ends[-1] <= told["age_us"] + 1
+
+
+def hang(rank, group, seen):
+    """Rank 0 waits for rank 1, which leaves when it has been seen to wait."""
+    x, ids, weights = ranks.tokens_of(rank, COUNTS[rank], "float32")
+    with ranks.Rank(rank, group, "flashinfer_nvlink_one_sided", "rank_major", COUNTS, "float32") as me:
+        if rank == 1:
+            assert seen.wait(60)
+            return history(me)
+        failures = []
+
+        def call():
+            with pytest.raises(a2a.Error) as failure:
+                me.dispatch(x, ids, weights)
+            failures.append(failure.value.status)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        while not (during := history(me)["operations"]) and thread.is_alive():
+            time.sleep(0.001)
+        seen.set()
+        thread.join()
+        return during, failures, history(me)
+
+
+def test_an_operation_that_hangs(lib, threads):
+    (during, failures, after), idle = ranks.together(threads, 2, hang, threading.Event())
+    assert idle["operations"] == []
+    [operation] = during
+    assert (operation["operation"], operation["half"], operation["tokens"]) == ("dispatch", "BOTH", COUNTS[0])
+    assert operation["outcome"] == "in flight"
+    assert failures == [a2a.PEER_LOST]
+    [operation] = after["operations"]
+    assert operation["outcome"] == "A2A_PEER_LOST" and "rank 1 is gone" in after["async_error"]

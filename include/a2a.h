@@ -936,6 +936,7 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 
 /**
  * Call: the operating system refused something that set-up needs; nothing was created.
+ * From `a2a_get_async_error`: it refused the watch over peers' processes; steps go on, deaths are noticed late.
  */
 #define A2A_SYSTEM_ERROR 6
 
@@ -1388,7 +1389,8 @@ a2a_status_t a2a_combine_buffer(struct a2a_comm_t *comm,
                                 struct a2a_tensor_t *tensor);
 
 /**
- * Reports the comm's first failure: a lost step, an abort, a defect. Clears nothing.
+ * Reports the comm's first failure: a lost step, an abort, a defect. Clears nothing. If none of these, SYSTEM_ERROR if
+ * peers' processes cannot be watched any more: steps go on, but a rank that dies is noticed at the deadline alone.
  *
  * info: out, its struct_size set by the caller; info.status is A2A_SUCCESS if nothing failed. Threads: any, at any
  * time. Errors: INVALID_ARGUMENT.
@@ -1402,8 +1404,10 @@ a2a_status_t a2a_get_async_error(struct a2a_comm_t *comm,
  *
  * buf: out, may be NULL with len 0; receives NUL-terminated JSON, cut off if it does not fit. needed: out, may be NULL;
  * the bytes the whole text needs now, NUL included: calls on other threads make it longer; 128 KiB are enough at any time.
- * {"rank", "num_ranks", "version" of the library, "age_us" since a2a_create, "operations": oldest first, "async_error":
- * the first failure's sentence, as a2a_get_async_error has it, or null}. Of an operation
+ * {"rank", "num_ranks", "version" of the library, "age_us" since a2a_create, "gone_ranks": whose comm was destroyed or whose
+ * process has ended, "dead_ranks": of these, whose process is known to have ended (never one of this process),
+ * "operations": oldest first, "async_error": the first failure's sentence, as a2a_get_async_error has it, or null}. Of an
+ * operation
  *   number     counts the comm's operations, from 1; one that changes while it is read is left out
  *   begun_us   microseconds from a2a_create to the call
  *   took_us    microseconds in the call, so far if it is in flight

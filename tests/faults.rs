@@ -596,6 +596,12 @@ fn follow(member: &mut Option<Member>, line: &str) -> Result<Outcome, String> {
         "record" => member.record(),
         "recover" => member.recover(number(1)? as i64, number(2)? as i64),
         "mask" => member.mask(),
+        "watch" => {
+            let history = member.comm.history()?;
+            let mut outcome = Outcome::of(|| Ok(()));
+            outcome.text = format!("gone {} dead {}", history["gone_ranks"], history["dead_ranks"]);
+            outcome
+        }
         "destroy" => member.destroy(),
         _ => return Err(format!("no such order: {line:?}")),
     })
@@ -1356,6 +1362,37 @@ fn a_hang_is_on_record(pair: Pair) -> Result<(), String> {
     }
 }
 
+/// A rank that destroyed its comm is gone. Nobody says that it is dead before its process has ended.
+fn who_is_gone_and_who_is_dead() -> Result<(), String> {
+    let mut group = Group::spawn(Pair::OneSided, false);
+    group.join(&EVERYBODY)?;
+    group.step(&EVERYBODY, 0, 1)?;
+    await_watch(&mut group, &[0, 1, 2, 3], "gone [] dead []")?;
+    group.fine(&[2], "destroy")?;
+    await_watch(&mut group, &[0, 1, 3], "gone [2] dead []")?;
+    sleep(Duration::from_millis(100));
+    await_watch(&mut group, &[0, 1, 3], "gone [2] dead []")?;
+    group.workers[1].kill();
+    await_watch(&mut group, &[0, 3], "gone [1,2] dead [1]")?;
+    group.workers[2].kill();
+    await_watch(&mut group, &[0, 3], "gone [1,2] dead [1,2]")
+}
+
+/// Returns once all of these say so.
+fn await_watch(group: &mut Group, processes: &[usize], say: &str) -> Result<(), String> {
+    let begun = now();
+    loop {
+        let answers = group.all(processes, "watch")?;
+        all_fine("watch", &answers)?;
+        if answers.iter().all(|answer| answer.text == say) {
+            return in_time("known of a rank that left or died", now() - begun, PROMISE);
+        }
+        if now() - begun > PROMISE + GRACE {
+            return Err(format!("not {say:?} but {:?}", answers[0].text));
+        }
+    }
+}
+
 /// 300 steps of three calls each: the last 256 calls are told, each as it was.
 fn the_last_operations_are_told(pair: Pair) -> Result<(), String> {
     const STEPS: u64 = 300;
@@ -1997,6 +2034,7 @@ fn main() -> std::process::ExitCode {
         let of = format!("stream/never_taken/{operation:?}/{late:?}");
         add(of, Box::new(move || rows_that_are_never_taken(operation, late)));
     }
+    add("history/gone_and_dead".into(), Box::new(who_is_gone_and_who_is_dead));
     add("stream/never_taken/behind".into(), Box::new(who_is_behind_it));
     add("stream/beside/quarrel".into(), Box::new(a_quarrel_beside_a_stream));
     for fate in [Fate::Quarrel, Fate::Overflow, Fate::Gone, Fate::GoneAndNobodyComes] {

@@ -434,7 +434,8 @@ pub unsafe extern "C" fn a2a_combine_buffer(
 
 // ------------------------------------------------------------------------------------------- observe
 
-/// Reports the comm's first failure: a lost step, an abort, a defect. Clears nothing.
+/// Reports the comm's first failure: a lost step, an abort, a defect. Clears nothing. If none of these, SYSTEM_ERROR if
+/// peers' processes cannot be watched any more: steps go on, but a rank that dies is noticed at the deadline alone.
 ///
 /// info: out, its struct_size set by the caller; info.status is A2A_SUCCESS if nothing failed. Threads: any, at any
 /// time. Errors: INVALID_ARGUMENT.
@@ -454,8 +455,10 @@ pub unsafe extern "C" fn a2a_get_async_error(
 ///
 /// buf: out, may be NULL with len 0; receives NUL-terminated JSON, cut off if it does not fit. needed: out, may be NULL;
 /// the bytes the whole text needs now, NUL included: calls on other threads make it longer; 128 KiB are enough at any time.
-/// {"rank", "num_ranks", "version" of the library, "age_us" since a2a_create, "operations": oldest first, "async_error":
-/// the first failure's sentence, as a2a_get_async_error has it, or null}. Of an operation
+/// {"rank", "num_ranks", "version" of the library, "age_us" since a2a_create, "gone_ranks": whose comm was destroyed or whose
+/// process has ended, "dead_ranks": of these, whose process is known to have ended (never one of this process),
+/// "operations": oldest first, "async_error": the first failure's sentence, as a2a_get_async_error has it, or null}. Of an
+/// operation
 ///   number     counts the comm's operations, from 1; one that changes while it is read is left out
 ///   begun_us   microseconds from a2a_create to the call
 ///   took_us    microseconds in the call, so far if it is in flight

@@ -22,6 +22,7 @@ pub const A2A_OUT_OF_MEMORY: a2a_status_t = 4;
 /// max_recv_rows under A2A_OVERFLOW_ERROR: on every rank alike, nothing was received, the slot takes another dispatch.
 pub const A2A_OVERFLOW: a2a_status_t = 5;
 /// Call: the operating system refused something that set-up needs; nothing was created.
+/// From `a2a_get_async_error`: it refused the watch over peers' processes; steps go on, deaths are noticed late.
 pub const A2A_SYSTEM_ERROR: a2a_status_t = 6;
 /// Step: a rank did not answer before the deadline. The step is void on every rank, its slot closed.
 pub const A2A_TIMEOUT: a2a_status_t = 16;

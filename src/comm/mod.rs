@@ -165,7 +165,8 @@ impl Comm {
 
     pub fn async_error(&self) -> Option<Error> {
         let of_steps = self.device().ok().and_then(|device| device.async_error());
-        of_steps.or_else(|| lock(&self.failure).clone())
+        // Without its watch a comm works on, but what was promised of deaths holds no more.
+        of_steps.or_else(|| lock(&self.failure).clone()).or_else(|| self.health.blind().cloned())
     }
 
     /// A failure's sentence, and behind it as many of the last operations as `room` bytes hold.
@@ -177,11 +178,16 @@ impl Comm {
 
     /// The last operations, as JSON. Takes no lock that is held while a call waits.
     pub fn history(&self) -> String {
+        let ranks = |are: fn(&Health, u32) -> bool| -> Vec<u32> {
+            (0..self.config.num_ranks).filter(|rank| are(&self.health, *rank)).collect()
+        };
         serde_json::json!({
             "rank": self.config.rank,
             "num_ranks": self.config.num_ranks,
             "version": env!("CARGO_PKG_VERSION"),
             "age_us": self.history.age(),
+            "gone_ranks": ranks(Health::is_dead),
+            "dead_ranks": ranks(Health::is_proven_dead),
             "operations": self.history.operations(),
             "async_error": self.async_error().map(|error| error.message),
         })

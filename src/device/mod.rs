@@ -15,7 +15,7 @@ mod order;
 mod protocol;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -173,9 +173,13 @@ impl Bases {
     }
 }
 
-/// What threads beside the calling one tell a waiting device.
+/// What threads beside the calling one tell a waiting device, and who may count on what of a peer.
 pub struct Health {
     vitals: Vitals,
+    /// Of the ranks that are gone, the ones with proof that they are dead.
+    proven: Box<[AtomicBool]>,
+    /// Why nobody watches the peers any more.
+    blind: OnceLock<Error>,
     /// The same where kernels can see it.
     mirror: OnceLock<Mirror>,
 }
@@ -195,18 +199,47 @@ unsafe impl Sync for Mirror {}
 
 impl Health {
     pub fn new(ranks: u32) -> Health {
-        Health { vitals: Vitals::new(ranks), mirror: OnceLock::new() }
+        Health {
+            vitals: Vitals::new(ranks),
+            proven: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
+            blind: OnceLock::new(),
+            mirror: OnceLock::new(),
+        }
     }
     /// The user aborted this comm.
     pub fn is_aborted(&self) -> bool {
         self.vitals.is_aborted()
     }
+    /// A rank is gone or dead: it takes part no more. That ends waits for it, and is no more than that: its last call may
+    /// still be under way, a kernel of a destroyed comm for instance, and still write into windows.
+    pub fn is_dead(&self, rank: u32) -> bool {
+        self.vitals.is_dead(rank)
+    }
+    /// A rank's process has ended: no instruction of it will run on this machine's CPUs again. What GPUs still do for it
+    /// is another matter.
+    pub fn is_proven_dead(&self, rank: u32) -> bool {
+        self.proven[rank as usize].load(Ordering::Acquire)
+    }
+    /// Why deaths of peers are no longer noticed, if they are not.
+    pub fn blind(&self) -> Option<&Error> {
+        self.blind.get()
+    }
     pub fn abort(&self) {
         self.vitals.abort();
         self.reflect(|mirror| mirror.aborted);
     }
-    /// A rank's process is gone. True if it was not known.
+    /// From now on nobody watches the peers.
+    pub fn blinded(&self, error: Error) {
+        let _ = self.blind.set(error);
+    }
+    /// A rank's process is proven to have ended. True if it was not known.
     pub fn died(&self, rank: u32) -> bool {
+        // Who sees the proof sees the rank gone.
+        self.left(rank);
+        !self.proven[rank as usize].swap(true, Ordering::SeqCst)
+    }
+    /// A rank takes part no more. True if it was not known.
+    pub fn left(&self, rank: u32) -> bool {
         let is_new = self.vitals.died(rank);
         self.reflect(|mirror| mirror.dead.wrapping_add(rank as usize));
         is_new

@@ -1262,6 +1262,7 @@ static void test_history(void)
     CHECK(strstr(text, "\"operations\":[]") != NULL && strstr(text, "\"async_error\":null") != NULL);
     CHECK(strstr(text, "\"version\":\"" A2A_VERSION "\"") != NULL);
     CHECK(strstr(text, "\"rank\":0,\"num_ranks\":1") != NULL);
+    CHECK(strstr(text, "\"gone_ranks\":[],\"dead_ranks\":[]") != NULL);
 
     OK(dispatch(rank));
     OK(combine(rank));

@@ -78,3 +78,4 @@ def test_an_operation_that_hangs(lib, threads):
     assert failures == [a2a.PEER_LOST]
     [operation] = after["operations"]
     assert operation["outcome"] == "A2A_PEER_LOST" and "rank 1 is gone" in after["async_error"]
+    assert after["dead_ranks"] == []  # a thread of this process

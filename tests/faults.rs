@@ -39,8 +39,6 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const PROMISE: Duration = Duration::from_secs(1);
 /// For a loaded machine; only asserts know it.
 const GRACE: Duration = Duration::from_secs(2);
-/// Stands between a record's sentence and the operations that follow it.
-const LAST: &str = "; last: ";
 /// A call on a closed slot waits for nobody.
 const AT_ONCE: Duration = Duration::from_millis(100);
 /// A case is given up after this, whatever hangs.
@@ -484,8 +482,7 @@ impl Member {
         });
         if let Some(info) = info {
             outcome.status = info.status;
-            let text = message(&info);
-            outcome.text = text.split_once(LAST).map_or(&text[..], |(sentence, _)| sentence).into();
+            outcome.text = sentence(&info);
             outcome.words = vec![
                 info.operation.into(),
                 info.slot.into(),

@@ -510,6 +510,15 @@ pub fn stream() -> *mut c_void {
     if cuda::is_enabled() { cuda::stream() } else { null_mut() }
 }
 
+/// Stands between a record's sentence and the operations that follow it.
+pub const LAST: &str = "; last: ";
+
+/// The sentence of a record.
+pub fn sentence(info: &a2a_error_info_t) -> String {
+    let text = message(info);
+    text.split_once(LAST).map_or(&text[..], |(sentence, _)| sentence).into()
+}
+
 /// The sentence of a record, and the operations that follow it.
 pub fn message(info: &a2a_error_info_t) -> String {
     let text: Vec<u8> = info.message.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
@@ -677,7 +686,7 @@ impl Comm {
         cuda::synchronize().map_err(|text| Failure { status: A2A_CUDA_ERROR, text })?;
         let record = self.async_error()?;
         if record.status != known {
-            return Err(Failure { status: record.status, text: message(&record) });
+            return Err(Failure { status: record.status, text: sentence(&record) });
         }
         let written = status.as_ref().filter(|status| phase != A2A_PHASE_SEND && status.address() != 0);
         let words = written.map_or(Vec::new(), Tensor::read_i32);

@@ -629,7 +629,7 @@ fn few_multiprocessors(backend: Backend) -> Result<(), String> {
 /// The record, and the sentence that names a rank.
 fn recorded(comm: &Comm, status: a2a_status_t, word: &str) -> Result<(), String> {
     let record = comm.async_error()?;
-    let text = message(&record);
+    let text = sentence(&record);
     if record.status == status && text.contains(word) {
         return Ok(());
     }

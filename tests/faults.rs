@@ -600,8 +600,26 @@ fn follow(member: &mut Option<Member>, line: &str) -> Result<Outcome, String> {
             outcome
         }
         "destroy" => member.destroy(),
+        "limit" => {
+            let most = number(1)?;
+            Outcome::of(|| limit_descriptors(most))
+        }
         _ => return Err(format!("no such order: {line:?}")),
     })
+}
+
+/// This process may not have more descriptors than these, beside those it has.
+fn limit_descriptors(most: u64) -> Result<(), Failure> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: valid pointers, used during the calls.
+    let done = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && {
+            limit.rlim_cur = most;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit) == 0
+        }
+    };
+    let failure = || Failure { status: WRONG, text: std::io::Error::last_os_error().to_string() };
+    done.then_some(()).ok_or_else(failure)
 }
 
 /// Processes that obey, one rank each. Killed when this is dropped.
@@ -1375,6 +1393,36 @@ fn who_is_gone_and_who_is_dead() -> Result<(), String> {
     await_watch(&mut group, &[0, 3], "gone [1,2] dead [1,2]")
 }
 
+/// A process may have fewer descriptors than its comm watches, from now on: poll refuses them. The comm says so, and goes on
+/// to what it can know without.
+fn a_watch_that_is_refused() -> Result<(), String> {
+    let mut group = Group::spawn(Pair::OneSided, false);
+    group.join(&EVERYBODY)?;
+    group.fine(&[0], "limit 4")?;
+    group.step(&EVERYBODY, 0, 1)?;
+    group.fine(&[2], "destroy")?;
+    await_watch(&mut group, &[0, 1, 3], "gone [2] dead []")?;
+    let begun = now();
+    let refused = |outcome: &Outcome| {
+        let sentence =
+            "rank 0: the watchdog cannot poll 6 descriptors, a rank that dies is noticed at the deadline";
+        outcome.is(A2A_SYSTEM_ERROR, &[sentence, "Invalid argument"])
+    };
+    while let Err(error) = refused(&group.all(&[0], "record")?[0]) {
+        if now() - begun > PROMISE + GRACE {
+            return Err(error);
+        }
+    }
+    // Nobody tells rank 0 of this any more.
+    group.workers[3].kill();
+    await_watch(&mut group, &[1], "gone [2,3] dead [3]")?;
+    await_watch(&mut group, &[0], "gone [2] dead []")?;
+    // What is graver is what the record says.
+    let lost = group.all(&[0], &dispatch(0, A2A_PHASE_BOTH, 2))?;
+    lost[0].is(A2A_PEER_LOST, &["rank 2"])?;
+    group.all(&[0], "record")?[0].is(A2A_PEER_LOST, &["rank 2"])
+}
+
 /// Returns once all of these say so.
 fn await_watch(group: &mut Group, processes: &[usize], say: &str) -> Result<(), String> {
     let begun = now();
@@ -2031,7 +2079,8 @@ fn main() -> std::process::ExitCode {
         let of = format!("stream/never_taken/{operation:?}/{late:?}");
         add(of, Box::new(move || rows_that_are_never_taken(operation, late)));
     }
-    add("history/gone_and_dead".into(), Box::new(who_is_gone_and_who_is_dead));
+    add("watch/gone_and_dead".into(), Box::new(who_is_gone_and_who_is_dead));
+    add("watch/refused".into(), Box::new(a_watch_that_is_refused));
     add("stream/never_taken/behind".into(), Box::new(who_is_behind_it));
     add("stream/beside/quarrel".into(), Box::new(a_quarrel_beside_a_stream));
     for fate in [Fate::Quarrel, Fate::Overflow, Fate::Gone, Fate::GoneAndNobodyComes] {

@@ -757,7 +757,7 @@ impl Device for Cuda {
     }
     fn suspend(&self, _why: &Error) {}
     fn has_left(&self, peer: u32) -> bool {
-        self.health.vitals.is_dead(peer)
+        self.health.is_dead(peer)
     }
     fn cannot_touch(&self, _peer: u32) -> bool {
         false

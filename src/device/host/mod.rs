@@ -234,7 +234,7 @@ impl Device for Host {
         self.endpoint(0).why_gone(peer, &self.health.vitals).is_some()
     }
     fn cannot_touch(&self, peer: u32) -> bool {
-        self.health.vitals.is_dead(peer) || self.endpoint(0).has_destroyed(peer)
+        self.health.is_proven_dead(peer) || self.endpoint(0).has_destroyed(peer)
     }
     fn left_behind_by(&self) -> Option<u32> {
         self.endpoint(0).left_behind_by()

@@ -249,6 +249,7 @@ fn lead(
     *is_agreed = true;
     // Who comes has come; what is left needs time of its own.
     root.party.deadline = Deadline::after_ms(recovery.timeout_ms);
+    await_proof(&said, &**device);
     let (agreed, lost) = agree(rank, &said, |lost| device.cannot_touch(lost));
     log(Level::Info, || {
         let list = |members: &Members| members.iter().map(|r| r.to_string()).collect::<Vec<_>>().join(", ");
@@ -320,6 +321,21 @@ fn admit(
         lobby.look();
         while let Some(proven) = lobby.proven.pop_front() {
             seat(root, proven, &mut said, me)?;
+        }
+    }
+}
+
+/// A process that ends lets go of its lifeline a little before it is known to have ended.
+const PROOF: Duration = Duration::from_millis(100);
+
+/// Waits a little for proof that ranks which are gone touch nothing any more: it saves new windows.
+fn await_proof(said: &[Option<Said>], device: &dyn Device) {
+    let begun = Instant::now();
+    let members = device.membership().members;
+    let gone = members.iter().filter(|rank| said[*rank as usize].is_none() && device.has_left(*rank));
+    for rank in gone {
+        while !device.cannot_touch(rank) && begun.elapsed() < PROOF {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

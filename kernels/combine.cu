@@ -162,7 +162,13 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
     }
   } else if (everyone) {
     for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += blockDim.x) {
-      rows[rank] = window_of(seat, rank) + p.from_rows + (base + token) * p.row_bytes;
+      uint32_t number = rank;
+      if (seat.slot->absent) {
+        const Absent& absent = seat.shared->absent;
+        if (absent.has(rank)) continue;
+        for (uint32_t before = 0; before < rank; ++before) number -= absent.has(before);
+      }
+      rows[number] = window_of(seat, rank) + p.from_rows + (base + token) * p.row_bytes;
     }
   } else if (threadIdx.x < 32) {
     const uint64_t at = static_cast<uint64_t>(token) * p.fanout + lane;
@@ -176,7 +182,7 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
     if (lane == 0) targets.count = __popc(found);
   }
   __syncthreads();
-  const uint32_t n = everyone ? seat.ranks : targets.count;
+  const uint32_t n = everyone ? present(seat) : targets.count;
   bool whole;
   if constexpr (few) {
     whole = await_flags(seat);

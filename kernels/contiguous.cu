@@ -240,8 +240,8 @@ extern "C" __global__ void __launch_bounds__(kPlaceExpertsThreads, 2)
   if (tells ? !at.opens() : !at.receives(seat.routing)) return;
   const uint32_t epoch = at.epoch + (tells ? 1 : 0);
   if (tells) {
-    store_counts(seat, place.counts, epoch, 0, experts, of_expert);
-    if (threadIdx.x >= kPlaceExpertsThreads - 32) say_counted(seat, epoch);
+    store_counts(seat, place.counts, epoch, 0, experts, of_expert, at.absent);
+    if (threadIdx.x >= kPlaceExpertsThreads - 32) say_counted(seat, epoch, at.absent);
   }
 #pragma unroll 1
   for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPlaceExpertsThreads) route.rows_for[rank] = to_rank[rank];
@@ -278,7 +278,7 @@ __device__ __forceinline__ Choices bank_choices(const SpreadParams& q, uint32_t 
   const SettleParams& p = q.settle;
   const uint64_t stride = 4ull * p.topk;
   const uint8_t* ids = window_of(p.seat, p.seat.rank) + p.bank_ids + static_cast<uint64_t>(source) * p.seat.bound * stride;
-  return Choices{ids, stride, p.topk, q.owners.experts, 1, p.seat.rank};
+  return Choices{ids, stride, p.topk, q.owners.experts, 1, p.seat.rank, nullptr};
 }
 
 // Adds the tokens of banks from `first` to `last` to those of this rank's experts that they name. Some warps call it.

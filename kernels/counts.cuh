@@ -26,6 +26,8 @@ struct Choices {
   uint32_t words;
   // Of which rank the experts are looked for, or kNone: of all.
   uint32_t owner;
+  // Not null: experts of these ranks are none.
+  const Absent* absent;
 };
 
 // A choice of a row; kNone if it is no expert that is looked for.
@@ -33,6 +35,7 @@ __device__ __forceinline__ uint32_t choice_of(const Choices& choices, const Owne
   const auto* at = reinterpret_cast<const uint32_t*>(choices.ids + row * choices.stride) + k * choices.words;
   const uint32_t id = at[0], high = choices.words == 2 ? at[1] : 0;
   if (id >= choices.experts || high != 0) return kNone;
+  if (choices.absent != nullptr && choices.absent->has(owner_of(owners, id))) return kNone;
   return choices.owner == kNone || owner_of(owners, id) == choices.owner ? id : kNone;
 }
 
@@ -52,7 +55,8 @@ __device__ __forceinline__ Choices own_choices(const Route& route) {
                  route.topk,
                  route.owners.experts,
                  given && route.flags & kIdsAre64 ? 2u : 1u,
-                 kNone};
+                 kNone,
+                 __ldg(&route.absent->any) != 0 ? route.absent : nullptr};
 }
 
 // An expert that a token names twice has one row, whose weight is the sum, k ascending. A warp calls it, a choice a lane;
@@ -110,6 +114,7 @@ __device__ __forceinline__ void read_groups(const Choices& choices, const Owners
     const bool known = words[i][0] < choices.experts && words[i][1] == 0;
     const bool wanted = known && (choices.owner == kNone || owner_of(owners, words[i][0]) == choices.owner);
     ids[i] = wanted ? words[i][0] : kNone;
+    if (choices.absent != nullptr && wanted && choices.absent->has(owner_of(owners, ids[i]))) ids[i] = kNone;
   }
 }
 
@@ -230,9 +235,10 @@ __device__ __forceinline__ Shares add_sources(const Seat& seat, const Counts& co
   return shares;
 }
 
-// Tells every rank this rank's counts of some experts (and of one more, if they are odd). A block calls it.
+// Tells every rank this rank's counts of some experts (and of one more, if they are odd); in the place of those that take part
+// no more, itself that they have none. A block calls it.
 __device__ __forceinline__ void store_counts(const Seat& seat, const Counts& counts, uint32_t epoch, uint32_t base,
-                                             uint32_t some, const uint32_t* experts) {
+                                             uint32_t some, const uint32_t* experts, bool absent) {
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < (some + 1) / 2; i += blockDim.x) {
     const ulonglong2 words = make_ulonglong2(pack(epoch, experts[2 * i]), pack(epoch, experts[2 * i + 1]));
@@ -240,16 +246,21 @@ __device__ __forceinline__ void store_counts(const Seat& seat, const Counts& cou
     for (uint32_t peer = 0; peer < seat.ranks; ++peer) {
       A2A_JITTER_HERE;
       auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
+      if (absent && seat.shared->absent.has(peer)) {
+        to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, seat.rank, peer, base));
+        ptx::st_relaxed_sys(to + i, make_ulonglong2(pack(epoch, 0), pack(epoch, 0)));
+        continue;
+      }
       ptx::st_relaxed_sys(to + i, words);
     }
   }
 }
 
 // For those that look for trouble: counts themselves say that they are there. A warp calls it.
-__device__ __forceinline__ void say_counted(const Seat& seat, uint32_t epoch) {
+__device__ __forceinline__ void say_counted(const Seat& seat, uint32_t epoch, bool absent) {
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
+    ptx::st_relaxed_sys(mail64(told_box(seat, peer, absent), kCountsFlag), pack(epoch, 0));
   }
 }
 
@@ -267,10 +278,10 @@ __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at
     __syncthreads();
     // Not before: the slot and the ids are on their way at the same time.
     if (!at.opens()) return;
-    store_counts(seat, counts, epoch, base, some, experts);
+    store_counts(seat, counts, epoch, base, some, experts, at.absent);
     __syncthreads();
   }
-  if (threadIdx.x >= blockDim.x - 32) say_counted(seat, epoch);
+  if (threadIdx.x >= blockDim.x - 32) say_counted(seat, epoch, at.absent);
 }
 
 }  // namespace a2a

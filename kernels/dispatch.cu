@@ -27,8 +27,11 @@ __device__ __forceinline__ void pad_rows(const PushParams& p, uint32_t peer, uin
                                          uint32_t threads) {
   if (used >= p.seat.bound) return;
   const uint64_t topk = p.route.topk;
-  uint8_t* window = window_of(p.seat, peer);
-  const uint64_t first = p.row_base + used, count = p.seat.bound - used;
+  // Of those that take part no more this rank has no row either, and in its own window nobody else says so.
+  const bool absent = p.seat.slot->absent && p.seat.shared->absent.has(peer);
+  uint8_t* window = window_of(p.seat, absent ? p.seat.rank : peer);
+  const uint64_t base = absent ? static_cast<uint64_t>(peer) * p.seat.bound : p.row_base;
+  const uint64_t first = base + used, count = p.seat.bound - used;
   auto* ids = reinterpret_cast<int32_t*>(window + p.to_ids) + first * topk;
   auto* weights = reinterpret_cast<float*>(window + p.to_weights) + first * topk;
   auto* source = reinterpret_cast<int2*>(window + p.to_source) + first;
@@ -215,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   const uint32_t tid = threadIdx.x;
   const Standing at = standing_of(*seat.slot);
   const ulonglong2 first = look_early(seat);
-  if (p.flags & kRaises && tid >= kFinishThreads - 32 && at.opens()) tell_shape(seat, p.receive, at.epoch + 1);
+  if (p.flags & kRaises && tid >= kFinishThreads - 32 && at.opens()) tell_shape(seat, p.receive, at.epoch + 1, at.absent);
   if (p.flags & kRaises && p.flags & kCounts) {
     count_before(p.route, seat.ranks, p.route.tokens, count);
     for (uint32_t peer = tid; peer < seat.ranks && at.opens(); peer += kFinishThreads) {
@@ -282,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(kOneThreads, 1) a2a_dispatch(const 
       if (!publishes) pad_rows(p, peer, tokens, lane, 32);
     }
   } else if (tid >= kOneThreads - 32 && at.opens()) {
-    tell_shape(seat, q.receive, at.epoch + 1);
+    tell_shape(seat, q.receive, at.epoch + 1, at.absent);
   }
   const uint32_t* sent = publishes ? nullptr : count;
   if (tid < kOneThreads - 32) ptx::have_come();

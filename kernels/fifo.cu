@@ -250,7 +250,7 @@ __device__ __forceinline__ void keep_rows(const StreamParams& p, Stream& s) {
   if (raises && goes) {
     put_on_offer(line, 0, p.offer, finish.epoch);
     if (threadIdx.x == 0) atomicAdd(&seat.shared->pending, 1);
-    if (threadIdx.x >= blockDim.x - 32) tell_shape(seat, p.finish.receive, finish.epoch);
+    if (threadIdx.x >= blockDim.x - 32) tell_shape(seat, p.finish.receive, finish.epoch, at.absent);
   }
   if (waits && goes) {
     bool lost = false;

@@ -6,11 +6,11 @@
 namespace a2a {
 
 // All but the flag, which says that the rows are there: a peer looks at the rest once the flag has come. A warp calls it.
-__device__ __forceinline__ void tell_shape(const Seat& seat, const Receive& receive, uint32_t epoch) {
+__device__ __forceinline__ void tell_shape(const Seat& seat, const Receive& receive, uint32_t epoch, bool absent) {
   const uint32_t operation = seat.replays ? kReplay : kDispatch;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-    uint8_t* box = mailbox(seat, peer, seat.rank);
+    uint8_t* box = told_box(seat, peer, absent);
     auto* shape = reinterpret_cast<uint4*>(box + kDispatchShape);
 #pragma unroll
     for (uint32_t i = 0; i < kShapeWords / 4; ++i) {
@@ -189,6 +189,7 @@ struct Finish {
         row_bytes(receive.wire_bytes) {}
 
   __device__ __forceinline__ bool first_raiser() const { return threadIdx.x == blockDim.x - 32; }
+  __device__ __forceinline__ bool is_absent(uint32_t peer) const { return at.absent && seat.shared->absent.has(peer); }
   __device__ __forceinline__ uint32_t rows_for(uint32_t peer) const {
     return sent != nullptr ? sent[peer] : receive.tokens;
   }
@@ -225,7 +226,8 @@ struct Finish {
   __device__ __forceinline__ void raise() const {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-      ptx::st_release_sys(mail64(mailbox(seat, peer, seat.rank), kDispatchPair), pack(epoch, rows_for(peer) | mark));
+      const uint32_t rows = is_absent(peer) ? 0 : rows_for(peer) | mark;
+      ptx::st_release_sys(mail64(told_box(seat, peer, at.absent), kDispatchPair), pack(epoch, rows));
     }
     if (waits && first_raiser()) hand_out(seat.rank, rows_for(seat.rank));
   }
@@ -255,7 +257,7 @@ struct Finish {
       if (source == seat.rank && raises) continue;
       const ulonglong2 pair = source == role.looker ? mine : look(seat, source);
       if (static_cast<uint32_t>(pair.y) != receive.digest) differs = min(differs, 2 * source);
-      if (receive.flags & (kTold | kUniform)) {
+      if (receive.flags & (kTold | kUniform) && !is_absent(source)) {
         const uint32_t tokens = *mail32(mailbox(seat, seat.rank, source), kTokens);
         if (tokens != told_tokens(receive, source)) differs = min(differs, 2 * source + 1);
       }

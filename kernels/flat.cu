@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(kPlaceThreads, 1) a2a_place(const _
   }
   if (tells ? !at.opens() : !at.receives(seat.routing)) return;
   const uint32_t epoch = at.epoch + (tells ? 1 : 0);
-  if (tells) tell_rows(p, epoch, s.count);
+  if (tells) tell_rows(p, epoch, s.count, at.absent);
   if (hears) {
     const uint64_t started = at.state == kOpened ? at.started : ptx::globaltimer();
     const Wait wait{kDispatch, epoch, at.sequence + (tells ? 1 : 0), true, kCountsFlag};

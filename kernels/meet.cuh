@@ -41,7 +41,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
   if (role.raises) {
 #pragma unroll 1
     for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) {
-      uint8_t* box = mailbox(seat, peer, seat.rank);
+      uint8_t* box = told_box(seat, peer, at.absent);
       *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
       ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
       ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
@@ -100,6 +100,14 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
   return true;
 }
 
+// Ranks that take part.
+__device__ __forceinline__ uint32_t present(const Seat& seat) {
+  uint32_t ranks = seat.ranks;
+#pragma unroll 1
+  for (uint32_t i = 0; i < kMaxRanks / 32 && seat.slot->absent; ++i) ranks -= __popc(seat.shared->absent.ranks[i]);
+  return ranks;
+}
+
 // What a combine came to, once its flags have come.
 __device__ __forceinline__ void settle(const MeetParams& p) {
   const Seat& seat = p.seat;
@@ -107,7 +115,7 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
   write_status(p.status, seat.ranks, make_int4(missing != 0 ? kStepDropped : 0, 0, missing, 0), nullptr);
   if (threadIdx.x != 0) return;
   seat.shared->first_step_done = 1;
-  uint64_t rows = static_cast<uint64_t>(p.tokens) * seat.ranks, mine = p.tokens;
+  uint64_t rows = static_cast<uint64_t>(p.tokens) * present(seat), mine = p.tokens;
   // Those that go through FIFOs count where they come from.
   const bool sends = p.flags & kThroughFifos;
   const int32_t* moved = sends ? p.kept_counts : p.rows_for;

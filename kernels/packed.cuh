@@ -12,8 +12,9 @@ struct Hearing {
   uint32_t exceeded;
 };
 
-// Tells every rank how many of this one's tokens go where. The block calls it.
-__device__ __forceinline__ void tell_rows(const PlaceParams& p, uint32_t epoch, const uint32_t* count) {
+// Tells every rank how many of this one's tokens go where; in the place of those that take part no more, itself that they have
+// none. The block calls it.
+__device__ __forceinline__ void tell_rows(const PlaceParams& p, uint32_t epoch, const uint32_t* count, bool absent) {
   const Seat& seat = p.seat;
   const uint32_t twos = (seat.ranks + 1) / 2;
 #pragma unroll 1
@@ -21,12 +22,17 @@ __device__ __forceinline__ void tell_rows(const PlaceParams& p, uint32_t epoch, 
     A2A_JITTER_HERE;
     const uint32_t peer = i / twos, two = i - peer * twos;
     auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, p.counts, peer, seat.rank, 0));
-    ptx::st_relaxed_sys(to + two, make_ulonglong2(pack(epoch, count[2 * two]), pack(epoch, count[2 * two + 1])));
+    ulonglong2 words = make_ulonglong2(pack(epoch, count[2 * two]), pack(epoch, count[2 * two + 1]));
+    if (absent && seat.shared->absent.has(peer)) {
+      to = reinterpret_cast<ulonglong2*>(count_at(seat, p.counts, seat.rank, peer, 0));
+      words = make_ulonglong2(pack(epoch, 0), pack(epoch, 0));
+    }
+    ptx::st_relaxed_sys(to + two, words);
   }
   __syncthreads();
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
-    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
+    ptx::st_relaxed_sys(mail64(told_box(seat, peer, absent), kCountsFlag), pack(epoch, 0));
   }
 }
 

@@ -605,7 +605,7 @@ __device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
   }
   bool lost = false;
   if (raises ? at.opens() : at.receives(seat.routing)) {
-    if (raises && threadIdx.x >= kPairThreads - 32) tell_shape(seat, p.receive, finish.epoch);
+    if (raises && threadIdx.x >= kPairThreads - 32) tell_shape(seat, p.receive, finish.epoch, at.absent);
     if (seat.replays || (!raises && placed == pack(finish.epoch, kInPlace | kAddedUp))) {
       recall(p, s);
     } else if (waits) {
@@ -740,7 +740,7 @@ __device__ __forceinline__ void next_bank(const PairsParams& p, PairShared& s, u
   const uint64_t start = static_cast<uint64_t>(source) * seat.bound;
   const uint8_t* own = window_of(seat, seat.rank);
   const uint32_t topk = p.route.topk;
-  const Choices choices{own + p.bank_ids + start * topk * 4, 4ull * topk, topk, p.route.owners.experts, 1, seat.rank};
+  const Choices choices{own + p.bank_ids + start * topk * 4, 4ull * topk, topk, p.route.owners.experts, 1, seat.rank, nullptr};
   s.feed = Feed{choices, own + p.bank_tokens + start * p.vectors * 16, p.vectors * 16ull, source, start, true};
 }
 

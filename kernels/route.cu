@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(kOpenThreads) a2a_open(const __grid
   if (threadIdx.x == 0) slot.started = started;
   if (slot.closed != 0 || (state != kDispatched && state != kOverflowed)) return;
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += kOpenThreads) {
-    uint8_t* box = mailbox(seat, peer, seat.rank);
+    uint8_t* box = told_box(seat, peer, slot.absent);
     ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kRead, 0));
     ptx::st_release_sys(mail64(box, kReadFlag), pack(epoch, 0));
   }

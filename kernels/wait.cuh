@@ -49,13 +49,14 @@ struct Standing {
   uint64_t sequence;
   uint64_t routing;
   uint64_t started;
+  uint32_t absent;
   // A dispatch may begin.
   __device__ bool opens() const { return closed == 0 & (state == kIdle | state == kOpened); }
   // A dispatch that has been sent may be received.
   __device__ bool receives(uint64_t by) const { return closed == 0 & state == kDispatchSent & routing == by; }
 };
 __device__ __forceinline__ Standing standing_of(const Slot& slot) {
-  return Standing{slot.closed, slot.state, slot.epoch, slot.sequence, slot.routing, slot.started};
+  return Standing{slot.closed, slot.state, slot.epoch, slot.sequence, slot.routing, slot.started, slot.absent};
 }
 
 // The same behind a2a_open (`follows`), which is waited for only if it may have something to wait for: it has read the slot
@@ -105,6 +106,12 @@ __device__ __forceinline__ uint8_t* window_of(const Seat& seat, uint32_t rank) {
 }
 __device__ __forceinline__ uint8_t* mailbox(const Seat& seat, uint32_t window, uint32_t source) {
   return window_of(seat, window) + seat.mailboxes + static_cast<uint64_t>(source) * kMailBytes;
+}
+// The mailbox that this rank writes for a peer. One that takes part no more (`absent`: there are some) writes nothing here, so
+// this rank writes in its place, into its own window: whoever waits there waits as ever.
+__device__ __forceinline__ uint8_t* told_box(const Seat& seat, uint32_t peer, bool absent) {
+  if (absent && seat.shared->absent.has(peer)) return mailbox(seat, seat.rank, peer);
+  return mailbox(seat, peer, seat.rank);
 }
 __device__ __forceinline__ uint64_t* mail64(uint8_t* box, uint32_t field) {
   return reinterpret_cast<uint64_t*>(box + field);
@@ -306,7 +313,7 @@ __device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wa
     if (why == 0 && ptx::ld_acquire_sys(&seat.control->dead[peer]) != 0) why = 3;
     if (why != 0 && !has_come(seat, wait, peer)) {
       mark(meeting, peer);
-      atomicMin(&meeting.best, 4ull * peer + why);
+      atomicMin(&meeting.best, 8ull * peer + why);
     }
   }
   __syncthreads();
@@ -316,10 +323,10 @@ __device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wa
     if (waits) return Trouble::kNone;
   }
   if (meeting.best != none) {
-    const uint32_t peer = meeting.best / 4;
+    const uint32_t peer = meeting.best / 8;
     const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), wait.flag)) >> 32;
     if (threadIdx.x == 0) {
-      const uint32_t why = meeting.best % 4;
+      const uint32_t why = meeting.best % 8;
       meeting.loss = {kPeerLost, kCauseGone, peer, why, seat.rank, wait.epoch, seen, 0};
     }
     return Trouble::kLoss;

@@ -40,7 +40,7 @@ constexpr uint32_t kDispatchPair = 224;
 // Operations, in progress words and records.
 constexpr uint32_t kDispatch = 1, kCombine = 2, kRead = 3, kReplay = 4;
 
-// The generation of members; it stays 1 until membership can change.
+// In loss words, so that zero is none. Words of former members do not outlast a recovery.
 constexpr uint64_t kGeneration = 1;
 
 // States of a slot.
@@ -62,7 +62,7 @@ enum Cause : uint32_t {
   kCauseBound = 1,         // expected, seen: max_tokens here and there
   kCauseElsewhere = 2,     // expected, seen: operations; aux: steps ahead
   kCauseGaveUp = 3,        // origin: the rank that gave up first
-  kCauseGone = 4,          // detail: 1 destroyed its comm, 2 aborted, 3 its process ended
+  kCauseGone = 4,          // detail: 1 destroyed its comm, 2 aborted, 3 its process ended, 4 went on without this rank
   kCauseLate = 5,          // aux: the deadline in ns
   kCauseDispatchShape = 6, // detail: the word
   kCauseCombineShape = 7,  // detail: the word
@@ -121,10 +121,13 @@ struct Slot {
   uint64_t placed;
   // Of the rows at work, pieces that warps have taken beside their first ones.
   unsigned long long taken;
+  // Some ranks take part no more: Shared says which.
+  uint32_t absent;
+  uint32_t reserved;
   uint32_t lost[kMaxRanks / 32];
 };
 constexpr uint32_t kInPlace = 1, kInBanks = 2, kAddedUp = 4;
-static_assert(sizeof(Slot) == 64 + kMaxRanks / 8);
+static_assert(sizeof(Slot) == 72 + kMaxRanks / 8);
 
 constexpr uint32_t kSms = 256;
 
@@ -148,6 +151,14 @@ enum Counter : uint32_t {
   kStepsLost,
   kCounters
 };
+// Ranks that take part no more (a2a_recover): if there are any, and a bit for each.
+struct Absent {
+  uint32_t any;
+  uint32_t ranks[kMaxRanks / 32];
+#ifdef __CUDACC__
+  __device__ bool has(uint32_t rank) const { return ranks[rank / 32] >> rank % 32 & 1; }
+#endif
+};
 struct Shared {
   uint64_t counters[kCounters];
   uint32_t first_step_done;
@@ -158,9 +169,9 @@ struct Shared {
   uint32_t on_sm[kSms];
   // First halves whose second half has not yet received what it waits for.
   uint32_t pending;
-  uint32_t reserved;
+  Absent absent;
 };
-static_assert(sizeof(Shared) == 8 * kCounters + 24 + 4 * kSms);
+static_assert(sizeof(Shared) == 8 * kCounters + 20 + 4 * kSms + sizeof(Absent));
 
 // Who runs a kernel, and what it can reach.
 struct Seat {
@@ -216,6 +227,8 @@ struct Route {
   int32_t* rows_for;
   // [tokens, topk]: where rows are (token, expert) pairs, a choice's row at its expert's owner, or -1.
   int32_t* pair_rows;
+  // Ids of their experts count as none.
+  const Absent* absent;
   uint32_t tokens;
   uint32_t topk;
   uint32_t fanout;
@@ -226,7 +239,7 @@ struct Route {
   uint32_t flags;
 };
 constexpr uint32_t kIdsAre64 = 1, kIdsAreVectors = 2, kHasWeights = 4, kHasIds = 8;
-static_assert(sizeof(Route) == 144);
+static_assert(sizeof(Route) == 152);
 
 // No expert, no row, no rank.
 constexpr uint32_t kNone = ~0u;

@@ -26,6 +26,8 @@ mod graphs;
 #[path = "conformance/laws.rs"]
 mod laws;
 pub(crate) mod oracle;
+#[path = "conformance/recover.rs"]
+mod recover;
 #[path = "conformance/soak.rs"]
 mod soak;
 
@@ -3303,7 +3305,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// What the program does when it is one of its own children.
-pub const JOBS: [(&str, Job); 3] = [CONFORM, MEASURE, graphs::OBEY];
+pub const JOBS: [(&str, Job); 4] = [CONFORM, MEASURE, graphs::OBEY, recover::FOLLOW];
 
 type Run = Box<dyn Fn() -> Result<(), String> + Send>;
 /// Why a test says nothing on the GPU that was chosen.
@@ -3376,6 +3378,7 @@ pub fn run(args: &Arguments) -> std::process::ExitCode {
     let mut args = args.clone();
     if cuda::is_enabled() {
         graphs::add(&mut add);
+        recover::add(&mut add);
         soak::add(&mut add);
         // Ranks of two tests would wait for each other's kernels.
         args.test_threads = Some(1);

@@ -224,8 +224,14 @@ pub unsafe extern "C" fn a2a_set_timeout(
 ///
 /// in: may be NULL. out: may be NULL; written on success only. With another failure than INVALID_ARGUMENT or BUSY no step
 /// can run until a later a2a_recover succeeds: one may die during a recovery too. Memory: while windows are replaced, as
-/// much again as window_bytes of a2a_memory_t. Threads: one call at a time on a comm. CUDA memory: UNSUPPORTED in this
-/// build. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died
+/// much again as window_bytes of a2a_memory_t.
+///
+/// CUDA memory: waits for all work on the device's primary context that this process has launched, and ends this rank's
+/// kernels that wait for peers. Graphs captured before are replayed afterwards as before, their addresses are the same; a
+/// replay of a dispatch with A2A_DISPATCH_REUSE must come after one that routes afresh. Ranks that are threads of one process
+/// share their mappings of the windows: such a rank that takes no part must have destroyed its comm, else UNSUPPORTED.
+///
+/// Threads: one call at a time on a comm. Capture: not inside one. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died
 /// meanwhile; or the others went on without this rank), ABORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_recover(

@@ -8,12 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Comm, lock};
-use crate::config::{DeviceKind, MAX_TIMEOUT_MS};
+use crate::config::MAX_TIMEOUT_MS;
 use crate::device::members::Members;
 use crate::device::{Device, Membership, Standing};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
-use crate::memory::WindowFd;
 use crate::transport::bootstrap::{Recovery, Regathered, regather};
 
 /// What the survivors agreed on.
@@ -49,17 +48,11 @@ impl Comm {
         };
         let timeout_ms = milliseconds("timeout_ms", timeout_ms, self.config.meeting.timeout_ms)?;
         let patience = Duration::from_millis(milliseconds("patience_ms", patience_ms, PATIENCE_MS)?);
-        if self.config.device == DeviceKind::Cuda {
-            return Err(Error::unsupported(format!(
-                "rank {rank}: a2a_recover on CUDA memory is not in this build"
-            )));
-        }
         let mut past = lock(&self.past);
-        let standing = device.standing();
-        past.whole.resize(standing.whole.len(), 0);
         // From here on until all is done no step may run.
         let text = format!("rank {rank}: the comm is between generations: a2a_recover has not succeeded");
-        device.suspend(&Error::new(Status::PeerLost, text));
+        let standing = device.suspend(&Error::new(Status::PeerLost, text))?;
+        past.whole.resize(standing.whole.len(), 0);
         let begun = Instant::now();
         loop {
             match self.meet(&device, &standing, &mut past, timeout_ms, patience) {
@@ -99,23 +92,33 @@ impl Comm {
             is_aborted: Arc::new(move || health.is_aborted()),
         };
         let mut begun = false;
-        let met = regather(recovery, &mut begun, || Ok(vec![WindowFd::create(rank, bytes)?.into_fd()]));
+        let met = regather(recovery, &mut begun, || Ok(vec![self.windows.renew(rank, bytes)?]));
         // What fails once something was agreed leaves windows of which nobody knows what they are.
         past.broken |= begun;
-        let recovered = self.go_on(&**device, met?)?;
+        let recovered = self.go_on(device, met?)?;
         *past = Past { broken: false, whole: recovered.whole.clone() };
         Ok(recovered)
     }
 
     /// This rank's part of what was agreed.
-    fn go_on(&self, device: &dyn Device, mut met: Regathered) -> Result<Recovered> {
+    fn go_on(&self, device: &Arc<dyn Device>, mut met: Regathered) -> Result<Recovered> {
         let Membership { generation, members } = met.membership;
-        let former = device.membership().members;
-        former.without(&members).iter().for_each(|lost| device.leave_behind(lost));
+        let lost = device.membership().members.without(&members);
+        lost.iter().for_each(|lost| device.leave_behind(lost));
         let fds = met.fds.take();
         let replaced = fds.is_some();
         let whole = std::mem::take(&mut met.whole);
-        let built = self.replace_windows(fds, &members).and_then(|()| device.recovered(met.membership));
+        let (rank, bytes) = (self.config.rank, self.plan.memory().window);
+        let holds = lost.iter().find(|lost| device.shares_mappings(*lost));
+        let replaced_windows = match (holds, fds) {
+            (Some(lost), _) => Err(Error::unsupported(format!(
+                "rank {rank}: rank {lost} is a thread of the same process, takes no part and has not destroyed its comm: \
+                 destroy it first"
+            ))),
+            (None, Some(fds)) => self.windows.replace((rank, bytes, generation), &members, &lost, fds),
+            (None, None) => Ok(()),
+        };
+        let built = replaced_windows.and_then(|()| device.clone().recovered(met.membership));
         let next = match built {
             Ok(next) => {
                 met.finish(Ok(()))?;
@@ -132,19 +135,6 @@ impl Comm {
             format!("rank {}: generation {generation}, {} ranks take part", self.config.rank, members.len())
         });
         Ok(Recovered { generation, members, whole, replaced })
-    }
-
-    fn replace_windows(&self, fds: Option<Vec<Vec<std::os::fd::OwnedFd>>>, members: &Members) -> Result<()> {
-        let (Some(fds), Some(windows)) = (fds, &self.windows) else { return Ok(()) };
-        for (peer, fds) in fds.into_iter().enumerate().filter(|(peer, _)| members.contains(*peer as u32)) {
-            let Some(fd) = fds.into_iter().next() else {
-                let text = format!("rank {}: rank {peer} sent no window", self.config.rank);
-                return Err(Error::new(Status::PeerLost, text));
-            };
-            let window = WindowFd::adopt(peer as u32, fd, self.plan.memory().window)?;
-            windows.replace(peer as u32, &window)?;
-        }
-        Ok(())
     }
 
     /// By rank: whether it takes part and, as far as this rank knows, lives.

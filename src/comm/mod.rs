@@ -28,7 +28,7 @@ use crate::device::{Call, Device, Half, Health, Region, Rows, Stats, Stream, Tar
 use crate::error::{Error, Loss, Result, Status};
 use crate::log::{Level, log};
 use crate::memory::vmm::{self, VmmWindow};
-use crate::memory::{WindowFd, Windows};
+use crate::memory::{Mapped, WindowFd, Windows};
 use crate::transport::bootstrap;
 
 pub use crate::transport::bootstrap::{decline, new_unique_id};
@@ -56,8 +56,7 @@ pub struct Comm {
     health: Arc<Health>,
     /// The group's key: its survivors meet under it.
     key: [u8; 16],
-    /// Where the windows are mapped, on the CPU.
-    windows: Option<Windows>,
+    windows: Mapped,
     past: Mutex<Past>,
     /// Ends with the comm, in this order: peers learn of it, then the thread stops.
     alive: Mutex<Option<(Lifeline, Watchdog)>>,
@@ -515,7 +514,7 @@ impl OwnWindow {
 /// What a comm is built of once the ranks have met.
 struct Built {
     device: Arc<dyn Device>,
-    windows: Option<Windows>,
+    windows: Mapped,
     watchdog: Watchdog,
 }
 
@@ -547,13 +546,15 @@ fn build(
             let adopted = windows.into_iter().zip(0..).map(|(fd, peer)| WindowFd::adopt(peer, fd, bytes));
             let windows = Windows::map(adopted.collect::<Result<_>>()?, bytes)?;
             let host = Host::new(rank, map, experts, windows.bases(), health.clone());
-            (Arc::new(host), Some(windows))
+            (Arc::new(host), Mapped::Host(windows))
         }
         OwnWindow::Cuda(ground, window) => {
             let attic = vmm::attic(watched[0][0].as_fd())?;
             let lifelines = watched.iter().map(|fds| fds[0].as_fd());
-            let bases = vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?.bases();
-            (Arc::new(Cuda::new(rank, map, experts, bases, health.clone(), *ground, attic)?), None)
+            let windows = vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?;
+            let (bases, local) = (windows.bases(), windows.local());
+            let cuda = Cuda::new(rank, map, experts, bases, health.clone(), *ground, attic, local)?;
+            (Arc::new(cuda), Mapped::Cuda(windows))
         }
     };
     let milliseconds = Duration::from_millis;

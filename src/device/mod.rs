@@ -687,10 +687,9 @@ pub trait Device: Send + Sync {
     fn leave(&self, aborted: bool);
 
     fn membership(&self) -> Membership;
-    /// What this rank knows of the slots' steps and of lost ranks.
-    fn standing(&self) -> Standing;
-    /// Closes every slot that is open.
-    fn suspend(&self, why: &Error);
+    /// Closes every slot that is open, and ends this rank's work in windows. Returns what it knows of the slots' steps and
+    /// of lost ranks.
+    fn suspend(&self, why: &Error) -> Result<Standing>;
     /// True if a rank makes no more calls: its process ended, or its comm was destroyed or aborted.
     fn has_left(&self, peer: u32) -> bool;
     /// True if no window can be read or written by a rank any more, whatever it was at.
@@ -700,8 +699,11 @@ pub trait Device: Send + Sync {
     /// Tells a rank that this one goes on without it.
     fn leave_behind(&self, lost: u32);
     /// What this rank goes on with among these members, all slots idle. Its own window is in its first state; the
-    /// others' are not looked at. This device is not used again.
-    fn recovered(&self, membership: Membership) -> Result<Arc<dyn Device>>;
+    /// others' are not looked at. `self` is not used again.
+    fn recovered(self: Arc<Self>, membership: Membership) -> Result<Arc<dyn Device>>;
+    /// True if a rank that takes no part might still use the windows by the same mappings as this one, so that they cannot be
+    /// replaced.
+    fn shares_mappings(&self, peer: u32) -> bool;
 }
 
 /// What a view can show.

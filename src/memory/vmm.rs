@@ -210,6 +210,13 @@ impl Drop for Mapping {
     }
 }
 
+fn read_write(device: CUdevice) -> sys::CUmemAccessDesc {
+    sys::CUmemAccessDesc {
+        location: location(device),
+        flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+    }
+}
+
 /// A rank's window in this process.
 struct Window {
     mapping: Mapping,
@@ -217,11 +224,42 @@ struct Window {
     owner: CUdevice,
     /// Devices whose kernels may use it.
     granted: Mutex<Vec<CUdevice>>,
+    /// Its rank is a thread of this process.
+    is_local: bool,
+    /// Of the members for whom the memory that it shows was made.
+    generation: Mutex<u64>,
 }
 
 impl Window {
-    fn new(mapping: Mapping, owner: CUdevice) -> Window {
-        Window { mapping, owner, granted: Mutex::new(Vec::new()) }
+    fn new(mapping: Mapping, owner: CUdevice, is_local: bool) -> Window {
+        Window { mapping, owner, granted: Mutex::default(), is_local, generation: Mutex::new(1) }
+    }
+
+    /// Shows other memory at the same addresses, once for all ranks of this process: pieces of `bytes` of it, again and
+    /// again. Nobody may be using it: the ranks of this process have ended their work.
+    fn show(&self, generation: u64, make: impl FnOnce() -> Result<(PhysicalAllocation, u64)>) -> Result<()> {
+        let mut shown = lock(&self.generation);
+        if *shown >= generation {
+            return Ok(());
+        }
+        let (physical, piece) = make()?;
+        let at = &self.mapping.at;
+        let _entered = at.context.enter()?;
+        // SAFETY: all that is mapped there, of which nobody uses any; what follows maps it anew.
+        check("cuMemUnmap", unsafe { sys::cuMemUnmap(at.address, at.bytes as usize) })?;
+        for offset in (0..at.bytes).step_by(piece as usize) {
+            let address = at.address + offset;
+            // SAFETY: nothing is mapped there.
+            let mapped = unsafe { sys::cuMemMap(address, piece as usize, 0, physical.handle, 0) };
+            check("cuMemMap", mapped)?;
+        }
+        let access: Vec<_> = lock(&self.granted).iter().map(|device| read_write(*device)).collect();
+        // SAFETY: the whole of what was just mapped.
+        let set =
+            unsafe { sys::cuMemSetAccess(at.address, at.bytes as usize, access.as_ptr(), access.len()) };
+        check("cuMemSetAccess", set)?;
+        *shown = generation;
+        Ok(())
     }
 
     /// A peer's, as it came over a socket.
@@ -234,7 +272,7 @@ impl Window {
         };
         let reserved = VirtualReservation::new(context, bytes).map_err(named)?;
         match Mapping::new(reserved, &physical).map_err(named)? {
-            Ok(mapping) => Ok(Window::new(mapping, owner)),
+            Ok(mapping) => Ok(Window::new(mapping, owner, false)),
             Err(refused @ CUresult::CUDA_ERROR_INVALID_VALUE) => {
                 Err(mismatch(format!("does not have the expected {bytes} bytes: {}", error_text(refused))))
             }
@@ -249,10 +287,7 @@ impl Window {
             return Ok(());
         }
         let who = || format!("rank {rank}'s window on {}", context.describe());
-        let access = sys::CUmemAccessDesc {
-            location: location(context.device()),
-            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
+        let access = read_write(context.device());
         let _entered = context.enter()?;
         let at = &self.mapping.at;
         // SAFETY: a whole mapping; what other devices may do stays as it is.
@@ -308,7 +343,7 @@ impl VmmWindow {
         let mapping = Mapping::new(reserved, &physical)
             .and_then(|mapped| mapped.map_err(|refused| failure("cuMemMap", refused)))
             .map_err(named)?;
-        let window = Window::new(mapping, context.device());
+        let window = Window::new(mapping, context.device(), true);
         window.grant(context, rank)?;
         let window = WINDOWS.find_or(key_of(lifeline)?, || Ok(window))?;
         Ok(VmmWindow { context: context.clone(), rank, window, physical })
@@ -351,6 +386,8 @@ fn check_device(context: &Context) -> Result<()> {
 
 /// Every rank's window, mapped here.
 pub struct Windows {
+    context: Arc<Context>,
+    rank: u32,
     windows: Arc<Vec<Arc<Window>>>,
 }
 
@@ -378,7 +415,37 @@ impl Windows {
             Ok(window)
         };
         let windows = fds.into_iter().enumerate().map(map).collect::<Result<Vec<_>>>()?;
-        Ok(Windows { windows: Arc::new(windows) })
+        Ok(Windows { context, rank, windows: Arc::new(windows) })
+    }
+
+    /// By rank: whether it is a thread of this process, and so uses the same mappings.
+    pub fn local(&self) -> Vec<bool> {
+        self.windows.iter().map(|window| window.is_local).collect()
+    }
+
+    /// New memory for this rank's window, as the others get it.
+    pub fn renew(&self) -> Result<OwnedFd> {
+        let bytes = self.windows[self.rank as usize].mapping.at.bytes;
+        let made = PhysicalAllocation::create(&self.context, bytes).and_then(|physical| physical.export());
+        made.map_err(|e| e.context(format!("rank {}: a window of {bytes} bytes", self.rank)))
+    }
+
+    /// Shows the memory of a descriptor as a rank's window, at the addresses of its former one.
+    pub fn replace(&self, generation: u64, peer: u32, fd: &OwnedFd) -> Result<()> {
+        let window = &self.windows[peer as usize];
+        let bytes = window.mapping.at.bytes;
+        let import = || Ok((PhysicalAllocation::import(&self.context, fd)?, bytes));
+        window.show(generation, import).map_err(|e| self.named(e, peer))
+    }
+
+    /// Shows memory that nobody reads as the window of a rank that is left behind: its own is no longer written to.
+    pub fn dismiss(&self, generation: u64, lost: u32) -> Result<()> {
+        let scrap = || Ok((PhysicalAllocation::create(&self.context, GRANULARITY)?, GRANULARITY));
+        self.windows[lost as usize].show(generation, scrap).map_err(|e| self.named(e, lost))
+    }
+
+    fn named(&self, error: Error, peer: u32) -> Error {
+        error.context(format!("rank {}: other memory for rank {peer}'s window", self.rank))
     }
 
     pub fn bases(&self) -> Bases {

@@ -587,6 +587,16 @@ impl Comm {
         let text = CStr::from_bytes_until_nul(&text).expect("NUL-terminated");
         Ok(serde_json::from_slice(text.to_bytes()).expect("JSON"))
     }
+    /// 0: the defaults.
+    pub fn recover(&self, timeout_ms: i64, patience_ms: i64) -> Result<a2a_recover_out_t, Failure> {
+        let input = a2a_recover_in_t { struct_size: size_of::<a2a_recover_in_t>(), timeout_ms, patience_ms };
+        // SAFETY: integers only; the structs and their sizes are right.
+        unsafe {
+            let mut output: a2a_recover_out_t = std::mem::zeroed();
+            output.struct_size = size_of::<a2a_recover_out_t>();
+            check(a2a_recover(self.0, &input, &mut output)).map(|()| output)
+        }
+    }
     pub fn set_timeout(&self, first_step_ms: i64, ms: i64) -> Result<(), Failure> {
         // SAFETY: no pointers but the handle.
         check(unsafe { a2a_set_timeout(self.0, first_step_ms, ms) })

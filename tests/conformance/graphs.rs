@@ -82,7 +82,7 @@ pub struct Form {
 
 impl Form {
     /// A step of the small group: the ranks' T differ, one has the bound's.
-    fn small(world: usize) -> Form {
+    pub fn small(world: usize) -> Form {
         let tokens = (0..world).map(|rank| M - rank % 3 * 5).collect();
         Form { tokens, experts: EXPERTS, hidden: HIDDEN, topk: K, owns: false, told: false }
     }
@@ -280,7 +280,7 @@ impl<'a> Layer<'a> {
     }
 
     /// Makes this step's inputs the next dispatch's.
-    fn put(&mut self, step: &oracle::Step) {
+    pub fn put(&mut self, step: &oracle::Step) {
         let bytes = self.bytes(step);
         self.inputs.whole.write(&bytes);
     }
@@ -353,7 +353,7 @@ impl<'a> Layer<'a> {
     }
 
     /// What the last step left in the tensors.
-    fn check(&self, step: &oracle::Step) -> Result<(), String> {
+    pub fn check(&self, step: &oracle::Step) -> Result<(), String> {
         self.check_outputs(step, &self.outputs.whole.read())
     }
     /// `got`: a copy of the outputs.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use a2a::abi::calls::{a2a_abort, a2a_get_rank_mask, a2a_recover};
+use a2a::abi::calls::{a2a_abort, a2a_get_rank_mask};
 use a2a::abi::types::*;
 
 use super::common::*;
@@ -16,15 +16,12 @@ const RECOVERY: &str = "a recovery, once the last survivor has come";
 impl Member {
     /// Its words: generation, members, how many they are, whether windows are others, and the whole steps of each slot.
     pub fn recover(&self, timeout_ms: i64, patience_ms: i64) -> Outcome {
-        let struct_size = size_of::<a2a_recover_in_t>();
-        let input = a2a_recover_in_t { struct_size, timeout_ms, patience_ms };
-        // SAFETY: all-zero bytes are a valid value.
-        let mut output: a2a_recover_out_t = unsafe { std::mem::zeroed() };
-        output.struct_size = size_of::<a2a_recover_out_t>();
-        // SAFETY: valid structs.
-        let mut outcome =
-            Outcome::of(|| check(unsafe { a2a_recover(self.comm.handle(), &input, &mut output) }));
-        if outcome.status == A2A_SUCCESS {
+        let mut output = None;
+        let mut outcome = Outcome::of(|| {
+            output = Some(self.comm.recover(timeout_ms, patience_ms)?);
+            Ok(())
+        });
+        if let Some(output) = output {
             self.members.store(output.members[0], Ordering::Relaxed);
             outcome.words = vec![
                 output.generation as i64,

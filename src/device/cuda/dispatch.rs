@@ -132,6 +132,7 @@ impl Cuda {
             target_rows: self.list(memory, self.routing.target_rows),
             rows_for: self.list(memory, self.routing.rows_for),
             pair_rows: self.list(memory, self.routing.expert_rows),
+            absent: self.absent(),
             tokens: d.send.tokens,
             topk: d.grid.topk,
             fanout: self.routing.fanout,

@@ -129,6 +129,8 @@ pub struct Abilities {
     pub posix_fd: bool,
     pub memory_pools: bool,
     pub unified_addressing: bool,
+    /// Kernels of several processes run through a server, which may outlive a process that it works for.
+    pub mps: bool,
 }
 
 /// A device's primary context, which is also the CUDA runtime's.
@@ -264,6 +266,8 @@ fn abilities(device: CUdevice) -> Result<Abilities> {
         posix_fd: can(Attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)?,
         memory_pools: can(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)?,
         unified_addressing: can(Attribute::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING)?,
+        // A driver that does not know the question may have a server all the same.
+        mps: can(Attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED).unwrap_or(true),
     })
 }
 
@@ -326,6 +330,20 @@ impl Stream {
     pub unsafe fn copy_in(&self, at: u64, from: &[u8]) -> Result<()> {
         // SAFETY: forwarded; the copy is waited for.
         unsafe { self.start_copy_in(at, from)? };
+        self.synchronize()
+    }
+}
+
+impl Stream {
+    /// Copies out of device memory, and returns when that is done.
+    ///
+    /// # Safety
+    /// As many bytes of device memory are there.
+    pub unsafe fn copy_out(&self, at: u64, into: &mut [u8]) -> Result<()> {
+        let _entered = self.context.enter()?;
+        // SAFETY: as promised; the target outlives the copy, which is waited for.
+        let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(into.as_mut_ptr().cast(), at, into.len(), self.raw) };
+        check("cuMemcpyDtoHAsync", copied)?;
         self.synchronize()
     }
 }

@@ -19,6 +19,7 @@ mod pairs;
 mod params;
 
 use std::any::Any;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -32,11 +33,11 @@ use super::{
     Stream as CallersStream, Target,
 };
 use crate::config::{Experts, LayoutKind};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
-use params::{Control, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
+use params::{Control, MAX_RANKS, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
 
 pub use contiguous::MOST_KEYS;
 pub use driver::probe;
@@ -251,6 +252,9 @@ pub struct Cuda {
     /// work that uses it may still be on its way; the work of a slot is in order.
     spare: Arc<Vec<Mutex<Vec<DeviceMemory>>>>,
     aborted: AtomicBool,
+    membership: Mutex<Membership>,
+    /// By rank: whether it is a thread of this process.
+    local: Vec<bool>,
     /// Goes after what it keeps too, and before the windows: the last one waits for what may still use any of them.
     attic: Arc<Attic>,
     bases: Bases,
@@ -272,6 +276,17 @@ fn reciprocal(n: u32) -> u32 {
     (1u64 << 32).div_ceil(n as u64) as u32
 }
 
+/// A slot before its first step.
+fn idle(absent: bool) -> Slot {
+    Slot { epoch: FIRST_EPOCH.wrapping_sub(1), absent: absent as u32, ..Slot::default() }
+}
+
+/// A slot's state that the host does not know: a dispatch follows a dispatch, and every rank has read the former one.
+const OPENED: u32 = 4;
+/// Gone words, as the protocol numbers them.
+const DESTROYED: u32 = 1;
+const WITHOUT: u32 = 4;
+
 impl Cuda {
     /// Puts this rank's own window into its first state: no peer may step before that.
     pub fn new(
@@ -282,6 +297,7 @@ impl Cuda {
         health: Arc<Health>,
         ground: Ground,
         attic: Arc<Attic>,
+        local: Vec<bool>,
     ) -> Result<Cuda> {
         let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing } = ground;
         let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
@@ -325,9 +341,7 @@ impl Cuda {
         private.write(layout.own, bytes_of(&own))?;
         let firsts: Vec<u32> = (0..ranks).map(|r| experts.start(r)).chain([experts.num()]).collect();
         private.write(layout.firsts, bytes_of(&firsts))?;
-        let idle = Slot { epoch: FIRST_EPOCH.wrapping_sub(1), ..Slot::default() };
-        let idle: Vec<Slot> = vec![idle; slots as usize];
-        private.write(layout.slots, bytes_of(&idle))?;
+        private.write(layout.slots, bytes_of(&vec![idle(false); slots as usize]))?;
         let address = private.address();
         let owners = Owners {
             owner: address + layout.owner,
@@ -370,6 +384,8 @@ impl Cuda {
             #[cfg(feature = "jitter")]
             loosest: AtomicU32::new(0),
             aborted: AtomicBool::new(false),
+            membership: Mutex::new(Membership::first(ranks)),
+            local,
         };
         cuda.reset_window()?;
         Ok(cuda)
@@ -410,6 +426,86 @@ impl Cuda {
     fn write(&self, at: u64, from: &[u8]) -> Result<()> {
         // SAFETY: callers give addresses of windows and of outputs that comm checked, and as many bytes.
         unsafe { self.station.stream.copy_in(at, from) }
+    }
+
+    /// Ends what this rank's kernels are at, and returns when they have. They do what they do in an abort.
+    fn end_work(&self) -> Result<()> {
+        let control: *const Control = self.pinned.as_ptr().cast();
+        // SAFETY: the pinned memory begins with a Control; the word is an atomic for both sides.
+        unsafe { (*(&raw const (*control).aborted).cast::<AtomicU32>()).store(1, Ordering::SeqCst) };
+        self.station.context.synchronize()
+    }
+
+    fn slot_at(&self, slot: u32) -> u64 {
+        self.layout.slots + slot as u64 * size_of::<Slot>() as u64
+    }
+
+    fn read_slots(&self) -> Result<Vec<Slot>> {
+        let mut slots = vec![Slot::default(); self.map.sizes.slots as usize];
+        // SAFETY: integers, of any bits.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(slots.as_mut_ptr().cast::<u8>(), size_of_val(&slots[..]))
+        };
+        self.private.read(self.layout.slots, bytes)?;
+        Ok(slots)
+    }
+
+    /// What each rank has written of its end.
+    fn gone_words(&self) -> Result<Vec<u32>> {
+        let mut bytes = vec![0; self.ranks as usize * 4];
+        // SAFETY: words at the start of this rank's own window.
+        unsafe { self.station.stream.copy_out(self.own(self.map.gone(0)), &mut bytes)? };
+        Ok(bytes
+            .chunks_exact(4)
+            .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+            .collect())
+    }
+    fn has_destroyed(&self, peer: u32) -> bool {
+        self.gone_words().is_ok_and(|words| words[peer as usize] == DESTROYED)
+    }
+
+    /// Where kernels find who takes part no more.
+    fn absent(&self) -> u64 {
+        self.private.address() + self.layout.shared + offset_of!(Shared, absent) as u64
+    }
+
+    /// All slots idle among other members, at the same addresses: captured graphs go on.
+    fn begin_anew(&self, membership: Membership) -> Result<()> {
+        self.reset_window()?;
+        let mut absent = [0u32; 1 + MAX_RANKS / 32];
+        for rank in (0..self.ranks).filter(|rank| !membership.members.contains(*rank)) {
+            (absent[0], absent[1 + rank as usize / 32]) =
+                (1, absent[1 + rank as usize / 32] | 1 << (rank % 32));
+        }
+        let shared = |offset: usize| self.layout.shared + offset as u64;
+        self.private.write(shared(offset_of!(Shared, absent)), bytes_of(&absent))?;
+        self.private.write(shared(offset_of!(Shared, pending)), &[0; 4])?;
+        let slots = self.map.sizes.slots;
+        self.private.write(self.layout.slots, bytes_of(&vec![idle(absent[0] != 0); slots as usize]))?;
+        let fifos = slots as u64 * fifo::state_bytes(&self.map);
+        self.private.write(self.layout.fifos, &vec![0; fifos as usize])?;
+        for slot in 0..slots {
+            for order in [0, 1] {
+                let at = Self::record_offset(slot) + order * size_of::<Record>();
+                // SAFETY: a record of the pinned memory; no kernel of this rank is on its way.
+                unsafe {
+                    let record: *const Record = self.pinned.as_ptr().add(at).cast();
+                    (*(&raw const (*record).valid).cast::<AtomicU32>()).store(0, Ordering::Release);
+                }
+            }
+            // What was captured may be replayed now as before.
+            let mut slot = lock(&self.slots[slot as usize]);
+            *slot = HostSlot { captured: slot.captured, ..HostSlot::default() };
+        }
+        *lock(&self.membership) = membership;
+        let control: *const Control = self.pinned.as_ptr().cast();
+        // SAFETY: as in `end_work`.
+        unsafe { (*(&raw const (*control).aborted).cast::<AtomicU32>()).store(0, Ordering::SeqCst) };
+        // Another thread may have aborted meanwhile.
+        if self.health.is_aborted() {
+            self.health.abort();
+        }
+        Ok(())
     }
 
     /// Where a region of this rank's own window lies.
@@ -750,27 +846,50 @@ impl Device for Cuda {
         }
     }
     fn membership(&self) -> Membership {
-        Membership::first(self.ranks)
+        *lock(&self.membership)
     }
-    fn standing(&self) -> Standing {
-        Standing::default()
+    fn suspend(&self, why: &Error) -> Result<Standing> {
+        self.end_work()?;
+        let slots = self.read_slots()?;
+        let mut standing = Standing::default();
+        for (number, slot) in (0..).zip(&slots) {
+            let is_whole = slot.state == State::Idle as u32 || slot.state == OPENED;
+            standing.whole.push(slot.sequence.saturating_sub(u64::from(!is_whole)));
+            let loss = self.loss_of(number).and_then(|error| error.loss);
+            loss.iter().flat_map(|loss| &loss.lost).for_each(|rank| standing.given_up.insert(*rank));
+            lock(&self.slots[number as usize]).closed.get_or_insert_with(|| why.clone());
+            let closed = (Status::PeerLost as u32).to_le_bytes();
+            self.private.write(self.slot_at(number) + offset_of!(Slot, closed) as u64, &closed)?;
+        }
+        Ok(standing)
     }
-    fn suspend(&self, _why: &Error) {}
     fn has_left(&self, peer: u32) -> bool {
-        self.health.is_dead(peer)
+        self.health.is_dead(peer) || self.gone_words().is_ok_and(|words| words[peer as usize] != 0)
     }
-    fn cannot_touch(&self, _peer: u32) -> bool {
-        false
+    fn cannot_touch(&self, peer: u32) -> bool {
+        // A process that has ended has no kernels, unless another one runs them for it. What a thread has launched before it
+        // destroyed its comm ends within this context.
+        self.health.is_proven_dead(peer) && !self.station.context.abilities().mps
+            || self.has_destroyed(peer)
+                && self.local[peer as usize]
+                && self.station.context.synchronize().is_ok()
     }
     fn left_behind_by(&self) -> Option<u32> {
-        None
+        let words = self.gone_words().ok()?;
+        words.iter().position(|word| *word == WITHOUT).map(|peer| peer as u32)
     }
-    fn leave_behind(&self, _lost: u32) {}
-    fn recovered(&self, _membership: Membership) -> Result<Arc<dyn Device>> {
-        Err(Error::unsupported(format!(
-            "rank {}: a2a_recover on CUDA memory is not in this build",
-            self.rank
-        )))
+    fn leave_behind(&self, lost: u32) {
+        let at = self.bases.at(lost, self.map.gone(self.rank), 4) as u64;
+        if let Err(error) = self.write(at, &WITHOUT.to_le_bytes()) {
+            log(Level::Error, || format!("rank {}: rank {lost} could not be told: {error}", self.rank));
+        }
+    }
+    fn recovered(self: Arc<Self>, membership: Membership) -> Result<Arc<dyn Device>> {
+        self.begin_anew(membership)?;
+        Ok(self)
+    }
+    fn shares_mappings(&self, peer: u32) -> bool {
+        self.local[peer as usize] && !self.has_destroyed(peer)
     }
     fn leave(&self, aborted: bool) {
         // An abort stays an abort when the comm is destroyed afterwards.

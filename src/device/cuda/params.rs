@@ -19,7 +19,7 @@ pub const NEAR_RANKS: usize = 16;
 pub const MOST_COUNTED: u32 = 512;
 
 const SEAT: usize = 80 + 8 * NEAR_RANKS;
-const ROUTE: usize = 144;
+const ROUTE: usize = 152;
 const RECEIVE: usize = 392;
 const SIDE: usize = 48;
 const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
@@ -65,14 +65,14 @@ twins! {
         sequence: u64, expected: u64, seen: u64, aux: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a slot.
-    Slot: 64 + MAX_RANKS / 8, lost at 64 => {
+    Slot: 72 + MAX_RANKS / 8, lost at 72 => {
         state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, arrived: u32, bad_ids: u32,
-        whole: u32, placed: u64, taken: u64, lost: [u32; MAX_RANKS / 32],
+        whole: u32, placed: u64, taken: u64, absent: u32, reserved: u32, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
-    Shared: 152 + 4 * SMS, reserved at 148 + 4 * SMS => {
+    Shared: 280 + 4 * SMS, absent at 148 + 4 * SMS => {
         counters: [u64; 16], first_step_done: u32, records: u32, most_sms: u32, sms: u32, on_sm: [u32; SMS], pending: u32,
-        reserved: u32,
+        absent: [u32; 1 + MAX_RANKS / 32],
     }
     Seat: SEAT, near at 80 => {
         windows: Address, control: Address, record: Address, slot: Address, shared: Address, mailboxes: u64,
@@ -83,9 +83,9 @@ twins! {
         owner: Address, place: Address, experts: u32, larger: u32, split: u32, reciprocal_larger: u32,
         reciprocal: u32, quotient: u32,
     }
-    Route: ROUTE, flags at 140 => {
+    Route: ROUTE, flags at 148 => {
         owners: Owners, ids_in: Address, weights_in: Address, ids_stride: u64, weights_stride: u64, ids: Address,
-        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, pair_rows: Address, tokens: u32,
+        weights: Address, target_ranks: Address, target_rows: Address, rows_for: Address, pair_rows: Address, absent: Address, tokens: u32,
         topk: u32, fanout: u32, fours: u32, reciprocal: u32, flags: u32,
     }
     Blocks: 32, reserved at 28 => {

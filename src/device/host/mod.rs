@@ -218,17 +218,18 @@ impl Device for Host {
     fn membership(&self) -> Membership {
         self.membership
     }
-    fn standing(&self) -> Standing {
+    fn suspend(&self, why: &Error) -> Result<Standing> {
         let mut standing = Standing::default();
         for slot in self.slots.iter().map(|slot| slot.lock().unwrap_or_else(|e| e.into_inner())) {
             standing.whole.push(slot.whole);
             let lost = slot.error().and_then(|error| error.loss.as_ref()).map(|loss| &loss.lost);
             lost.into_iter().flatten().for_each(|rank| standing.given_up.insert(*rank));
         }
-        standing
-    }
-    fn suspend(&self, why: &Error) {
         (0..self.map.sizes.slots).for_each(|slot| self.slot(slot).close(why.clone()));
+        Ok(standing)
+    }
+    fn shares_mappings(&self, _peer: u32) -> bool {
+        false
     }
     fn has_left(&self, peer: u32) -> bool {
         self.endpoint(0).why_gone(peer, &self.health.vitals).is_some()
@@ -242,7 +243,7 @@ impl Device for Host {
     fn leave_behind(&self, lost: u32) {
         self.endpoint(0).leave_behind(lost)
     }
-    fn recovered(&self, membership: Membership) -> Result<Arc<dyn Device>> {
+    fn recovered(self: Arc<Self>, membership: Membership) -> Result<Arc<dyn Device>> {
         for (offset, bytes) in self.map.control_regions() {
             let at = self.bases.at(self.rank, offset, bytes);
             // SAFETY: `at` checked the bounds; no member steps before all have done this, and nobody else can.

@@ -108,16 +108,25 @@ pub(super) struct SlotWords<'a> {
     bases: &'a Bases,
     map: &'a Map,
     slot: u32,
+    /// Where its mailboxes begin: known once, not looked up for every word of a shape.
+    mailboxes: u64,
+}
+
+impl SlotWords<'_> {
+    #[inline]
+    fn mailbox(&self, source: u32) -> u64 {
+        self.mailboxes + source as u64 * mail::BYTES
+    }
 }
 
 impl Words for SlotWords<'_> {
     #[inline]
     fn word(&self, window: u32, source: u32, offset: u64) -> &AtomicU64 {
-        self.bases.word(window, self.map.mailbox(self.slot, source) + offset)
+        self.bases.word(window, self.mailbox(source) + offset)
     }
     #[inline]
     fn half(&self, window: u32, source: u32, offset: u64) -> &AtomicU32 {
-        self.bases.half(window, self.map.mailbox(self.slot, source) + offset)
+        self.bases.half(window, self.mailbox(source) + offset)
     }
     fn mask(&self, window: u32, source: u32, word: usize) -> &AtomicU64 {
         self.bases.word(window, self.map.loss_mask(self.slot, source) + word as u64 * 8)
@@ -170,7 +179,8 @@ impl Host {
 
     /// This rank's end of a slot's words.
     pub(super) fn endpoint(&self, slot: u32) -> Endpoint<'_, SlotWords<'_>> {
-        let words = SlotWords { bases: &self.bases, map: &self.map, slot };
+        let mailboxes = self.map.mailbox(slot, 0);
+        let words = SlotWords { bases: &self.bases, map: &self.map, slot, mailboxes };
         let Membership { generation, members } = &self.membership;
         Endpoint { words, rank: self.rank, ranks: self.ranks, members, generation: *generation as u16 }
     }

@@ -84,7 +84,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust debug header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
+STAGES := format kernels clippy rust debug loom header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -100,6 +100,7 @@ test: $(NVCC_READY)
 
 test-format:
 	cargo fmt --all -- --check
+	cargo fmt --manifest-path tests/loom/Cargo.toml -- --check
 
 # With device code, which spills nothing and is as docs/kernels.md says; and without, in a directory of its own.
 test-kernels:
@@ -115,6 +116,7 @@ endif
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
+	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 
 test-rust:
 	cargo test --release
@@ -122,6 +124,10 @@ test-rust:
 # A debug build checks every addition, and poisons views that have ended.
 test-debug:
 	cargo test --lib --test traffic --test poison
+
+# The protocol of src/device/protocol.rs, in every order of memory and of threads; how many those are is shown.
+test-loom:
+	cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir target/loom -- --nocapture
 
 test-header:
 	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh

@@ -14,7 +14,7 @@ impl Members {
     pub fn all(ranks: u32) -> Members {
         (0..ranks).collect()
     }
-    pub fn from_words(words: [u64; Members::WORDS]) -> Members {
+    pub const fn from_words(words: [u64; Members::WORDS]) -> Members {
         Members(words)
     }
     pub fn words(&self) -> &[u64; Members::WORDS] {

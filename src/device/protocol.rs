@@ -277,7 +277,7 @@ impl<W: Words> Endpoint<'_, W> {
         }
     }
 
-    /// Why what is awaited comes no more, if it does not. `is_late` is asked last.
+    /// Why what is awaited comes no more, if it does not.
     pub fn look_for_trouble(
         &self,
         awaited: &Awaited,
@@ -287,11 +287,13 @@ impl<W: Words> Endpoint<'_, W> {
         if vitals.is_aborted() {
             return Some(Trouble::Aborted);
         }
-        // Disagreement before losses, so that each side of it says it.
-        self.disagreement(awaited)
-            .or_else(|| self.loss_of_another(awaited))
+        let cause = self
+            .loss_of_another(awaited)
             .or_else(|| self.leavers(awaited, vitals))
-            .or_else(|| if is_late() { self.latecomers(awaited) } else { None })
+            .or_else(|| if is_late() { self.latecomers(awaited) } else { None });
+        // Said before any of these, so that both sides of a disagreement say it; looked for behind them, because a rank
+        // that gave up or left for it had said before what it was at.
+        self.disagreement(awaited).or(cause)
     }
 
     /// A rank that does something else.

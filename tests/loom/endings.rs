@@ -5,7 +5,7 @@ use loom::thread::spawn;
 use crate::atomic::Forgets;
 use crate::explore::{ENDLESS, Outcomes, breaks, explore};
 use crate::mail;
-use crate::protocol::{Flag, Trouble};
+use crate::protocol::{COMBINE, Flag, Trouble};
 use crate::rank::{GONE, ORDERS, Rank, SOUND, VITALS, group, join, signal};
 
 const EPOCH: u32 = u32::MAX;
@@ -137,7 +137,7 @@ fn a_flag_that_comes_with_the_deadline_leaves_one_of_two_ends() {
 }
 
 /// How a rank goes.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug)]
 enum Goes {
     Destroys,
     Aborts,
@@ -176,7 +176,7 @@ fn goes(how: Goes, flag_first: bool, weak: (u64, Forgets)) {
 #[test]
 fn a_rank_that_goes_after_its_flag_is_not_lost() {
     for (how, word) in [(Goes::Destroys, GONE), (Goes::Aborts, GONE), (Goes::Dies, VITALS)] {
-        explore("a rank that goes after its flag", move || goes(how, true, SOUND));
+        explore(&format!("a rank that {how:?} after its flag"), move || goes(how, true, SOUND));
         for forgets in ORDERS {
             breaks("a cause without order", FAILS, move || goes(how, true, (word, forgets)));
         }
@@ -186,7 +186,7 @@ fn a_rank_that_goes_after_its_flag_is_not_lost() {
 #[test]
 fn a_rank_that_goes_without_its_flag_is_lost() {
     for how in [Goes::Destroys, Goes::Aborts, Goes::Dies] {
-        explore("a rank that goes without its flag", move || goes(how, false, SOUND));
+        explore(&format!("a rank that {how:?} without its flag"), move || goes(how, false, SOUND));
     }
     breaks("an abort that a destroy overwrites", FAILS, || {
         let [waiting, leaving] = group(EPOCH, SOUND);
@@ -253,4 +253,37 @@ fn abort(aborts: bool) {
 fn an_abort_ends_a_wait() {
     explore("an abort", || abort(true));
     breaks("an abort that is not told", ENDLESS, || abort(false));
+}
+
+/// How a rank that is at something else goes on.
+#[derive(Clone, Copy, Debug)]
+enum Then {
+    GivesUp,
+    Leaves,
+}
+
+/// A rank is at a combine while the other is at a dispatch, and finds that first.
+fn disagree(then: Then, weak: (u64, Forgets)) {
+    let [waiting, other] = group(EPOCH, weak);
+    raise(&waiting, Flag::Dispatch, EPOCH);
+    let thread = spawn(move || {
+        raise(&other, Flag::Combine, EPOCH);
+        match then {
+            Then::GivesUp => other.end.give_up(EPOCH, STATUS, &[0], 1),
+            Then::Leaves => other.end.leave(false),
+        }
+    });
+    let ending = waiting.wait(signal(Flag::Dispatch, EPOCH), None);
+    assert_eq!(ending, Err(Trouble::Elsewhere { peer: 1, operation: COMBINE, ahead: 0 }));
+    join([thread]);
+}
+
+#[test]
+fn each_side_of_a_disagreement_says_it() {
+    for (then, word) in [(Then::GivesUp, mail::LOSS), (Then::Leaves, GONE)] {
+        explore(&format!("a rank at another operation {then:?}"), move || disagree(then, SOUND));
+        for forgets in ORDERS {
+            breaks("a cause without order", FAILS, move || disagree(then, (word, forgets)));
+        }
+    }
 }

@@ -202,25 +202,9 @@ __device__ __forceinline__ bool replay_differs(uint32_t mine, uint32_t theirs) {
 // What a look for trouble finds.
 enum class Trouble { kNone, kAborted, kLoss };
 
-// Every way a wait can end without its flags, and why, into `meeting`. The cause is read before the flag is looked at once
-// more: a rank that left, died or went on *after* its flag is no loss.
-__device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+// Ranks that do something else, and in what, into `meeting`.
+__device__ __forceinline__ bool find_disagreement(const Seat& seat, const Wait& wait, Meeting& meeting) {
   const uint64_t none = ~0ull;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    meeting.best = none;
-    meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
-  }
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
-  __syncthreads();
-  if (meeting.aborted) {
-    // The host knows why; later kernels of the slot end at once.
-    if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
-    return Trouble::kAborted;
-  }
-
-  // Ranks that do something else: named before any loss, so that each side of a disagreement says it.
   uint64_t key = none, word = 0;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks && wait.left == nullptr; peer += blockDim.x) {
@@ -236,28 +220,50 @@ __device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wa
       break;
     }
   }
+  if (!__syncthreads_or(key != none)) return false;
+  if (threadIdx.x == 0) meeting.best = none;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
+  __syncthreads();
   if (key != none) atomicMin(&meeting.best, key);
   __syncthreads();
-  if (meeting.best != none) {
-    if (key == meeting.best) meeting.word = word;
-    const uint32_t peer = meeting.best / 2;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      mark(meeting, peer);
-      const uint64_t at = meeting.word;
-      const int64_t ahead = steps_ahead(at, wait.epoch);
-      if (meeting.best % 2 == 0) {
-        meeting.loss = {kMismatch, kCauseBound, peer, 0, seat.rank, seat.bound, at >> 32, 0};
-      } else {
-        meeting.loss = {kMismatch, kCauseElsewhere, peer, 0, seat.rank, wait.operation, at >> 28 & 0xf,
-                        static_cast<uint64_t>(ahead)};
-      }
+  if (key == meeting.best) meeting.word = word;
+  const uint32_t peer = meeting.best / 2;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mark(meeting, peer);
+    const uint64_t at = meeting.word;
+    const int64_t ahead = steps_ahead(at, wait.epoch);
+    if (meeting.best % 2 == 0) {
+      meeting.loss = {kMismatch, kCauseBound, peer, 0, seat.rank, seat.bound, at >> 32, 0};
+    } else {
+      meeting.loss = {kMismatch, kCauseElsewhere, peer, 0, seat.rank, wait.operation, at >> 28 & 0xf,
+                      static_cast<uint64_t>(ahead)};
     }
-    return Trouble::kLoss;
+  }
+  return true;
+}
+
+// Every other way a wait can end without its flags, and why, into `meeting`. The cause is read before the flag is looked at
+// once more: a rank that left, died or went on *after* its flag is no loss.
+__device__ __forceinline__ Trouble find_cause(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+  const uint64_t none = ~0ull;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    meeting.best = none;
+    meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
+  }
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
+  __syncthreads();
+  if (meeting.aborted) {
+    // The host knows why; later kernels of the slot end at once.
+    if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
+    return Trouble::kAborted;
   }
 
   // Somebody else gave up on the step or an earlier one; a loss of a later step leaves this one to its own flags.
-  key = none;
+  uint64_t key = none, word = 0;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     if (peer == seat.rank) continue;
@@ -348,6 +354,15 @@ __device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wa
   const uint64_t seen = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, peer), wait.flag)) >> 32;
   if (threadIdx.x == 0) meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, seen, budget};
   return Trouble::kLoss;
+}
+
+// What ends a wait. Ranks that do something else are named before any loss, so that each side of a disagreement says it, and
+// looked for behind it, because a rank that gave up or left for it had said before what it was at.
+__device__ __forceinline__ Trouble find_trouble(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+  const Trouble cause = find_cause(seat, wait, meeting, started);
+  if (cause == Trouble::kAborted) return cause;
+  __syncthreads();
+  return find_disagreement(seat, wait, meeting) ? Trouble::kLoss : cause;
 }
 
 // The same; false if there is trouble, for which the step is then given up.

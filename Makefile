@@ -4,6 +4,7 @@
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
 #   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc, if
 #                   there is none, into target/cuda
+#   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make kernels    writes docs/kernels.md from what ptxas says of kernels/
@@ -42,7 +43,7 @@ CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo perf test header kernels install clean
+.PHONY: all lib demo perf test soak header kernels install clean
 all: lib
 
 lib:
@@ -84,7 +85,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust debug loom header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
+STAGES := format kernels clippy rust debug loom soak header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -128,6 +129,12 @@ test-debug:
 # The protocol of src/device/protocol.rs, in every order of memory and of threads; how many those are is shown.
 test-loom:
 	cargo test --release --manifest-path tests/loom/Cargo.toml --target-dir target/loom -- --nocapture
+
+# One test at a time: each has 8 ranks.
+test-soak soak:
+	A2A_TEST_STEPS=$(SOAK_STEPS) A2A_TEST_COMMS=10000 cargo test --release --test conformance -- soak/ --test-threads 1
+test-soak: SOAK_STEPS := 100000
+soak: SOAK_STEPS := 1000000
 
 test-header:
 	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh

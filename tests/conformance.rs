@@ -30,6 +30,8 @@ pub(crate) mod oracle;
 mod recover;
 #[path = "conformance/soak.rs"]
 mod soak;
+#[path = "conformance/soak_cpu.rs"]
+mod soak_cpu;
 
 use common::*;
 use oracle::{Dropped, Float, Input, Layout, Received, Row, Rows, Scale, Source};
@@ -380,9 +382,24 @@ fn seed() -> u64 {
 
 impl Cell {
     fn new(backend: Backend, world: usize, index: usize) -> Cell {
+        // Tall: many short rows. Wide: few long ones.
+        let maxima = [(1003, 2048), (128, 14336), (1000, 5760)][(index + world) % 3];
+        // A number of the backend's cells that goes through all combinations of limits, quantisation and the like.
+        let place = WORLDS.iter().position(|&other| other == world).expect("one of them");
+        let number = if index < 4 { 4 * place + index } else { 20 + place };
+        Cell::dealt(backend, world, (index, number), maxima, |rounds| rounds.len() == 24)
+    }
+
+    /// `maxima`: tokens of a rank, bytes of a row. `enough`: no more rounds than these.
+    fn dealt(
+        backend: Backend,
+        world: usize,
+        (index, number): (usize, usize),
+        (max_tokens, max_row): (usize, usize),
+        enough: impl Fn(&[Round]) -> bool,
+    ) -> Cell {
         let mut rng = Rng::new(&[seed(), backend as u64, world as u64, index as u64]);
-        // Tall: many short rows. Wide: few long ones. Recorded routings need their own number of experts.
-        let (max_tokens, max_row) = [(1003, 2048), (128, 14336), (1000, 5760)][(index + world) % 3];
+        // Recorded routings need their own number of experts.
         let experts =
             [256, 2 * world + 1, world.div_ceil(2), 64, 128, 8][(index + world + backend as usize) % 6];
         let table = (index + backend as usize) % 2 == 1;
@@ -391,13 +408,10 @@ impl Cell {
         } else {
             oracle::contiguous(experts, world)
         };
-        // A number of the backend's cells that goes through all combinations of what follows.
-        let place = WORLDS.iter().position(|&other| other == world).expect("one of them");
-        let number = if index < 4 { 4 * place + index } else { 20 + place };
         let limits = backend.limits_rows();
         let quant = match index {
             _ if limits => QUANTS[number % 8],
-            6 => QUANTS[2 * (place % 4) + 1],
+            6 => QUANTS[2 * (number % 4) + 1],
             _ => None,
         };
         let token_type = (index + world) % if quant.is_some() { 3 } else { TOKEN_TYPES.len() };
@@ -431,7 +445,7 @@ impl Cell {
             rounds: Vec::new(),
         };
         cell.fit();
-        cell.deal_rounds(&mut rng);
+        cell.deal_rounds(&mut rng, enough);
         cell
     }
 
@@ -481,7 +495,7 @@ impl Cell {
         }
     }
 
-    fn deal_rounds(&mut self, rng: &mut Rng) {
+    fn deal_rounds(&mut self, rng: &mut Rng, enough: impl Fn(&[Round]) -> bool) {
         let recordings = self.recordings();
         let kinds = KINDS.into_iter().filter(|kind| *kind != Kind::Recorded || !recordings.is_empty());
         let mut kinds = Deck::new(&kinds.collect::<Vec<_>>());
@@ -507,7 +521,7 @@ impl Cell {
         // The last dispatch of each routing, and the last routing of each slot.
         let mut last: Vec<Vec<Option<Step>>> = vec![vec![None; self.routings]; self.slots];
         let mut last_routing = vec![0; self.slots];
-        for _ in 0..24 {
+        while !enough(&self.rounds) {
             let shape = shapes.deal(rng);
             let mut slots: Vec<usize> = (0..self.slots).collect();
             rng.shuffle(&mut slots);
@@ -3305,7 +3319,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// What the program does when it is one of its own children.
-pub const JOBS: [(&str, Job); 4] = [CONFORM, MEASURE, graphs::OBEY, recover::FOLLOW];
+pub const JOBS: [(&str, Job); 5] = [CONFORM, MEASURE, graphs::OBEY, recover::FOLLOW, soak_cpu::CHURN];
 
 type Run = Box<dyn Fn() -> Result<(), String> + Send>;
 /// Why a test says nothing on the GPU that was chosen.
@@ -3369,6 +3383,7 @@ pub fn run(args: &Arguments) -> std::process::ExitCode {
         let left = || laws::CLASSES.iter().map(|class| laws::lonely(class)).min().expect("two classes");
         add(name, Box::new(left), Box::new(move || laws::classes(world)));
     }
+    soak_cpu::add(&mut add);
     add("bad_configs".into(), everywhere(), Box::new(bad_configs));
     let choices = || Backend::HtFlat.refused_here().or_else(|| Backend::TwoSided.refused_here());
     add("auto_comes_to_one_answer".into(), Box::new(choices), Box::new(auto_comes_to_one_answer));

@@ -5,6 +5,7 @@
 #   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc, if
 #                   there is none, into target/cuda
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
+#   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make kernels    writes docs/kernels.md from what ptxas says of kernels/
@@ -43,7 +44,7 @@ CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo perf test soak header kernels install clean
+.PHONY: all lib demo perf test soak fuzz fuzz-targets header kernels install clean
 all: lib
 
 lib:
@@ -85,7 +86,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust debug loom soak header symbols abi-c abi-cpp abi-sanitized perf install cmake python demo
+STAGES := format kernels clippy rust debug loom soak header symbols abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -102,6 +103,7 @@ test: $(NVCC_READY)
 test-format:
 	cargo fmt --all -- --check
 	cargo fmt --manifest-path tests/loom/Cargo.toml -- --check
+	cargo fmt --manifest-path fuzz/Cargo.toml -- --check
 
 # With device code, which spills nothing and is as docs/kernels.md says; and without, in a directory of its own.
 test-kernels:
@@ -118,6 +120,7 @@ test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
+	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 
 test-rust:
 	cargo test --release
@@ -146,8 +149,24 @@ test-abi-c: target/tests/abi_test_c
 	$<
 test-abi-cpp: target/tests/abi_test_cpp
 	$<
-test-abi-sanitized: target/tests/abi_test_sanitized
-	$<
+# That the sanitizers are there is shown by defects on purpose. The library is instrumented in the build of the fuzz targets:
+# once more with that one, whose defect is a caller's struct that is shorter than it says.
+test-abi-sanitized: target/tests/abi_test_sanitized target/tests/defects_sanitized fuzz-targets
+	tests/c/presence.sh AddressSanitizer:.heap-buffer-overflow target/tests/defects_sanitized heap_overflow
+	tests/c/presence.sh runtime.error:.signed.integer.overflow target/tests/defects_sanitized signed_overflow
+	tests/c/presence.sh LeakSanitizer:.detected.memory.leaks target/tests/defects_sanitized leak
+	target/tests/abi_test_sanitized
+	mkdir -p target/tests/sanitized
+	ln -sf ../../../$(FUZZ_BIN)/deps/liba2a.so target/tests/sanitized/liba2a.so.$(MAJOR)
+	LD_LIBRARY_PATH=target/tests/sanitized tests/c/presence.sh 'AddressSanitizer:.heap-buffer-overflow.*in a2a_query_memory' \
+	  target/tests/defects_sanitized in_the_library
+	LD_LIBRARY_PATH=target/tests/sanitized target/tests/abi_test_sanitized
+
+test-abi-valgrind: target/tests/abi_test_c target/tests/defects
+	@tests/c/valgrind.sh target/valgrind true || { [ $$? -eq 77 ] && exit 0; exit 1; }; set -ex; \
+	tests/c/presence.sh Invalid.write tests/c/valgrind.sh target/valgrind target/tests/defects heap_overflow; \
+	tests/c/presence.sh definitely.lost tests/c/valgrind.sh target/valgrind target/tests/defects leak; \
+	tests/c/valgrind.sh target/valgrind target/tests/abi_test_c
 
 target/tests/abi_test_c: tests/c/abi_test.c include/a2a.h | lib
 	@mkdir -p $(@D)
@@ -158,6 +177,41 @@ target/tests/abi_test_cpp: tests/c/abi_test.c include/a2a.h | lib
 target/tests/abi_test_sanitized: tests/c/abi_test.c include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(CFLAGS_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LINK)
+
+target/tests/defects: tests/c/defects.c include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(CFLAGS_TEST) $< -o $@ $(LINK)
+target/tests/defects_sanitized: tests/c/defects.c include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CC) -std=c11 $(CFLAGS_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LINK)
+
+# The fuzz targets as cargo-fuzz builds and runs them (`cargo fuzz run --target-dir target/fuzz abi`), without having it
+# compiled first. RUSTC_BOOTSTRAP lets a stable compiler instrument.
+FUZZ         := abi routing rendezvous
+FUZZ_TRIPLE   = $(shell rustc -vV | sed -n 's/^host: //p')
+FUZZ_BIN      = target/fuzz/$(FUZZ_TRIPLE)/release
+FUZZ_RUSTC   := -Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+  -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing
+A2A_FUZZ_SECONDS ?= 60
+A2A_FUZZ_RUNS    ?= 10000000
+
+fuzz-targets:
+	A2A_NVCC=none A2A_REQUIRE_NVCC= RUSTC_BOOTSTRAP=1 RUSTFLAGS='$(FUZZ_RUSTC)' cargo build --release \
+	  --manifest-path fuzz/Cargo.toml --target $(FUZZ_TRIPLE) --target-dir target/fuzz
+
+# The committed corpus first, then what grows out of it; a finding lies in target/fuzz/findings.
+test-fuzz: fuzz-targets
+	$(foreach target,$(FUZZ),$(call run_fuzz,$(target),-max_total_time=$(A2A_FUZZ_SECONDS)))
+fuzz: fuzz-targets
+	$(foreach target,$(FUZZ),$(call run_fuzz,$(target),-runs=$(A2A_FUZZ_RUNS)))
+
+define run_fuzz
+	@mkdir -p target/fuzz/grown/$(1) target/fuzz/findings
+	$(FUZZ_BIN)/$(1) $(2) -max_len=1024 -len_control=0 -timeout=60 -verbosity=0 -print_final_stats=1 \
+	  -artifact_prefix=target/fuzz/findings/$(1)- target/fuzz/grown/$(1) fuzz/corpus/$(1)
+
+endef
 
 # Its own tests; then every backend through the gate, as processes and threads, every routing; then a cell of the matrix.
 PERF := target/release/a2a-perf --hidden 64 --experts 16 --topk 4 --iterations 2 --warmup 1

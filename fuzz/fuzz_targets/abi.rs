@@ -89,6 +89,8 @@ struct Rank<'a> {
     views: Vec<Seen>,
     config: a2a_config_t,
     capacity: i64,
+    /// T and K of the last dispatch that was tried.
+    last: (i64, i64),
     timeout: Duration,
 }
 
@@ -120,6 +122,7 @@ impl<'a> Rank<'a> {
             views: Vec::new(),
             config,
             capacity: 0,
+            last: (0, 1),
             timeout: Duration::ZERO,
         }
     }
@@ -572,6 +575,7 @@ impl<'a> Rank<'a> {
         // A rank more, a token less.
         let tokens = (self.bytes.byte() as i64 + self.rank as i64) % (bound + 1);
         let topk = 1 + (self.bytes.byte() as i64 % topk);
+        self.last = (tokens, topk);
         let style = self.bytes.byte();
         let phase = self.bytes.pick(&[A2A_PHASE_BOTH, A2A_PHASE_BOTH, A2A_PHASE_SEND, A2A_PHASE_RECV]);
         let mut input = a2a_dispatch_in_t {
@@ -755,9 +759,9 @@ impl<'a> Rank<'a> {
         let config = copy(&self.config);
         let hidden = config.max_hidden.clamp(1, 1024) as i64;
         let hidden = if config.combine_hidden > 0 { config.combine_hidden as i64 } else { hidden };
-        let (bound, topk) = (config.max_tokens.clamp(1, 64) as i64, config.max_topk.clamp(1, 32) as i64);
-        let tokens = (self.bytes.byte() as i64 + self.rank as i64) % (bound + 1);
-        let topk = 1 + (self.bytes.byte() as i64 % topk);
+        let bound = config.max_tokens.clamp(1, 64) as i64;
+        let (tokens, topk) = self.last;
+        let by_expert = matches!(config.layout, A2A_LAYOUT_EXPERT_CONTIGUOUS | A2A_LAYOUT_EXPERT_PADDED);
         let phase = self.bytes.pick(&[A2A_PHASE_BOTH, A2A_PHASE_BOTH, A2A_PHASE_SEND, A2A_PHASE_RECV]);
         let float = self.bytes.pick(&[(4, 16), (2, 16), (2, 32)]);
         let rows = self.capacity.clamp(0, 4096);
@@ -768,33 +772,34 @@ impl<'a> Rank<'a> {
             tokens: null(),
             topk_weights: null(),
             row_weights: null(),
-            flags: self.bytes.pick(&[0, 0, 1, 2]),
+            flags: self.bytes.pick(&[0, 0, 1, if by_expert { 2 } else { 1 }]),
             phase: self.int(phase),
             max_sms: self.int(0),
         };
         input.tokens = match style % 4 {
-            // Where the experts are asked to put it.
+            // Where the experts are asked to put it, if the slot says where that is.
             0 | 1 => {
-                let tensor = self.view();
+                let (buffer, instead) = (self.view(), self.tensor(float, &[rows, hidden]));
                 // SAFETY: ours.
-                unsafe { (*tensor).dtype = a2a_tensor_dtype_t { code: float.0, bits: float.1, lanes: 1 } };
+                unsafe { (*buffer).dtype = a2a_tensor_dtype_t { code: float.0, bits: float.1, lanes: 1 } };
                 // SAFETY: as the file's first lines say.
                 let shown = self.timed("a2a_combine_buffer", mine, || unsafe {
-                    a2a_combine_buffer(comm, routing, tensor)
+                    a2a_combine_buffer(comm, routing, buffer)
                 });
                 if shown {
-                    self.note(tensor);
+                    self.note(buffer);
                 }
-                tensor
+                if shown { buffer } else { instead }
             }
             2 => self.tensor(float, &[rows, hidden]),
             _ => self.seen(),
         };
-        if style & 8 != 0 {
+        if style & 8 != 0 && by_expert {
             input.topk_weights = self.tensor((2, 32), &[tokens, topk]);
         }
         if style & 16 != 0 {
-            input.row_weights = self.tensor((2, 32), &[rows, topk]);
+            let shape: &[i64] = if by_expert { &[rows] } else { &[rows, topk] };
+            input.row_weights = self.tensor((2, 32), shape);
         }
         if self.bytes.odd() {
             input.flags = self.bytes.word() as u64;
@@ -805,10 +810,7 @@ impl<'a> Rank<'a> {
             topk_weights: null_mut(),
             status: null_mut(),
         };
-        output.tokens = self.tensor(float, &[bound, hidden]);
-        if style & 32 != 0 {
-            output.tokens = self.tensor(float, &[tokens, hidden]);
-        }
+        output.tokens = self.tensor(float, &[if style & 32 != 0 { bound } else { tokens }, hidden]);
         if style & 64 != 0 {
             output.topk_weights = self.tensor((2, 32), &[tokens, topk]);
         }

@@ -1,10 +1,10 @@
-//! Many steps of 8 ranks on the CPU, each of them checked whole. The cells are those of the matrix, but for their maxima:
-//! small ones, so that a step is mostly protocol. Each comm lives for thousands of rounds, whose top-k, tokens, routings,
-//! slots, halves, replays, types and outputs are dealt like the matrix's, so that what one leaves behind lies in the way
-//! of the next.
+//! Many steps of 8 ranks on the CPU, each of them checked whole. The cells are those of the matrix, but for their
+//! maxima: small ones, so that a step is mostly protocol. Each comm lives for thousands of rounds, whose top-k, tokens,
+//! routings, slots, halves, replays, types and outputs are dealt like the matrix's, so that what one leaves behind lies
+//! in the way of the next.
 //!
 //! A2A_TEST_STEPS says how many there are, shared by all backends and layouts alike. Ranks are threads: one process
-//! derives a cell's rounds once for all of them. The flags they wait for are words of the shared memory that processes have.
+//! derives a cell's rounds once for all of them. The flags they wait for are words of the memory that processes share.
 //!
 //! Then comms that come and go, A2A_TEST_COMMS of them, after which memory, descriptors and threads are as before.
 

@@ -2,8 +2,8 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc, if
-#                   there is none, into target/cuda
+#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc
+#                   and valgrind, if there are none, into target/cuda and target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
 #   make perf       the benchmark, target/release/a2a-perf

@@ -33,21 +33,17 @@ __device__ __forceinline__ uint32_t place_of(const Owners& owners, uint32_t expe
                                : expert - owners.split - (owner - owners.larger) * quotient;
 }
 
-// The bits of ranks from `base` on that take part no more.
-__device__ __forceinline__ uint32_t absent_bits(const Route& route, uint32_t base) {
-  if (__ldg(&route.absent->any) == 0) return 0;
+// The bits of ranks from `base` on that take part no more. `any`: Absent::any, which is on its way together with the ids.
+__device__ __forceinline__ uint32_t absent_bits(const Route& route, uint32_t any, uint32_t base) {
+  if (any == 0) return 0;
   const uint32_t* ranks = route.absent->ranks + base / 32;
   return __funnelshift_r(ranks[0], base / 32 + 1 < kMaxRanks / 32 ? ranks[1] : 0, base % 32);
-}
-
-// The owner of an expert takes part no more.
-__device__ __forceinline__ bool is_orphan(const Absent* absent, const Owners& owners, uint32_t expert) {
-  return __ldg(&absent->any) != 0 && absent->has(owner_of(owners, expert));
 }
 
 // One choice of a token; -1 if it is no expert, or one whose owner takes part no more. `bad`: it is neither an expert nor -1.
 __device__ __forceinline__ int32_t read_id(const Route& route, uint32_t token, uint32_t k, bool& bad) {
   const uint8_t* row = route.ids_in + token * route.ids_stride;
+  const uint32_t any = __ldg(&route.absent->any);
   int64_t id;
   if (route.flags & kIdsAre64) {
     // C and numpy may align them to less than their size.
@@ -56,8 +52,8 @@ __device__ __forceinline__ int32_t read_id(const Route& route, uint32_t token, u
   } else {
     id = __ldg(reinterpret_cast<const int32_t*>(row) + k);
   }
-  const bool known =
-      static_cast<uint64_t>(id) < route.owners.experts && !is_orphan(route.absent, route.owners, static_cast<uint32_t>(id));
+  bool known = static_cast<uint64_t>(id) < route.owners.experts;
+  if (any != 0 && known) known = !route.absent->has(owner_of(route.owners, static_cast<uint32_t>(id)));
   bad = !known && id != -1;
   return known ? static_cast<int32_t>(id) : -1;
 }
@@ -78,6 +74,7 @@ __device__ __forceinline__ void ranks_of(const Route& route, const uint32_t (&to
 #pragma unroll
   for (uint32_t i = 0; i < n; ++i) ranks[i] = 0;
   if (route.flags & kIdsAreVectors) {
+    const uint32_t any = __ldg(&route.absent->any);
     for (uint32_t k = 0; k < route.topk; k += 8) {
       int4 ids[n][2];
 #pragma unroll
@@ -97,7 +94,7 @@ __device__ __forceinline__ void ranks_of(const Route& route, const uint32_t (&to
         }
       }
     }
-    const uint32_t absent = absent_bits(route, base);
+    const uint32_t absent = absent_bits(route, any, base);
 #pragma unroll
     for (uint32_t i = 0; i < n; ++i) ranks[i] &= ~absent;
     return;
@@ -161,6 +158,7 @@ __device__ __forceinline__ uint32_t ranks_by_lanes(const Route& route, uint32_t 
 // The same of all tokens before `end`, into ranks[token], which were zero. A block calls it, and meets afterwards. A thread
 // looks at four choices and not at a token's: a warp then has half the instructions.
 __device__ __forceinline__ void ranks_of_all(const Route& route, uint32_t end, uint32_t base, uint32_t* ranks) {
+  const uint32_t any = __ldg(&route.absent->any);
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < end * route.fours; i += blockDim.x) {
     const uint32_t token = route.reciprocal == 0 ? i : __umulhi(i, route.reciprocal);
@@ -170,7 +168,7 @@ __device__ __forceinline__ void ranks_of_all(const Route& route, uint32_t end, u
       const int4 ids = __ldg(reinterpret_cast<const int4*>(route.ids_in + token * route.ids_stride + 4 * first));
       bits = owner_bit(route, ids.x, base) | owner_bit(route, ids.y, base) | owner_bit(route, ids.z, base) |
              owner_bit(route, ids.w, base);
-      bits &= ~absent_bits(route, base);
+      bits &= ~absent_bits(route, any, base);
     } else {
       for (uint32_t k = first; k < min(first + 4, route.topk); ++k) {
         bool bad;

@@ -111,8 +111,8 @@ struct Slot {
   uint64_t started;
   // The status of the loss that closed the slot.
   uint32_t closed;
-  // Blocks of the kernel at work that have stored all that they had to.
-  uint32_t arrived;
+  // Some ranks take part no more: Shared says which. Beside `closed`, for both are read before anything else.
+  uint32_t absent;
   uint32_t bad_ids;
   // The half before this kernel went through: what follows it may hand out or sum.
   uint32_t whole;
@@ -121,8 +121,8 @@ struct Slot {
   uint64_t placed;
   // Of the rows at work, pieces that warps have taken beside their first ones.
   unsigned long long taken;
-  // Some ranks take part no more: Shared says which.
-  uint32_t absent;
+  // Blocks of the kernel at work that have stored all that they had to.
+  uint32_t arrived;
   uint32_t reserved;
   uint32_t lost[kMaxRanks / 32];
 };

@@ -1,7 +1,7 @@
 //! liba2a: mixture-of-experts dispatch and combine between ranks, six strategies behind one C ABI.
 //!
 //! The product is `liba2a.so` and `include/a2a.h`. Layers, top to bottom; each may use those below it, and `error`,
-//! `config` and `log` are leaves for all (`tests/layering.rs` checks it):
+//! `config`, `log` and `fault` are leaves for all (`tests/layering.rs` checks it):
 //!
 //! ```text
 //! abi                  what C sees
@@ -22,6 +22,11 @@ mod comm;
 mod config;
 mod device;
 mod error;
+#[cfg(not(feature = "faults"))]
+mod fault;
+/// What tests arm; no part of the library.
+#[cfg(feature = "faults")]
+pub mod fault;
 mod log;
 mod memory;
 mod transport;

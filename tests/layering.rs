@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Top to bottom; two names in one row do not know each other.
 const LAYERS: [&[&str]; 5] = [&["abi"], &["comm"], &["backend"], &["transport", "memory"], &["device"]];
-const LEAVES: [&str; 3] = ["error", "config", "log"];
+const LEAVES: [&str; 4] = ["error", "config", "log", "fault"];
 /// Where `unsafe` may stand, and nowhere else.
 const UNSAFE: [&str; 3] = ["abi", "memory", "device"];
 /// Where the CUDA driver may be named.

@@ -13,6 +13,7 @@ use crate::config::BackendKind;
 use crate::device::map::Uses;
 use crate::device::{Combine, Device, Dispatch};
 use crate::error::Result;
+use crate::fault::{self, Point};
 
 /// What a strategy does in each half of a step. `comm` opens and closes the halves. A dispatch that is not split may
 /// wait for its peers in its first half.
@@ -45,6 +46,7 @@ pub fn of(kind: BackendKind) -> Option<&'static dyn Backend> {
 
 /// Routes the tokens, or takes the routing as it is.
 fn route(device: &dyn Device, d: &Dispatch) -> Result<()> {
+    fault::at(Point::DispatchBegins);
     if d.reuse { device.renew(d) } else { device.route(d) }
 }
 

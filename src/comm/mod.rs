@@ -26,6 +26,7 @@ use crate::device::grid::Grid;
 use crate::device::host::Host;
 use crate::device::{Call, Device, Half, Health, Region, Rows, Stats, Stream, Target};
 use crate::error::{Error, Loss, Result, Status};
+use crate::fault::{self, Point};
 use crate::log::{Level, log};
 use crate::memory::vmm::{self, VmmWindow};
 use crate::memory::{Mapped, WindowFd, Windows};
@@ -105,6 +106,7 @@ impl Comm {
         let built = build(&config, &plan, &health, window, fds);
         let Built { device, windows, watchdog } = match built {
             Ok(built) => {
+                fault::at(Point::CreateMapped);
                 gathered.finish(Ok(()))?;
                 built
             }
@@ -235,9 +237,11 @@ impl Comm {
         // A call in flight sees the abort within one poll, so this lock is not waited for long.
         self.health.abort();
         let _call = lock(&self.in_call);
+        fault::at(Point::DestroyBegins);
         let device = self.device.write().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(device) = device {
             device.leave(false);
+            fault::at(Point::DestroyGone);
         }
         drop(lock(&self.alive).take());
         log(Level::Info, || format!("rank {}: comm destroyed", self.config.rank));
@@ -345,6 +349,11 @@ impl Comm {
         }
         match outcome {
             Ok(()) => {
+                match half {
+                    Half::DispatchRecv => fault::at(Point::DispatchReceived),
+                    Half::CombineRecv => fault::at(Point::CombineReceived),
+                    _ => {}
+                }
                 device.close(call, half);
                 // A second dispatch completes the first step of a comm that never combines.
                 let second = half == Half::DispatchRecv && self.dispatched.swap(true, Ordering::Relaxed);

@@ -23,6 +23,7 @@ use rustix::pipe::PipeFlags;
 
 use crate::device::Health;
 use crate::error::{Error, Result};
+use crate::fault::{self, Point};
 use crate::log::{Level, log};
 
 /// This rank's own ends: kept open while it takes part.
@@ -34,11 +35,12 @@ impl Lifeline {
     /// Makes the lifeline and the descriptors that the peers get: the read end, and a pidfd where the kernel allows
     /// one.
     pub fn new() -> Result<(Lifeline, Vec<OwnedFd>)> {
-        let pipe =
-            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::system("a lifeline pipe", e))?;
+        let pipe = fault::call(Point::Lifeline, || rustix::pipe::pipe_with(PipeFlags::CLOEXEC))
+            .map_err(|e| Error::system("a lifeline pipe", e))?;
         let mut shared = vec![pipe.0];
         let me = rustix::process::getpid();
-        shared.extend(rustix::process::pidfd_open(me, rustix::process::PidfdFlags::empty()).ok());
+        let pidfd = || rustix::process::pidfd_open(me, rustix::process::PidfdFlags::empty());
+        shared.extend(fault::call(Point::Pidfd, pidfd).ok());
         Ok((Lifeline { _write: pipe.1 }, shared))
     }
 }
@@ -62,12 +64,12 @@ impl Watchdog {
         health: Arc<Health>,
         poll: impl FnMut(&mut [PollFd<'_>]) -> rustix::io::Result<usize> + Send + 'static,
     ) -> Result<Watchdog> {
-        let (wake, stop) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        let (wake, stop) = fault::call(Point::WatchdogPipe, || rustix::pipe::pipe_with(PipeFlags::CLOEXEC))
             .map_err(|e| Error::system("the watchdog's pipe", e))?;
         let peers = watched.into_iter().map(Peer::new).collect();
-        let thread = std::thread::Builder::new()
-            .name(format!("a2a-watch-{rank}"))
-            .spawn(move || watch(rank, &wake, peers, &health, poll))
+        let thread = std::thread::Builder::new().name(format!("a2a-watch-{rank}"));
+        let watch = move || watch(rank, &wake, peers, &health, poll);
+        let thread = fault::call(Point::WatchdogThread, || thread.spawn(watch))
             .map_err(|e| Error::system("the watchdog thread", e))?;
         Ok(Watchdog { stop: Some(stop), thread: Some(thread) })
     }

@@ -11,6 +11,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::device::Bases;
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
@@ -37,10 +38,14 @@ impl WindowFd {
             Error::system(format!("rank {rank}: {what} of a window of {bytes} bytes"), os)
         };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let fd = rustix::fs::memfd_create("a2a-window", flags).map_err(|e| refused("memfd_create", e))?;
-        rustix::fs::ftruncate(&fd, bytes).map_err(|e| refused("ftruncate", e))?;
-        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, bytes).map_err(|e| refused("fallocate", e))?;
-        rustix::fs::fcntl_add_seals(&fd, SEALS).map_err(|e| refused("sealing", e))?;
+        let fd = fault::call(Point::MemfdCreate, || rustix::fs::memfd_create("a2a-window", flags))
+            .map_err(|e| refused("memfd_create", e))?;
+        fault::call(Point::Ftruncate, || rustix::fs::ftruncate(&fd, bytes))
+            .map_err(|e| refused("ftruncate", e))?;
+        fault::call(Point::Fallocate, || rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, bytes))
+            .map_err(|e| refused("fallocate", e))?;
+        fault::call(Point::Seal, || rustix::fs::fcntl_add_seals(&fd, SEALS))
+            .map_err(|e| refused("sealing", e))?;
         Ok(WindowFd { fd })
     }
 
@@ -87,10 +92,12 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     fn new(window: &WindowFd, peer: u32, bytes: u64) -> Result<Mapping> {
         let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let ptr = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes as usize, flags, MapFlags::SHARED, &window.fd, 0)
+        let map = || {
+            let (anywhere, shared) = (std::ptr::null_mut(), MapFlags::SHARED);
+            // SAFETY: a fresh mapping at an address of the kernel's choice.
+            unsafe { rustix::mm::mmap(anywhere, bytes as usize, flags, shared, &window.fd, 0) }
         };
+        let ptr = fault::call(Point::Map, map);
         let ptr =
             ptr.map_err(|e| Error::system(format!("mmap of {bytes} bytes of rank {peer}'s window"), e))?;
         Ok(Mapping { ptr: ptr as *mut u8, bytes })

@@ -16,8 +16,9 @@ use cudarc::driver::sys::{self, CUdevice, CUresult};
 
 use crate::device::Bases;
 use crate::device::cuda::Attic;
-use crate::device::cuda::driver::{Context, check, error_text, failure, location, release};
+use crate::device::cuda::driver::{Context, attempt, check, error_text, failure, location, release};
 use crate::error::{Error, Result, Status};
+use crate::fault::Point;
 
 /// Windows are whole multiples of this, whatever the device: every rank must come to the same size.
 pub const GRANULARITY: u64 = 2 << 20;
@@ -100,8 +101,9 @@ impl PhysicalAllocation {
         let _entered = context.enter()?;
         let mut handle = 0;
         // SAFETY: properties of this device; released once, on drop.
-        let created =
-            unsafe { sys::cuMemCreate(&mut handle, bytes as usize, &properties(context.device()), 0) };
+        let create =
+            || unsafe { sys::cuMemCreate(&mut handle, bytes as usize, &properties(context.device()), 0) };
+        let created = attempt(Point::CudaWindow, create);
         check("cuMemCreate", created)?;
         Ok(PhysicalAllocation { context: context.clone(), handle })
     }
@@ -113,7 +115,8 @@ impl PhysicalAllocation {
         // The driver takes the descriptor's number in place of an address.
         let number = std::ptr::without_provenance_mut(fd.as_raw_fd() as usize);
         // SAFETY: an open descriptor, whatever of; released once, on drop.
-        let imported = unsafe { sys::cuMemImportFromShareableHandle(&mut handle, number, HANDLE) };
+        let import = || unsafe { sys::cuMemImportFromShareableHandle(&mut handle, number, HANDLE) };
+        let imported = attempt(Point::CudaImport, import);
         check("cuMemImportFromShareableHandle", imported)?;
         Ok(PhysicalAllocation { context: context.clone(), handle })
     }
@@ -122,8 +125,9 @@ impl PhysicalAllocation {
         let _entered = self.context.enter()?;
         let mut fd: RawFd = -1;
         // SAFETY: a handle that is held; for this type of handle the answer is an int.
-        let exported =
-            unsafe { sys::cuMemExportToShareableHandle((&raw mut fd).cast(), self.handle, HANDLE, 0) };
+        let export =
+            || unsafe { sys::cuMemExportToShareableHandle((&raw mut fd).cast(), self.handle, HANDLE, 0) };
+        let exported = attempt(Point::CudaExport, export);
         check("cuMemExportToShareableHandle", exported)?;
         // SAFETY: a new descriptor, which is the caller's to close.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -163,8 +167,9 @@ impl VirtualReservation {
         let _entered = context.enter()?;
         let mut address = 0;
         // SAFETY: fresh addresses of the driver's choice; freed once, on drop.
-        let reserved =
-            unsafe { sys::cuMemAddressReserve(&mut address, bytes as usize, GRANULARITY as usize, 0, 0) };
+        let reserve =
+            || unsafe { sys::cuMemAddressReserve(&mut address, bytes as usize, GRANULARITY as usize, 0, 0) };
+        let reserved = attempt(Point::CudaReserve, reserve);
         check("cuMemAddressReserve", reserved)?;
         Ok(VirtualReservation { context: context.clone(), address, bytes })
     }
@@ -192,7 +197,8 @@ impl Mapping {
     ) -> Result<std::result::Result<Mapping, CUresult>> {
         let entered = at.context.enter()?;
         // SAFETY: nothing is mapped there yet; unmapped once, on drop.
-        let mapped = unsafe { sys::cuMemMap(at.address, at.bytes as usize, 0, physical.handle, 0) };
+        let map = || unsafe { sys::cuMemMap(at.address, at.bytes as usize, 0, physical.handle, 0) };
+        let mapped = attempt(Point::CudaMap, map);
         drop(entered);
         Ok(match mapped {
             CUresult::CUDA_SUCCESS => Ok(Mapping { at }),
@@ -291,7 +297,8 @@ impl Window {
         let _entered = context.enter()?;
         let at = &self.mapping.at;
         // SAFETY: a whole mapping; what other devices may do stays as it is.
-        let set = unsafe { sys::cuMemSetAccess(at.address, at.bytes as usize, &access, 1) };
+        let set = || unsafe { sys::cuMemSetAccess(at.address, at.bytes as usize, &access, 1) };
+        let set = attempt(Point::CudaAccess, set);
         check("cuMemSetAccess", set).map_err(|e| e.context(who()))?;
         granted.push(context.device());
         Ok(())

@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUresult};
 
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 use crate::log::{Level, log};
 
 /// The youngest functions used here, `cuFuncLoad` and `cuFuncGetParamInfo`, came with CUDA 12.4.
@@ -84,6 +85,15 @@ pub fn error_text(result: CUresult) -> String {
 /// The outcome of a driver call: `what` was asked for.
 pub fn check(what: impl Display, result: CUresult) -> Result<()> {
     if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(failure(what, result)) }
+}
+
+/// A call that a test may let fail, with the driver's number for an error.
+pub fn attempt(point: Point, call: impl FnOnce() -> CUresult) -> CUresult {
+    match fault::fails(point) {
+        None => call(),
+        Some(code) if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY as i32 => CUresult::CUDA_ERROR_OUT_OF_MEMORY,
+        Some(_) => CUresult::CUDA_ERROR_LAUNCH_FAILED,
+    }
 }
 
 pub fn failure(what: impl Display, result: CUresult) -> Error {
@@ -300,7 +310,8 @@ impl Stream {
         let mut raw = null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; destroyed once, on drop.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut raw, flags) })?;
+        let create = || unsafe { sys::cuStreamCreate(&mut raw, flags) };
+        check("cuStreamCreate", attempt(Point::CudaStream, create))?;
         Ok(Stream { context: context.clone(), raw })
     }
     /// Not to be used after self.
@@ -458,7 +469,8 @@ impl Module {
         let _entered = context.enter()?;
         let mut raw = null_mut();
         // SAFETY: the context is current; a whole fatbin, by its own header; unloaded once, on drop.
-        let loaded = unsafe { sys::cuModuleLoadData(&mut raw, aligned.as_ptr().cast()) };
+        let load = || unsafe { sys::cuModuleLoadData(&mut raw, aligned.as_ptr().cast()) };
+        let loaded = attempt(Point::CudaModule, load);
         match loaded {
             CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
             | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
@@ -602,7 +614,8 @@ pub unsafe fn launch<P: Copy>(kernel: &Kernel, launch: &Launch, stream: RawStrea
     };
     let mut parameters = [(params as *const P).cast_mut().cast::<c_void>()];
     // SAFETY: as promised; the driver copies the parameter, whose size was checked, before it returns.
-    let launched = unsafe { sys::cuLaunchKernelEx(&config, kernel.raw, parameters.as_mut_ptr(), null_mut()) };
+    let start = || unsafe { sys::cuLaunchKernelEx(&config, kernel.raw, parameters.as_mut_ptr(), null_mut()) };
+    let launched = attempt(Point::CudaLaunch, start);
     match launched {
         CUresult::CUDA_SUCCESS => Ok(()),
         _ => Err(failure(
@@ -638,7 +651,8 @@ impl Pool {
         };
         let mut raw = null_mut();
         // SAFETY: properties of this device; destroyed once, on drop.
-        check("cuMemPoolCreate", unsafe { sys::cuMemPoolCreate(&mut raw, &props) })?;
+        let create = || unsafe { sys::cuMemPoolCreate(&mut raw, &props) };
+        check("cuMemPoolCreate", attempt(Point::CudaPool, create))?;
         let pool = Pool { context: context.clone(), raw, stream };
         // What is freed stays with the pool: giving it back may be the wait that the pool is there to avoid.
         let mut threshold = u64::MAX;
@@ -684,9 +698,10 @@ impl DeviceMemory {
         let _entered = pool.context.enter()?;
         let mut address = 0;
         // SAFETY: the pool and the stream live as long as the memory; freed once, on drop.
-        let taken = unsafe {
+        let take = || unsafe {
             sys::cuMemAllocFromPoolAsync(&mut address, bytes.max(1) as usize, pool.raw, pool.stream.raw)
         };
+        let taken = attempt(Point::CudaPrivate, take);
         check(format_args!("{}: {bytes} bytes of private memory", pool.context.describe()), taken)?;
         let memory = DeviceMemory { pool: pool.clone(), address, bytes };
         // Others' streams may use it from here on.
@@ -773,7 +788,8 @@ impl Pinned {
         let mut ptr = MaybeUninit::uninit();
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: the context is current; freed once, on drop.
-        let taken = unsafe { sys::cuMemHostAlloc(ptr.as_mut_ptr(), bytes.max(1), flags) };
+        let take = || unsafe { sys::cuMemHostAlloc(ptr.as_mut_ptr(), bytes.max(1), flags) };
+        let taken = attempt(Point::CudaPinned, take);
         check(format_args!("{bytes} bytes of pinned memory"), taken)?;
         // SAFETY: written, as the call succeeded.
         let ptr = unsafe { ptr.assume_init() }.cast::<u8>();

@@ -13,12 +13,12 @@
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, MutexGuard};
 
-use super::Host;
 use super::land::{From, FromRow, Landing};
 use super::modes::DefaultModes;
 use super::push::Made;
 use super::reduce::{Pull, put_weight, sum_token};
-use super::sync::{Backoff, Slot};
+use super::sync::{Backoff, Slot, point_of};
+use super::{Host, copy_row};
 use crate::config::OverflowKind;
 use crate::device::grid::Grid;
 use crate::device::loss::{Why, list};
@@ -26,6 +26,7 @@ use crate::device::map::{PLANES, entry_part};
 use crate::device::protocol::Flag;
 use crate::device::{Block, Call, Combine, Dispatch, Outbound, Rows, mail};
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 
 /// Rows that a receiver hears of at once: it can begin while more are written.
 const ROWS_A_WORD: u64 = 32;
@@ -272,7 +273,7 @@ impl Host {
                                 // SAFETY: the entry has room for every plane's row.
                                 unsafe {
                                     let bytes = bytes[plane] as usize;
-                                    std::ptr::copy_nonoverlapping(*source, to as *mut u8, bytes);
+                                    copy_row(*source, to as *mut u8, bytes, Point::FifoEntry);
                                 }
                             }
                         }
@@ -303,7 +304,7 @@ impl Host {
                         let row = next[at] as usize;
                         // SAFETY: the entry has room for a result and its weights.
                         unsafe {
-                            std::ptr::copy_nonoverlapping(rows.row(row), entry, size);
+                            copy_row(rows.row(row), entry, size, Point::FifoEntry);
                             if let Some(weights) = weights {
                                 let to = entry.add(entry_part(size as u64) as usize);
                                 std::ptr::copy_nonoverlapping(weights.row(row), to, weights.row_bytes());
@@ -447,6 +448,7 @@ impl Host {
             *backoff = Backoff::new();
             return Ok(());
         }
+        fault::at(point_of(flag));
         if backoff.looks() {
             let own = self.map.mailbox(call.slot, self.rank) + mail::WAITS_FOR;
             if let Some(peer) = self.endpoint(call.slot).starved_of(&slot.awaited(flag, bound)).next() {

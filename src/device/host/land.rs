@@ -1,13 +1,14 @@
 //! Rows coming in on the CPU: from banks, peers' windows and FIFOs to their places, the padding, the small outputs.
 
-use super::Host;
 use super::modes::DefaultModes;
 use super::push::{scatter, weight_of};
 use super::route::{DEMAND, DROPPED, END, Ledger};
+use super::{Host, copy_row};
 use crate::config::{LayoutKind, MAX_TOPK};
 use crate::device::map::{IDS, PLANES, SCALES, SOURCE, WEIGHTS};
 use crate::device::{Columns, Device, Dispatch, Region, Rows, Target};
 use crate::error::Result;
+use crate::fault::Point;
 
 /// Bits of status[0], as the ABI names them.
 const STEP_BAD_ID: i32 = 1;
@@ -360,7 +361,7 @@ impl Host {
                         published(plane, count - 1);
                         // SAFETY: count rows on both sides.
                         unsafe {
-                            std::ptr::copy_nonoverlapping(published(plane, 0), to.row(start), count * size);
+                            copy_row(published(plane, 0), to.row(start), count * size, Point::DispatchGather);
                         }
                     }
                     Some(_) => {

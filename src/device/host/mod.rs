@@ -25,6 +25,7 @@ use super::{
 };
 use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result};
+use crate::fault::{self, Point};
 use sync::Slot;
 
 /// A rank on the CPU.
@@ -87,6 +88,21 @@ impl Host {
 
 const BLOCK_ALIGN: usize = 128;
 
+/// Copies a row, or a piece of one. Where faults strike, they find it half copied.
+///
+/// # Safety
+/// So many bytes stand at `from` and fit at `to`; they do not overlap.
+#[inline(always)]
+unsafe fn copy_row(from: *const u8, to: *mut u8, bytes: usize, point: Point) {
+    let half = fault::half(bytes);
+    // SAFETY: as promised; half <= bytes.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, to, half);
+        fault::at(point);
+        std::ptr::copy_nonoverlapping(from.add(half), to.add(half), bytes - half);
+    }
+}
+
 impl Device for Host {
     fn alloc(&self, _slot: u32, bytes: u64) -> Result<Block> {
         let refused = || {
@@ -94,6 +110,9 @@ impl Device for Host {
             Error::new(crate::error::Status::OutOfMemory, text)
         };
         let layout = Layout::from_size_align(bytes.max(1) as usize, BLOCK_ALIGN).map_err(|_| refused())?;
+        if fault::fails(Point::Private).is_some() {
+            return Err(refused());
+        }
         // SAFETY: the size is not zero.
         let ptr = unsafe { alloc_zeroed(layout) };
         if ptr.is_null() {

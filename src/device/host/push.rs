@@ -3,14 +3,15 @@
 //! Sources and destinations never overlap: a caller's tensor inside its own window is refused before it gets here,
 //! and two windows are two mappings.
 
-use super::Host;
 use super::modes::DefaultModes;
 use super::quant::{Row, quantise};
 use super::route::Ledger;
+use super::{Host, copy_row};
 use crate::config::LayoutKind;
 use crate::device::map::{IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
 use crate::device::{Columns, Dispatch, Outbound, column_shape};
 use crate::error::Result;
+use crate::fault::Point;
 
 /// A row on its way: where the bytes of each plane stand.
 pub(super) type Sources = [Option<*const u8>; PLANES];
@@ -107,7 +108,7 @@ impl Host {
     fn store(&self, peer: u32, region: u64, row: u64, source: *const u8, bytes: u32) {
         let to = self.bases.at(peer, region + row * bytes as u64, bytes as u64);
         // SAFETY: both sides hold one row of the plane.
-        unsafe { std::ptr::copy_nonoverlapping(source, to, bytes as usize) };
+        unsafe { copy_row(source, to, bytes as usize, Point::DispatchRow) };
     }
 
     /// Stores the planes of a row, but for those named, into its place among a peer's received rows.

@@ -12,9 +12,10 @@ use super::modes::DefaultModes;
 use super::route::{Ledger, keep_weights};
 use crate::device::{Combine, Float, Rows, Weighting};
 use crate::error::Result;
+use crate::fault::{self, Point};
 
-/// Elements summed at a time: 4 KiB of accumulators.
-const CHUNK: usize = 1024;
+/// Elements summed at a time: 4 KiB of accumulators. Where faults strike, few, so that they find rows half read.
+const CHUNK: usize = if cfg!(feature = "faults") { 16 } else { 1024 };
 
 /// Round to nearest even; NaN stays NaN.
 #[inline(always)]
@@ -111,6 +112,9 @@ unsafe fn sum(s: &Sum) {
         // SAFETY: start + n <= elements.
         unsafe {
             for row in s.rows {
+                if start > 0 {
+                    fault::at(Point::CombineRow);
+                }
                 add(&mut acc, row.0.wrapping_add(start * s.kind.bytes()), n, s.kind, row.1);
             }
             if s.accumulate {

@@ -22,6 +22,7 @@ use crate::device::order::State;
 use crate::device::protocol::{Awaited, AwaitedRows, Endpoint, Flag, Signal, Trouble, Words};
 use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Membership, Shape, mail};
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 
 /// What a rank knows of one slot.
 #[derive(Default)]
@@ -141,6 +142,15 @@ fn of_dispatch(d: &Dispatch) -> Flag {
     if d.reuse { Flag::Replay } else { Flag::Dispatch }
 }
 
+/// Where a wait for a flag stands.
+pub(super) fn point_of(flag: Flag) -> Point {
+    match flag {
+        Flag::Counts => Point::WaitCounts,
+        Flag::Combine | Flag::Results => Point::WaitCombine,
+        _ => Point::WaitDispatch,
+    }
+}
+
 /// Bit of a dispatch flag's number: the rows stand in the source's bank.
 const BANKED: u32 = 1 << 31;
 
@@ -242,6 +252,7 @@ impl Host {
         let counts: &[i32] = if d.grid.layout.by_expert() { &slot.rows_of } else { l.rows_for };
         let offset = self.map.counts(d.call.slot, self.rank);
         self.endpoint(d.call.slot).raise(&slot.signal(Flag::Counts, Some(d.grid.bound)), |peer| {
+            fault::at(Point::DispatchCounts);
             for (key, rows) in counts.iter().enumerate() {
                 self.bases.half(peer, offset + key as u64 * 4).store(*rows as u32, Relaxed);
             }
@@ -257,6 +268,7 @@ impl Host {
 
     /// The rows are in place: says so to every rank, with what they are.
     pub(super) fn raise_dispatch(&self, d: &Dispatch) -> Result<()> {
+        fault::at(Point::DispatchBeforeFlags);
         let slot = self.slot(d.call.slot);
         let l = self.ledger(d.memory);
         let banked = d.split && !d.reuse && self.map.sizes.uses.banks;
@@ -264,25 +276,30 @@ impl Host {
         let words = d.send.shape.words();
         let end = self.endpoint(d.call.slot);
         end.raise(&slot.signal(of_dispatch(d), Some(d.grid.bound)), |peer| {
+            fault::at(Point::DispatchFlag);
             tell_shape(&end, peer, mail::DISPATCH_SHAPE, &words);
             end.tell(peer, mail::TOKENS, d.send.tokens);
             end.tell(peer, mail::REPLAYS, d.reuse as u32);
             let rows = if gathers { d.send.tokens } else { l.rows_for[peer as usize] as u32 };
             rows | if banked { BANKED } else { 0 }
         });
+        fault::at(Point::DispatchAfterFlags);
         Ok(())
     }
 
     pub(super) fn raise_combine(&self, c: &Combine) -> Result<()> {
+        fault::at(Point::CombineBeforeFlags);
         let slot = self.slot(c.call.slot);
         #[cfg(debug_assertions)]
         self.poison(c);
         let words = combine_words(c);
         let end = self.endpoint(c.call.slot);
         end.raise(&slot.signal(Flag::Combine, Some(c.grid.bound)), |peer| {
+            fault::at(Point::CombineFlag);
             tell_shape(&end, peer, mail::COMBINE_SHAPE, &words);
             0
         });
+        fault::at(Point::CombineAfterFlags);
         Ok(())
     }
 
@@ -387,6 +404,7 @@ impl Host {
         let mut backoff = Backoff::new();
         Self::add(&self.stats.hops, 1);
         self.endpoint(call.slot).wait(&signal, || {
+            fault::at(point_of(flag));
             if self.pump(call.slot, slot) {
                 backoff = Backoff::new();
             }

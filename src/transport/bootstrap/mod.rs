@@ -33,6 +33,7 @@ use std::sync::Arc;
 
 use crate::config::{Address, Bootstrap, Config, Meeting, UniqueId};
 use crate::error::{Error, Result};
+use crate::fault::{self, Point};
 use socket::Deadline;
 
 pub use recover::{Recovery, Regathered, regather};
@@ -41,8 +42,8 @@ pub fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-            .map_err(|e| Error::system("getrandom", e))?;
+        let more = || rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty());
+        filled += fault::call(Point::Random, more).map_err(|e| Error::system("getrandom", e))?;
     }
     Ok(bytes)
 }
@@ -125,6 +126,7 @@ pub fn gather(config: &Config, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Re
             )));
         }
     };
+    fault::at(Point::CreateBegins);
     let mut party = Party::of(meeting, id, meeting.timeout_ms);
     party.fields.push(("the host (boot and network namespace)".into(), host_identity()));
     party.fields.extend(config.agreed().into_iter().map(|(name, value)| (name.to_string(), value)));

@@ -12,6 +12,7 @@ use super::socket::{
 use super::wire::{Hello, Kind, Line, Link, PROTOCOL, Trouble, error_bytes, sign, version_number};
 use super::{Finish, Gathered, Party, random};
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 
 /// Only the root knows which ranks are missing: the others give it this much longer to say so.
 pub const ROOT_SPEAKS_FIRST: Duration = Duration::from_millis(500);
@@ -40,7 +41,9 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
     peer.party.deadline = Deadline::after_ms(peer.party.deadline.ms).later(ROOT_SPEAKS_FIRST);
     let fields = peer.party.fields.iter().flat_map(|(_, value)| value.to_le_bytes()).collect();
     peer.say_hello(Kind::Join, fields)?;
+    fault::at(Point::CreateJoined);
     let (name, _) = peer.await_welcome()?;
+    fault::at(Point::CreateWelcomed);
     let all: Vec<u32> = (0..peer.party.num_ranks).collect();
     let fds = peer.share(&name, &all, own)?;
     let key = peer.party.id.key;
@@ -156,6 +159,7 @@ impl Peer {
         own: impl FnOnce() -> Result<Vec<OwnedFd>>,
     ) -> Result<Vec<Vec<OwnedFd>>> {
         let shared = own().and_then(|own| self.send_own(name, &own));
+        fault::at(Point::CreateSentWindow);
         shared.and_then(|socket| self.take_all(socket, all)).inspect_err(|error| self.line.fail(error))
     }
 
@@ -233,6 +237,7 @@ impl Peer {
         }
         // A root that is gone shows when GO does not come.
         let _ = self.line.link.send(Kind::Ready, &[]);
+        fault::at(Point::CreateReady);
         self.expect(Kind::Go).map(|_| ())
     }
 }

@@ -13,6 +13,7 @@ use super::wire::{
 };
 use super::{Finish, Gathered, Party, random};
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 use crate::log::{Level, log};
 
 /// A stranger that says nothing for this long is let go.
@@ -203,6 +204,7 @@ pub fn decline(party: &Party, error: &Error) -> Result<()> {
 pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
     let mut root = Root::new(party.clone());
     let mut lobby = Lobby::open(&party)?;
+    fault::at(Point::CreateListening);
     if let Err(error) = root.admit_all(&mut lobby) {
         // A group that has waited in vain has nobody left to tell. Who is seated knows; the one whose words ended it,
         // too.
@@ -213,6 +215,7 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
         return Err(error);
     }
     drop(lobby);
+    fault::at(Point::CreateComplete);
     let fds = root.share(|_| Vec::new(), own)?;
     Ok(Gathered { fds, key: party.id.key, finish: Finish::Root { root } })
 }
@@ -255,6 +258,7 @@ impl Root {
         let (sockets, mut fds) = self.collect_fds(&exchange)?;
         drop(exchange);
         fds[self.party.rank as usize] = own;
+        fault::at(Point::CreateCollected);
         self.hand_round(sockets, &fds)?;
         Ok(fds)
     }
@@ -288,6 +292,7 @@ impl Root {
             if let Err(e) = line.link.send(Kind::Go, &[]) {
                 return Err(self.left(rank, Some(e)));
             }
+            fault::at(Point::CreateGo);
         }
         Ok(())
     }
@@ -392,6 +397,7 @@ impl Root {
         }
         log(Level::Debug, || format!("rank {rank} of {ranks} has joined"));
         self.seats[rank as usize] = Some(line);
+        fault::at(Point::CreateSeated);
         Ok(())
     }
 
@@ -457,7 +463,7 @@ impl Root {
                 self.listen(rank, Kind::Fail)?;
             }
             for _ in 0..AT_A_TIME {
-                let Ok((socket, _)) = exchange.accept() else { break };
+                let Ok((socket, _)) = fault::call(Point::Accept, || exchange.accept()) else { break };
                 let usable = socket.set_nonblocking(true).map_err(|e| Error::system("a socket's mode", e));
                 match usable.and_then(|()| check_user(&socket)) {
                     Ok(()) => waiting.push(socket),

@@ -20,6 +20,7 @@ use rustix::net::{
 
 use crate::config::{Address, resolve};
 use crate::error::{Error, Result, Status};
+use crate::fault::{self, Point};
 
 /// Descriptors a rank may hand round.
 const MAX_FDS: usize = 4;
@@ -54,7 +55,7 @@ pub fn wait(fds: &[BorrowedFd<'_>], deadline: Deadline, slice: Duration) -> Resu
     let mut polled: Vec<PollFd> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     let slice = deadline.left().min(slice);
     let timeout = Timespec { tv_sec: 0, tv_nsec: slice.as_nanos() as i64 };
-    match poll(&mut polled, Some(&timeout)) {
+    match fault::call(Point::Poll, || poll(&mut polled, Some(&timeout))) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(e) => Err(Error::system("poll", e)),
     }
@@ -113,12 +114,14 @@ fn local_address(name: &[u8; 16]) -> Result<std::os::unix::net::SocketAddr> {
 }
 
 pub fn listen_local(name: &[u8; 16]) -> Result<std::io::Result<UnixListener>> {
-    let listener = UnixListener::bind_addr(&local_address(name)?);
+    let address = local_address(name)?;
+    let listener = fault::call(Point::Listen, || UnixListener::bind_addr(&address));
     Ok(listener.and_then(|l| l.set_nonblocking(true).map(|()| l)))
 }
 
 pub fn connect_local(name: &[u8; 16]) -> Result<std::io::Result<UnixStream>> {
-    Ok(UnixStream::connect_addr(&local_address(name)?))
+    let address = local_address(name)?;
+    Ok(fault::call(Point::Connect, || UnixStream::connect_addr(&address)))
 }
 
 /// Only the same user (or root) may take part over a Unix socket.
@@ -185,7 +188,8 @@ impl Listener {
             Address::Local(name) => {
                 listen_local(name)?.map(Listener::Unix).map_err(|e| refused("the group's Unix address", e))
             }
-            Address::Tcp(text) => TcpListener::bind(&look_up(text, remote, deadline)?[..])
+            Address::Tcp(text) => look_up(text, remote, deadline)
+                .map(|found| fault::call(Point::Listen, || TcpListener::bind(&found[..])))?
                 .and_then(|l| l.set_nonblocking(true).map(|()| Listener::Tcp(l)))
                 .map_err(|e| refused(text, e)),
         }
@@ -195,11 +199,11 @@ impl Listener {
     pub fn accept(&self) -> std::io::Result<Stream> {
         match self {
             Listener::Unix(l) => {
-                let (socket, _) = l.accept()?;
+                let (socket, _) = fault::call(Point::Accept, || l.accept())?;
                 check_user(&socket).map_err(|e| std::io::Error::new(ErrorKind::PermissionDenied, e))?;
                 Ok(Stream::Unix(socket))
             }
-            Listener::Tcp(l) => l.accept().map(|(s, _)| Stream::Tcp(s)),
+            Listener::Tcp(l) => fault::call(Point::Accept, || l.accept()).map(|(s, _)| Stream::Tcp(s)),
         }
     }
 }
@@ -236,7 +240,7 @@ pub fn connect(address: &Address, remote: bool, deadline: Deadline) -> Result<St
         }
         for address in &addresses {
             let patience = deadline.left().min(ONE_ADDRESS).max(Duration::from_millis(1));
-            match TcpStream::connect_timeout(address, patience) {
+            match fault::call(Point::Connect, || TcpStream::connect_timeout(address, patience)) {
                 Ok(stream) => return Ok(Stream::Tcp(stream)),
                 Err(error) => last = error,
             }
@@ -265,7 +269,8 @@ pub fn send_fds(socket: &UnixStream, body: &[u8], fds: &[BorrowedFd<'_>]) -> std
         return Err(std::io::Error::other("too many descriptors"));
     }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    match rustix::net::sendmsg(socket, &[IoSlice::new(body)], &mut control, flags) {
+    let send = || rustix::net::sendmsg(socket, &[IoSlice::new(body)], &mut control, flags);
+    match fault::call(Point::SendWindows, send) {
         Ok(sent) if sent == body.len() => Ok(true),
         Ok(_) => Err(std::io::Error::other("a short message")),
         Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS | Errno::NOBUFS) => Ok(false),
@@ -279,7 +284,9 @@ pub fn receive_fds(socket: &UnixStream, body: &mut [u8]) -> std::io::Result<Opti
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let length = body.len();
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let got = match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(body)], &mut control, flags) {
+    let mut bodies = [IoSliceMut::new(body)];
+    let receive = || rustix::net::recvmsg(socket, &mut bodies, &mut control, flags);
+    let got = match fault::call(Point::ReceiveWindows, receive) {
         Ok(got) => got,
         Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
         Err(e) => return Err(e.into()),

@@ -1,50 +1,16 @@
 //! After a loss the survivors go on in the same comm: who they are, that their steps are right, and that a rank they
 //! went on without changes nothing, whenever it wakes up.
 
-use std::sync::atomic::Ordering;
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use a2a::abi::calls::{a2a_abort, a2a_get_rank_mask};
+use a2a::abi::calls::a2a_abort;
 use a2a::abi::types::*;
 
 use super::common::*;
 use super::*;
 
 const RECOVERY: &str = "a recovery, once the last survivor has come";
-
-impl Member {
-    /// Its words: generation, members, how many they are, whether windows are others, and the whole steps of each slot.
-    pub fn recover(&self, timeout_ms: i64, patience_ms: i64) -> Outcome {
-        let mut output = None;
-        let mut outcome = Outcome::of(|| {
-            output = Some(self.comm.recover(timeout_ms, patience_ms)?);
-            Ok(())
-        });
-        if let Some(output) = output {
-            self.members.store(output.members[0], Ordering::Relaxed);
-            outcome.words = vec![
-                output.generation as i64,
-                output.members[0] as i64,
-                output.num_members.into(),
-                output.replaced.into(),
-                output.whole_steps[0] as i64,
-                output.whole_steps[1] as i64,
-            ];
-        }
-        outcome
-    }
-
-    pub fn mask(&self) -> Outcome {
-        let mut mask = vec![-1; self.world];
-        // SAFETY: as many int32 as are said.
-        let mut get =
-            || unsafe { a2a_get_rank_mask(self.comm.handle(), mask.as_mut_ptr(), self.world as i32) };
-        let mut outcome = Outcome::of(|| check(get()));
-        outcome.words = mask.into_iter().map(i64::from).collect();
-        outcome
-    }
-}
 
 /// What every survivor must report; `whole`: of slots 0 and 1, where the case knows.
 struct Report<'a> {

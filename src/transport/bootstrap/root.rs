@@ -192,6 +192,8 @@ pub struct Root {
     ready: Vec<bool>,
     /// Why ranks may be missing: who knew the key and was refused alone all the same.
     remarks: Vec<String>,
+    /// A rank that has no seat ended the group, and knows.
+    ended_by_a_guest: bool,
 }
 
 /// This rank cannot take part: whoever comes soon is told.
@@ -206,11 +208,11 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
     let mut lobby = Lobby::open(&party)?;
     fault::at(Point::CreateListening);
     if let Err(error) = root.admit_all(&mut lobby) {
-        // A group that has waited in vain has nobody left to tell. Who is seated knows; the one whose words ended it,
-        // too.
+        // A group that has waited in vain has nobody left to tell. Who is seated knows; and the one whose words ended it,
+        // if it was not.
         if error.status != Status::Timeout {
-            let seated = root.seats.iter().flatten().count();
-            lobby.farewell(&error, (party.num_ranks as usize).saturating_sub(seated + 2));
+            let told = 1 + root.seats.iter().flatten().count() + usize::from(root.ended_by_a_guest);
+            lobby.farewell(&error, (party.num_ranks as usize).saturating_sub(told));
         }
         return Err(error);
     }
@@ -223,7 +225,8 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
 impl Root {
     pub fn new(party: Party) -> Root {
         let seats = (0..party.num_ranks).map(|_| None).collect();
-        Root { ready: vec![false; party.num_ranks as usize], party, seats, remarks: Vec::new() }
+        let ready = vec![false; party.num_ranks as usize];
+        Root { ready, party, seats, remarks: Vec::new(), ended_by_a_guest: false }
     }
 
     /// The ranks that have a seat.
@@ -384,6 +387,7 @@ impl Root {
             return Ok(());
         }
         if kind == Kind::Decline {
+            self.ended_by_a_guest = true;
             return Err(self.fail(Error::new(Status::PeerLost, parse_error(&rest).message)));
         }
         let theirs = numbers(&rest).into_iter().map(Some).chain(std::iter::repeat(None));
@@ -393,6 +397,7 @@ impl Root {
             let text = format!("{name} is {mine} on rank 0 and {theirs} on rank {rank}");
             let error = Error::new(Status::Mismatch, text);
             line.fail(&error);
+            self.ended_by_a_guest = true;
             return Err(self.fail(error));
         }
         log(Level::Debug, || format!("rank {rank} of {ranks} has joined"));

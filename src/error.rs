@@ -122,11 +122,7 @@ impl Error {
     /// An operating-system refusal; running out of something is told apart from the rest.
     pub fn system(what: impl fmt::Display, os: impl Into<std::io::Error>) -> Error {
         let os = os.into();
-        let status = match os.raw_os_error() {
-            // ENOMEM, ENOSPC, EMFILE, ENFILE
-            Some(12) | Some(28) | Some(24) | Some(23) => Status::OutOfMemory,
-            _ => Status::System,
-        };
+        let status = if is_shortage(&os) { Status::OutOfMemory } else { Status::System };
         Error::new(status, format!("{what}: {os}"))
     }
     pub fn with_loss(mut self, loss: Loss) -> Error {
@@ -138,6 +134,12 @@ impl Error {
         self.message = format!("{prefix}: {}", self.message);
         self
     }
+}
+
+/// True if the system has run out of something: memory, descriptors, room.
+pub fn is_shortage(os: &std::io::Error) -> bool {
+    // ENOMEM, ENFILE, EMFILE, ENOSPC, ENOBUFS
+    matches!(os.raw_os_error(), Some(12 | 23 | 24 | 28 | 105))
 }
 
 impl fmt::Display for Error {

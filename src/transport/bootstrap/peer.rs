@@ -11,7 +11,7 @@ use super::socket::{
 };
 use super::wire::{Hello, Kind, Line, Link, PROTOCOL, Trouble, error_bytes, sign, version_number};
 use super::{Finish, Gathered, Party, random};
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result, Status, is_shortage};
 use crate::fault::{self, Point};
 
 /// Only the root knows which ranks are missing: the others give it this much longer to say so.
@@ -165,7 +165,14 @@ impl Peer {
 
     /// Hands this rank's descriptors to rank 0.
     fn send_own(&mut self, name: &[u8; 16], own: &[OwnedFd]) -> Result<UnixStream> {
-        let Ok(socket) = connect_local(name)? else { return Err(self.last_words()) };
+        let socket = match connect_local(name)? {
+            Ok(socket) => socket,
+            // The root has let the group go, and says why over the first connection.
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused => return Err(self.last_words()),
+            Err(e) => {
+                return Err(Error::system(format!("rank {}: the descriptor socket", self.party.rank), e));
+            }
+        };
         socket.set_nonblocking(true).map_err(|e| Error::system("a socket's mode", e))?;
         check_user(&socket)?;
         let claim = self.party.rank.to_le_bytes().to_vec();
@@ -218,7 +225,7 @@ impl Peer {
                     }
                     wait(&[self.line.link.stream.as_fd(), socket.as_fd()], self.party.deadline, SLICE)?;
                 }
-                Err(e) if e.raw_os_error() == Some(24) => {
+                Err(e) if is_shortage(&e) => {
                     let what = format!("rank {}: descriptors of rank {rank}", self.party.rank);
                     return Err(Error::system(what, e));
                 }

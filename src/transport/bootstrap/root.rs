@@ -12,7 +12,7 @@ use super::wire::{
     version_number,
 };
 use super::{Finish, Gathered, Party, random};
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result, Status, is_shortage};
 use crate::fault::{self, Point};
 use crate::log::{Level, log};
 
@@ -106,8 +106,8 @@ impl Lobby<'_> {
             let stream = match self.listener.accept() {
                 Ok(stream) => stream,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                // ENOMEM, ENFILE, EMFILE, ENOBUFS: who has been silent for long makes room.
-                Err(e) if matches!(e.raw_os_error(), Some(12 | 23 | 24 | 105)) => {
+                // Who has been silent for long makes room.
+                Err(e) if is_shortage(&e) => {
                     self.shortage = Some(format!("accept: {e}"));
                     if self.strangers.first().is_none_or(|first| first.since.elapsed() < TIME_TO_ANSWER) {
                         self.closed_until = Some(Instant::now() + SHORT_OF_SOMETHING);
@@ -487,7 +487,7 @@ impl Root {
                         fds[rank] = got;
                         sockets[rank] = Some(socket);
                     }
-                    Err(e) if e.raw_os_error() == Some(24) => {
+                    Err(e) if is_shortage(&e) => {
                         let claimed =
                             self.claimant(&body).map_or("a rank".into(), |rank| format!("rank {rank}"));
                         return Err(self.fail(Error::system(
@@ -536,7 +536,10 @@ impl Root {
                 let passed = pass();
                 // Its own connection says more, and may be ahead: READY comes once it has taken all.
                 self.listen_for_ready(rank as u32)?;
-                passed.map_err(|e| self.left(rank as u32, Some(e)))?;
+                passed.map_err(|e| match is_shortage(&e) {
+                    true => self.fail(Error::system(format!("rank 0: descriptors for rank {rank}"), e)),
+                    false => self.left(rank as u32, Some(e)),
+                })?;
             }
             let unfinished: Vec<usize> =
                 others.iter().copied().filter(|rank| taken[*rank] < all.len()).collect();

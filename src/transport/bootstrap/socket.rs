@@ -19,7 +19,7 @@ use rustix::net::{
 };
 
 use crate::config::{Address, resolve};
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Result, Status, is_shortage};
 use crate::fault::{self, Point};
 
 /// Descriptors a rank may hand round.
@@ -245,8 +245,8 @@ pub fn connect(address: &Address, remote: bool, deadline: Deadline) -> Result<St
                 Err(error) => last = error,
             }
         }
-        // EMFILE, ENFILE, ENOMEM: it is not rank 0 that is missing.
-        if matches!(last.raw_os_error(), Some(12 | 23 | 24)) {
+        // It is not rank 0 that is missing.
+        if is_shortage(&last) {
             return Err(Error::system("connecting to rank 0", last));
         }
         if deadline.has_passed() {

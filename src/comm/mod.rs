@@ -94,7 +94,7 @@ impl Comm {
         let mut gathered = bootstrap::gather(&config, || {
             // Refused here and not before, so that the other ranks hear of it.
             explain::affordable(&config)?;
-            let (lifeline, mut fds) = Lifeline::new()?;
+            let (lifeline, mut fds) = Lifeline::new(rank)?;
             let (window, fd) = OwnWindow::create(&config, bytes, &fds)?;
             fds.insert(0, fd);
             own = Some((lifeline, window));
@@ -553,7 +553,8 @@ fn build(
     let (device, mapped): (Arc<dyn Device>, _) = match own {
         OwnWindow::Host => {
             let adopted = windows.into_iter().zip(0..).map(|(fd, peer)| WindowFd::adopt(peer, fd, bytes));
-            let windows = Windows::map(adopted.collect::<Result<_>>()?, bytes)?;
+            let windows = adopted.collect::<Result<_>>().and_then(|windows| Windows::map(windows, bytes));
+            let windows = windows.map_err(|e| e.context(format!("rank {rank}")))?;
             let host = Host::new(rank, map, experts, windows.bases(), health.clone());
             (Arc::new(host), Mapped::Host(windows))
         }

@@ -34,9 +34,9 @@ pub struct Lifeline {
 impl Lifeline {
     /// Makes the lifeline and the descriptors that the peers get: the read end, and a pidfd where the kernel allows
     /// one.
-    pub fn new() -> Result<(Lifeline, Vec<OwnedFd>)> {
+    pub fn new(rank: u32) -> Result<(Lifeline, Vec<OwnedFd>)> {
         let pipe = fault::call(Point::Lifeline, || rustix::pipe::pipe_with(PipeFlags::CLOEXEC))
-            .map_err(|e| Error::system("a lifeline pipe", e))?;
+            .map_err(|e| Error::system(format!("rank {rank}: a lifeline pipe"), e))?;
         let mut shared = vec![pipe.0];
         let me = rustix::process::getpid();
         let pidfd = || rustix::process::pidfd_open(me, rustix::process::PidfdFlags::empty());
@@ -65,12 +65,12 @@ impl Watchdog {
         poll: impl FnMut(&mut [PollFd<'_>]) -> rustix::io::Result<usize> + Send + 'static,
     ) -> Result<Watchdog> {
         let (wake, stop) = fault::call(Point::WatchdogPipe, || rustix::pipe::pipe_with(PipeFlags::CLOEXEC))
-            .map_err(|e| Error::system("the watchdog's pipe", e))?;
+            .map_err(|e| Error::system(format!("rank {rank}: the watchdog's pipe"), e))?;
         let peers = watched.into_iter().map(Peer::new).collect();
         let thread = std::thread::Builder::new().name(format!("a2a-watch-{rank}"));
         let watch = move || watch(rank, &wake, peers, &health, poll);
         let thread = fault::call(Point::WatchdogThread, || thread.spawn(watch))
-            .map_err(|e| Error::system("the watchdog thread", e))?;
+            .map_err(|e| Error::system(format!("rank {rank}: the watchdog thread"), e))?;
         Ok(Watchdog { stop: Some(stop), thread: Some(thread) })
     }
 }

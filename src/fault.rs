@@ -108,18 +108,18 @@ points! {
     /// Private memory of a routing.
     Private = "memory/private",
     // The same of CUDA.
-    CudaModule = "cuda/module",
-    CudaStream = "cuda/stream",
-    CudaPool = "cuda/pool",
-    CudaPrivate = "cuda/private",
-    CudaPinned = "cuda/pinned",
-    CudaWindow = "cuda/window",
-    CudaExport = "cuda/export",
-    CudaImport = "cuda/import",
-    CudaReserve = "cuda/reserve",
-    CudaMap = "cuda/map",
-    CudaAccess = "cuda/access",
-    CudaLaunch = "cuda/launch",
+    CudaModule = "driver/module",
+    CudaStream = "driver/stream",
+    CudaPool = "driver/pool",
+    CudaPrivate = "driver/private",
+    CudaPinned = "driver/pinned",
+    CudaWindow = "driver/window",
+    CudaExport = "driver/export",
+    CudaImport = "driver/import",
+    CudaReserve = "driver/reserve",
+    CudaMap = "driver/map",
+    CudaAccess = "driver/access",
+    CudaLaunch = "driver/launch",
 }
 
 /// Somebody comes past a point.

@@ -6,6 +6,10 @@
 #                   and valgrind, if there are none, into target/cuda and target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
+
+#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc, if
+#                   there is none, into target/cuda
+#   make incidents  what `make test` does of faults at named points, with 100 seeds a kind instead of 5
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make kernels    writes docs/kernels.md from what ptxas says of kernels/
@@ -45,6 +49,8 @@ CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
 .PHONY: all lib demo perf test soak fuzz fuzz-targets header kernels install clean
+
+.PHONY: all lib demo perf test incidents header kernels install clean
 all: lib
 
 lib:
@@ -86,7 +92,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust debug loom soak header symbols abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
+STAGES := format kernels clippy rust debug loom incidents soak header symbols abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -115,12 +121,13 @@ endif
 	A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/cpu-only cargo build --lib
 	$(PYTHON) -B tests/cpu_only.py target/cpu-only/debug/liba2a.so
 
-# The second time with what only a jitter build has (CONTRIBUTING.md).
+# Again with what only the builds for tests have (CONTRIBUTING.md).
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features a2a/faults -- -D warnings
 
 test-rust:
 	cargo test --release
@@ -138,6 +145,14 @@ test-soak soak:
 	A2A_TEST_STEPS=$(SOAK_STEPS) A2A_TEST_COMMS=10000 cargo test --release --test conformance -- soak/ --test-threads 1
 test-soak: SOAK_STEPS := 100000
 soak: SOAK_STEPS := 1000000
+
+# In a directory of its own, so that no library with faults inside is ever taken for the one that is shipped.
+INCIDENTS := A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/faults \
+             cargo test --release --features faults --test incidents
+test-incidents:
+	$(INCIDENTS)
+incidents:
+	A2A_INCIDENTS=100 $(INCIDENTS)
 
 test-header:
 	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The shared library exports what include/a2a.h declares and nothing else, needs only the C library, and carries its
-# SONAME.
+# The shared library exports what include/a2a.h declares and nothing else, needs only the C library, carries its SONAME,
+# and has no fault in it that tests inject.
 # Usage: symbols_test.sh LIBRARY MAJOR, from the root of the repository.
 set -eu
 library=$1 soname=liba2a.so.$2
@@ -21,6 +21,7 @@ ${CC:-cc} -E -P include/a2a.h | grep -oE '\ba2a_[a-z0-9_]+ *\(' | tr -d ' (' | s
 nm -D --defined-only "$library" | awk '{print $NF}' | sed 's/@.*//' | sort -u >"$work/exported"
 readelf -d "$library" >"$work/dynamic"
 sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' "$work/dynamic" >"$work/needed"
+sed -n 's/^    [A-Z][A-Za-z]* = "\([a-z_]*\/[a-z_]*\)",$/\1/p' src/fault.rs >"$work/faults"
 
 verdict "declared functions are found" \
     "$([ "$(wc -l <"$work/declared")" -ge 20 ] || echo "only $(tr '\n' ' ' <"$work/declared")")"
@@ -32,6 +33,8 @@ verdict "asks the loader for nothing of CUDA's" \
     "$(nm -D --undefined-only "$library" | awk '{print $NF}' | grep -E '^(cu|nv|nccl)[A-Za-z]' | tr '\n' ' ')"
 verdict "SONAME is $soname" \
     "$(grep -q "(SONAME).*\[$soname\]" "$work/dynamic" || grep SONAME "$work/dynamic" || echo none)"
+verdict "named faults are found" "$([ "$(wc -l <"$work/faults")" -ge 50 ] || echo "only $(tr '\n' ' ' <"$work/faults")")"
+verdict "no faults inside" "$(grep -aoF -f "$work/faults" "$library" | sort -u | tr '\n' ' ')"
 verdict "no search path inside" "$(grep -E 'RPATH|RUNPATH|TEXTREL' "$work/dynamic" || true)"
 
 echo "$passed passed, $failed failed"

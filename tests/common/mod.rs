@@ -1300,6 +1300,10 @@ impl Worker {
     /// Returns once all its threads stand.
     pub fn stop(&self) {
         self.signal(libc::SIGSTOP);
+        self.stands();
+    }
+    /// Returns once it has stopped, whoever stopped it, or ended.
+    pub fn stands(&self) {
         // SAFETY: plain data; our own child, whose status is left where it is.
         unsafe {
             let mut info: libc::siginfo_t = std::mem::zeroed();

@@ -452,6 +452,18 @@ impl Member {
         outcome
     }
 
+    /// A call that is to be refused: what the slot's last one reads and writes stays as it is.
+    pub fn aside<T>(&self, slot: usize, call: impl FnOnce() -> T) -> T {
+        let rows = self.world * self.pair.max_tokens();
+        let mut other = Work::default();
+        other.input.tokens = Some(Tensor::new(F32, &[0, HIDDEN]));
+        other.output.tokens = Some(Tensor::new(F32, &[rows, HIDDEN]));
+        std::mem::swap(&mut other, &mut *self.slot(slot).1);
+        let outcome = call();
+        std::mem::swap(&mut other, &mut *self.slot(slot).1);
+        outcome
+    }
+
     /// The received rows times rank + 1, or zeros of the type that the disagreement is about.
     pub fn experts(&self, received: &Tensor, ask: &Ask) -> Tensor {
         let mut shape = received.shape();
@@ -474,9 +486,23 @@ impl Member {
 
     /// A whole step; the outcome that ended it.
     pub fn step(&self, slot: usize, seed: u64) -> Outcome {
+        self.step_in(&[A2A_PHASE_BOTH], slot, seed)
+    }
+
+    /// As above, each operation in these phases.
+    pub fn step_in(&self, phases: &[a2a_phase_t], slot: usize, seed: u64) -> Outcome {
         let ask = self.ask(seed);
-        let outcome = self.dispatch(slot, A2A_PHASE_BOTH, &ask);
-        if outcome.status == A2A_SUCCESS { self.combine(slot, A2A_PHASE_BOTH, &ask) } else { outcome }
+        let dispatches = phases.iter().map(|&phase| self.dispatch(slot, phase, &ask));
+        let combines = phases.iter().map(|&phase| self.combine(slot, phase, &ask));
+        let mut last = None;
+        for outcome in dispatches.chain(combines) {
+            let failed = outcome.status != A2A_SUCCESS;
+            last = Some(outcome);
+            if failed {
+                break;
+            }
+        }
+        last.expect("at least one phase")
     }
 
     /// The comm's record of its first failure.
@@ -577,37 +603,67 @@ pub fn floats(bytes: &[u8]) -> Vec<f32> {
 pub const OBEY: (&str, Job) = ("obey", obey);
 
 pub fn obey(_: &Seat) -> Result<(), String> {
+    obey_also(|_| None)
+}
+
+/// Obeys, and knows orders of one kind of test alone: `extra` gives the answer to those.
+pub fn obey_also(extra: impl Fn(&[&str]) -> Option<Outcome>) -> Result<(), String> {
     // SAFETY: the callback is a function, it needs no pointer.
     check(unsafe { a2a_set_log_callback(Some(log_line), std::ptr::null_mut()) })?;
     let mut member = None;
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-        let answer = follow(&mut member, &line)?;
+        let words: Vec<&str> = line.split(' ').collect();
+        let answer = match extra(&words) {
+            Some(answer) => answer,
+            None => follow(&mut member, &line, &words)?,
+        };
         println!("{}", answer.to_line());
     }
     Ok(())
 }
 
-/// Standard error is where `Worker` collects lines that are no answers.
+/// Standard error is where `Worker` collects lines that are no answers; each has the time before it.
 unsafe extern "C" fn log_line(_: i32, line: *const std::ffi::c_char, _: *mut std::ffi::c_void) {
     // SAFETY: NUL-terminated and valid during the call, by the ABI.
-    eprintln!("{}", unsafe { std::ffi::CStr::from_ptr(line) }.to_string_lossy());
+    let line = unsafe { std::ffi::CStr::from_ptr(line) }.to_string_lossy();
+    eprintln!("{} {line}", now().as_micros());
 }
 
-pub fn follow(member: &mut Option<Member>, line: &str) -> Result<Outcome, String> {
-    let words: Vec<&str> = line.split(' ').collect();
+fn follow(member: &mut Option<Member>, line: &str, words: &[&str]) -> Result<Outcome, String> {
     let number = |at: usize| words[at].parse::<u64>().map_err(|error| format!("{line:?}: {error}"));
     if words[0] == "join" {
-        let bytes: Vec<u8> = words[5..].iter().map(|byte| byte.parse().expect("a byte")).collect();
+        let bytes: Vec<u8> = words[5..133].iter().map(|byte| byte.parse().expect("a byte")).collect();
         let id = GroupId(a2a_unique_id_t { bytes: bytes.try_into().expect("128 bytes") });
         let seat = Seat { rank: number(1)? as usize, world: number(2)? as usize, id, args: Vec::new() };
         let (pair, views) = (Pair::of(words[3]), words[4] == "views");
+        let mut config = settings(&seat, pair);
+        if words.len() > 133 {
+            config.setup_timeout_ms = number(133)? as i64;
+        }
         return Ok(Outcome::of(|| {
-            *member = Some(Member::join(&seat, pair, views)?);
+            *member = Some(Member::new(&seat, Comm::create(&config)?, pair, views)?);
             Ok(())
         }));
     }
-    let member = member.as_ref().ok_or("no comm yet")?;
+    if words[0] == "drop" {
+        return Ok(Outcome::of(|| {
+            *member = None;
+            Ok(())
+        }));
+    }
+    if words[0] == "footprint" {
+        let mut outcome = Outcome::of(|| Ok(()));
+        outcome.words = footprint()?.map(|count| count as i64).into();
+        return Ok(outcome);
+    }
+    act(member.as_ref().ok_or("no comm yet")?, line, words)
+}
+
+/// An order that a comm is needed for.
+fn act(member: &Member, line: &str, words: &[&str]) -> Result<Outcome, String> {
+    let number = |at: usize| words[at].parse::<u64>().map_err(|error| format!("{line:?}: {error}"));
     Ok(match words[0] {
+        "aside" => member.aside(number(2)? as usize, || act(member, line, &words[1..]))?,
         "dispatch" => {
             let mut ask = member.ask(number(3)?);
             if words.len() > 4 {
@@ -617,10 +673,13 @@ pub fn follow(member: &mut Option<Member>, line: &str) -> Result<Outcome, String
         }
         "combine" => member.combine(number(1)? as usize, number(2)? as i32, &member.ask(0)),
         "run" => {
-            // Steps without end; the outcome that ends them.
+            // Steps without end, in the phases that are named; the outcome that ends them.
             let mut step = number(2)?;
+            let phases = (3..words.len()).map(|at| number(at).map(|phase| phase as a2a_phase_t));
+            let phases = phases.collect::<Result<Vec<_>, _>>()?;
+            let phases = if phases.is_empty() { &[A2A_PHASE_BOTH] } else { &phases[..] };
             loop {
-                let outcome = member.step(number(1)? as usize, step);
+                let outcome = member.step_in(phases, number(1)? as usize, step);
                 if outcome.status != A2A_SUCCESS {
                     break outcome;
                 }
@@ -671,13 +730,13 @@ pub const EVERYBODY: [usize; RANKS] = [0, 1, 2, 3];
 
 impl Group {
     pub fn spawn(pair: Pair, views: bool) -> Group {
-        let spawn = |rank: usize| {
-            // The group is named later, by "join".
-            let seat = Seat { rank, world: RANKS, id: GroupId::new(), args: Vec::new() };
-            Worker::spawn(OBEY.0, &[rank], &seat)
-        };
-        let workers = EVERYBODY.map(spawn).into();
+        let workers = EVERYBODY.map(worker_of).into();
         Group { workers, deadline: Instant::now() + ANSWERS, pair, views }
+    }
+
+    /// A fresh process in the place of one that is gone.
+    pub fn replace(&mut self, process: usize) {
+        self.workers[process] = worker_of(process);
     }
 
     pub fn tell(&mut self, process: usize, order: &str) -> Result<(), String> {
@@ -719,6 +778,12 @@ impl Group {
     }
 }
 
+fn worker_of(rank: usize) -> Worker {
+    // The group is named later, by "join".
+    let seat = Seat { rank, world: RANKS, id: GroupId::new(), args: Vec::new() };
+    Worker::spawn(OBEY.0, &[rank], &seat)
+}
+
 pub fn join(rank: usize, world: usize, pair: Pair, views: bool, id: GroupId) -> String {
     let bytes: Vec<String> = id.0.bytes.iter().map(u8::to_string).collect();
     let views = if views { "views" } else { "own" };
@@ -729,6 +794,10 @@ pub fn dispatch(slot: usize, phase: a2a_phase_t, seed: u64) -> String {
 }
 pub fn combine(slot: usize, phase: a2a_phase_t) -> String {
     format!("combine {slot} {phase}")
+}
+/// As an order that is to be refused, so that it costs the step nothing.
+pub fn aside(order: String) -> String {
+    format!("aside {order}")
 }
 // -------------------------------------------------------------------------------------- ranks as threads
 

@@ -142,12 +142,12 @@ pub fn a_rank_comes_twice(twice: usize) -> Result<(), String> {
 }
 
 /// An address that nobody listens on.
-fn free_address() -> Result<String, String> {
+pub fn free_address() -> Result<String, String> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
     listener.local_addr().map(|address| address.to_string()).map_err(|error| error.to_string())
 }
 
-fn id_of(address: &str, key: &str) -> Result<GroupId, String> {
+pub fn id_of(address: &str, key: &str) -> Result<GroupId, String> {
     let text = |text: &str| CString::new(text).expect("no NUL");
     let (address, key) = (text(address), text(key));
     let mut id = a2a_unique_id_t { bytes: [0; 128] };
@@ -202,7 +202,7 @@ pub fn garbage_at_the_door() -> Result<(), String> {
 }
 
 /// Connects as soon as somebody listens.
-fn knock(address: &str) -> Result<TcpStream, String> {
+pub fn knock(address: &str) -> Result<TcpStream, String> {
     let limit = Instant::now() + DEADLINE;
     loop {
         match TcpStream::connect(address) {
@@ -282,7 +282,7 @@ fn has_joined(group: &Group, rank: usize) -> Result<(), String> {
 // ------------------------------------------------------------------------------------------------ one is refused
 
 /// A rank that thinks the group has another size is refused alone, whichever comes first.
-fn another_size(odd: usize) -> Result<(), String> {
+pub fn another_size(odd: usize) -> Result<(), String> {
     let mut first = seats(RANKS, GroupId::new());
     let last = first.pop().expect("four ranks");
     first.push(Seat { world: 5, ..first[odd].clone() });
@@ -290,7 +290,7 @@ fn another_size(odd: usize) -> Result<(), String> {
 }
 
 /// Where it is rank 0 that has another size, nobody fits: all are told, and rank 0 says who was there.
-fn rank_0_has_another_size() -> Result<(), String> {
+pub fn rank_0_has_another_size() -> Result<(), String> {
     let seats = seats(RANKS, GroupId::new());
     let outcomes = create(&seats, |seat| {
         let mut config = settings(seat, Pair::OneSided);
@@ -447,7 +447,7 @@ fn beside(strangers: impl FnOnce(&str) -> Result<(), String>) -> Result<(), Stri
 }
 
 /// Ranks of other versions know the key and are told both versions; the group forms without them.
-fn another_version() -> Result<(), String> {
+pub fn another_version() -> Result<(), String> {
     beside(|address| {
         for (protocol, version) in [(2, 7_008_009), (3, 1000), (1, 1000)] {
             let mut other = Stranger::knock(address, "key")?;
@@ -704,7 +704,7 @@ fn an_allgather_brings_ranks_together() -> Result<(), String> {
 }
 
 /// Every field that differs is found in the one exchange, and named on every rank.
-fn configs_differ_in_an_allgather(odd: usize) -> Result<(), String> {
+pub fn configs_differ_in_an_allgather(odd: usize) -> Result<(), String> {
     // The table needs another placement on all sides.
     for (name, spoil) in FIELDS.into_iter().filter(|(name, _)| *name != "expert_owner") {
         let outcomes = by_allgather(Lie::None, |rank, config| {

@@ -70,6 +70,10 @@ impl Peer {
         Error::new(status, format!("rank {}: {text}", self.party.rank))
     }
 
+    fn named(&self, error: Error) -> Error {
+        error.context(format!("rank {}", self.party.rank))
+    }
+
     /// Answers rank 0's challenge: says who this is, and `rest`.
     pub fn say_hello(&mut self, kind: Kind, rest: Vec<u8>) -> Result<()> {
         let challenge = self.expect(Kind::Challenge)?;
@@ -101,7 +105,7 @@ impl Peer {
                 let text = format!("the group was not complete within {} ms", self.party.deadline.ms);
                 return Err(self.error(Status::Timeout, text));
             }
-            wait(&[self.line.link.stream.as_fd()], self.party.deadline, SLICE)?;
+            wait(&[self.line.link.stream.as_fd()], self.party.deadline, SLICE).map_err(|e| self.named(e))?;
         }
     }
 
@@ -223,7 +227,8 @@ impl Peer {
                         let text = format!("the windows were not exchanged within {ms} ms");
                         return Err(self.error(Status::Timeout, text));
                     }
-                    wait(&[self.line.link.stream.as_fd(), socket.as_fd()], self.party.deadline, SLICE)?;
+                    wait(&[self.line.link.stream.as_fd(), socket.as_fd()], self.party.deadline, SLICE)
+                        .map_err(|e| self.named(e))?;
                 }
                 Err(e) if is_shortage(&e) => {
                     let what = format!("rank {}: descriptors of rank {rank}", self.party.rank);

@@ -20,8 +20,9 @@ use crate::log::{Level, log};
 const STRANGER_PATIENCE: Duration = Duration::from_secs(10);
 /// A rank answers its challenge within this.
 const TIME_TO_ANSWER: Duration = Duration::from_millis(250);
-/// A group that has failed waits this long for ranks that are on their way.
-const FAREWELL: Duration = Duration::from_secs(1);
+/// A group that has failed waits this long for ranks that are on their way: rank 0 hears of it when that is over, within
+/// the second in which every rank is to.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// Where descriptors or memory have run out, the door is looked at this much later.
 const SHORT_OF_SOMETHING: Duration = Duration::from_millis(10);
 /// More strangers at once than this, beside a group's own ranks, wait at the door.
@@ -274,6 +275,11 @@ impl Root {
         error
     }
 
+    fn cannot_wait(&mut self, error: Error) -> Error {
+        let rank = self.party.rank;
+        self.fail(error.context(format!("rank {rank}")))
+    }
+
     /// Something to say at the deadline.
     fn remark(&mut self, text: String) {
         if !self.remarks.contains(&text) && self.remarks.len() < 8 {
@@ -335,7 +341,7 @@ impl Root {
             self.check_deadline(|rank| joined[rank], "did not join")?;
             let mut fds = lobby.fds();
             fds.extend(self.seats.iter().flatten().map(|line| line.link.stream.as_fd()));
-            wait(&fds, self.party.deadline, lobby.slice())?;
+            wait(&fds, self.party.deadline, lobby.slice()).map_err(|e| self.cannot_wait(e))?;
             // A rank that joined has nothing to say before WELCOME: what comes is its end.
             for rank in self.seated() {
                 self.listen(rank, Kind::Fail)?;
@@ -443,7 +449,7 @@ impl Root {
             self.check_deadline(|rank| !waiting.contains(&(rank as u32)), "were not ready")?;
             let lines = waiting.iter().filter_map(|rank| self.seats[*rank as usize].as_ref());
             let fds: Vec<_> = lines.map(|line| line.link.stream.as_fd()).collect();
-            wait(&fds, self.party.deadline, SLICE)?;
+            wait(&fds, self.party.deadline, SLICE).map_err(|e| self.cannot_wait(e))?;
         }
     }
 
@@ -463,7 +469,7 @@ impl Root {
             let mut polled = vec![exchange.as_fd()];
             polled.extend(waiting.iter().map(|s| s.as_fd()));
             polled.extend(self.seats.iter().flatten().map(|line| line.link.stream.as_fd()));
-            wait(&polled, self.party.deadline, SLICE)?;
+            wait(&polled, self.party.deadline, SLICE).map_err(|e| self.cannot_wait(e))?;
             for rank in self.seated() {
                 self.listen(rank, Kind::Fail)?;
             }
@@ -551,7 +557,8 @@ impl Root {
             let lines = unfinished.iter().filter(|rank| !self.ready[**rank]);
             let lines = lines.filter_map(|rank| self.seats[*rank].as_ref());
             let polled: Vec<_> = socket_fds.chain(lines.map(|line| line.link.stream.as_fd())).collect();
-            wait(&polled, self.party.deadline, if stuck { SHORT_OF_SOMETHING } else { SLICE })?;
+            let slice = if stuck { SHORT_OF_SOMETHING } else { SLICE };
+            wait(&polled, self.party.deadline, slice).map_err(|e| self.cannot_wait(e))?;
         }
     }
 }

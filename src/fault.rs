@@ -87,12 +87,9 @@ points! {
     DestroyGone = "destroy/gone",
 
     // Calls that a test may let fail.
-    Random = "system/getrandom",
     Listen = "system/listen",
     Connect = "system/connect",
     Accept = "system/accept",
-    Send = "system/send",
-    Receive = "system/receive",
     Poll = "system/poll",
     SendWindows = "system/sendmsg",
     ReceiveWindows = "system/recvmsg",

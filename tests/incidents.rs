@@ -115,7 +115,8 @@ const ADMITTING: [Point; 6] = [
 ];
 
 /// What a2a_create and a2a_routing_create take from the system.
-const TAKING: [Point; 15] = [
+const TAKING: [Point; 16] = [
+    Point::Poll,
     Point::Listen,
     Point::Connect,
     Point::Accept,
@@ -722,7 +723,7 @@ fn alone(seat: &Seat) -> Done {
         ("duplicate rank", _) => rendezvous::a_rank_comes_twice(index % (RANKS - 1))?,
         (_, 0) => rendezvous::another_version()?,
         (_, 1) if odd == 0 => rendezvous::rank_0_has_another_size()?,
-        (_, 1) => rendezvous::another_size(odd % (RANKS - 1))?,
+        (_, 1) => rendezvous::another_size(1 + odd % 2)?,
         _ if index % 2 == 0 => rendezvous::configs_differ(odd, None)?,
         _ => rendezvous::configs_differ_in_an_allgather(odd)?,
     }
@@ -837,8 +838,8 @@ impl Case {
             in_time("told of its own want", outcomes[victim].ended.saturating_sub(when), PROMISE)?;
             let told: Vec<(usize, Outcome)> =
                 self.others.iter().map(|&rank| (rank, outcomes[rank].clone())).collect();
-            // Who cannot even connect tells nobody.
-            let misses = matches!(point, Point::Listen | Point::Connect);
+            // Who cannot even connect, or hear, before it has joined tells nobody.
+            let misses = matches!(point, Point::Listen | Point::Connect | Point::Poll);
             self.told_in_create(group, victim, &told, when, misses)?;
             Want::Fatal
         };

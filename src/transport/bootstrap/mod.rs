@@ -42,8 +42,8 @@ pub fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {
-        let more = || rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty());
-        filled += fault::call(Point::Random, more).map_err(|e| Error::system("getrandom", e))?;
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+            .map_err(|e| Error::system("getrandom", e))?;
     }
     Ok(bytes)
 }

@@ -20,7 +20,6 @@ use sha2::Sha256;
 
 use super::socket::Stream;
 use crate::error::{Error, Result, Status};
-use crate::fault::{self, Point};
 
 /// Of the exchange, not of the library: raised when what follows JOIN's version changes.
 pub const PROTOCOL: u32 = 2;
@@ -103,7 +102,7 @@ impl Link {
         let mut frame = (body.len() as u32).to_le_bytes().to_vec();
         frame.push(kind as u8);
         frame.extend_from_slice(body);
-        fault::call(Point::Send, || self.stream.write_all(&frame))
+        self.stream.write_all(&frame)
     }
 
     /// Takes what has arrived; a whole message if there is one.
@@ -113,7 +112,7 @@ impl Link {
             if let Some(message) = parse(&mut self.inbox)? {
                 return Ok(Some(message));
             }
-            match fault::call(Point::Receive, || self.stream.read(&mut chunk)) {
+            match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(Trouble::Closed),
                 Ok(n) => self.inbox.extend_from_slice(&chunk[..n]),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),

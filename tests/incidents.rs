@@ -293,12 +293,10 @@ impl Case {
         1 + self.victim % (RANKS - 1)
     }
 
-    fn run(&self, seed: u64) -> String {
-        let phases = if self.split {
-            format!("{A2A_PHASE_SEND} {A2A_PHASE_RECV}")
-        } else {
-            A2A_PHASE_BOTH.to_string()
-        };
+    /// Steps without end.
+    fn run(&self, seed: u64, split: bool) -> String {
+        let phases =
+            if split { format!("{A2A_PHASE_SEND} {A2A_PHASE_RECV}") } else { A2A_PHASE_BOTH.to_string() };
         format!("run {} {seed} {phases}", self.slot)
     }
 
@@ -368,7 +366,7 @@ impl Case {
             };
             checked.map_err(|error| format!("rank {rank}: {error}"))?;
         }
-        for outcome in group.all(&formed, &self.run(1))? {
+        for outcome in group.all(&formed, &self.run(1, self.split))? {
             outcome.is(A2A_PEER_LOST, &["sequence 1"])?;
             named(&outcome, victim)?;
             in_time("told of a fault in a2a_create by the first step", outcome.took, PROMISE)?;
@@ -427,7 +425,9 @@ fn killed_in_the_rendezvous(case: &Case) -> Done {
 fn passes(pair: Pair, point: Point) -> bool {
     match point {
         Point::DispatchRow => !pair.streams(),
-        Point::DispatchCounts | Point::WaitCounts => pair.counts(),
+        Point::DispatchCounts => pair.counts(),
+        // In the first half of a whole dispatch.
+        Point::WaitCounts => pair.counts() && !pair.streams(),
         Point::DispatchGather => pair == Pair::Gather,
         Point::FifoEntry => pair.streams(),
         _ => true,
@@ -437,10 +437,11 @@ fn passes(pair: Pair, point: Point) -> bool {
 /// The operation that the others lose, if the point alone says it.
 fn lost_in(pair: Pair, point: Point) -> Option<&'static str> {
     match point {
-        Point::DispatchBegins | Point::DispatchRow | Point::DispatchCounts | Point::DispatchBeforeFlags => {
-            Some("dispatch")
-        }
-        Point::WaitCounts => (!pair.streams()).then_some("dispatch"),
+        Point::DispatchBegins
+        | Point::DispatchRow
+        | Point::DispatchCounts
+        | Point::WaitCounts
+        | Point::DispatchBeforeFlags => Some("dispatch"),
         // Rows out of FIFOs need their rank beyond its flags.
         _ if pair.streams() => None,
         Point::DispatchAfterFlags
@@ -476,13 +477,15 @@ impl Case {
     }
 
     fn strike(&self, pair: Pair, point: Point, nth: usize, steps: usize, fault: &str) -> Done {
+        // Only a whole dispatch waits before it publishes.
+        let split = self.split && point != Point::WaitCounts;
         let (mut group, before) = begin(pair, self.views)?;
         group.join(&EVERYBODY)?;
         for step in 0..steps {
             group.step(&EVERYBODY, self.slot, step as u64)?;
         }
         group.fine(&[self.victim], &arm(point, nth, fault))?;
-        group.tell_all(&EVERYBODY, &self.run(100))?;
+        group.tell_all(&EVERYBODY, &self.run(100, split))?;
         let lost = group.answers(&self.others)?;
         let when = struck(&group, self.victim, point)?;
         for (rank, outcome) in self.others.iter().zip(&lost) {
@@ -542,7 +545,7 @@ fn killed_in_destroy(case: &Case) -> Done {
     group.join(&EVERYBODY)?;
     group.step(&EVERYBODY, case.slot, 1)?;
     group.fine(&[case.victim], &arm(point, 0, KILL))?;
-    group.tell_all(&case.others, &case.run(2))?;
+    group.tell_all(&case.others, &case.run(2, case.split))?;
     group.tell(case.victim, "destroy")?;
     let lost = group.answers(&case.others)?;
     let when = struck(&group, case.victim, point)?;

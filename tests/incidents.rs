@@ -283,9 +283,13 @@ impl Case {
         format!("{pair:?}, victim {victim}, slot {slot}, split {split}, views {views}")
     }
 
-    /// The seeds of a kind take its points in turn.
+    /// Seeds that follow each other take what there is in turn.
+    fn turn(&self) -> usize {
+        (self.index + seed().saturating_sub(1)) as usize
+    }
+
     fn point(&self, points: &[Point]) -> Point {
-        points[((self.index + seed() - 1) % points.len() as u64) as usize]
+        points[self.turn() % points.len()]
     }
 
     /// A rank that is not rank 0.
@@ -410,11 +414,11 @@ fn killed_before_the_rendezvous(case: &Case) -> Done {
 /// The first seeds kill a rank that joins, then one kills rank 0, and so on.
 fn killed_in_the_rendezvous(case: &Case) -> Done {
     let mut rng = case.rng.clone();
-    if case.index.is_multiple_of(2) {
-        let point = JOINING[((case.index / 2 + seed() - 1) % JOINING.len() as u64) as usize];
+    if case.turn().is_multiple_of(2) {
+        let point = JOINING[(case.turn() / 2) % JOINING.len()];
         return case.killed_in_create(case.peer(), point, 0);
     }
-    let point = ADMITTING[((case.index / 2 + seed() - 1) % ADMITTING.len() as u64) as usize];
+    let point = ADMITTING[(case.turn() / 2) % ADMITTING.len()];
     let of_each = matches!(point, Point::CreateSeated | Point::CreateGo);
     case.killed_in_create(0, point, if of_each { rng.below(RANKS - 1) } else { 0 })
 }
@@ -575,9 +579,8 @@ enum Cut {
     Hold,
 }
 
-/// The rendezvous' messages over the first connection, in order: kind, name, and whether rank 0 says it.
-const MESSAGES: [(u8, &str, bool); 5] =
-    [(1, "CHALLENGE", true), (2, "JOIN", false), (3, "WELCOME", true), (4, "READY", false), (5, "GO", true)];
+/// The rendezvous' messages over the first connection, in order.
+const MESSAGES: [(u8, &str); 5] = [(1, "CHALLENGE"), (2, "JOIN"), (3, "WELCOME"), (4, "READY"), (5, "GO")];
 
 /// Stands between a rank and rank 0, and passes messages on up to one.
 struct Proxy {
@@ -678,8 +681,7 @@ fn hold(_: &[TcpStream; 2], stop: &AtomicBool) {
 
 impl Case {
     fn cut_off(&self, cut: Cut) -> Done {
-        let at = ((self.index + seed() - 1) % MESSAGES.len() as u64) as usize;
-        let (kind, name, _) = MESSAGES[at];
+        let (kind, name) = MESSAGES[self.turn() % MESSAGES.len()];
         self.cut_off_before(kind, cut).map_err(|error| format!("in the place of {name}: {error}"))
     }
 
@@ -742,7 +744,7 @@ fn alone(seat: &Seat) -> Done {
 }
 
 fn in_a_process_of_its_own(case: &Case) -> Done {
-    let args = [case.kind.to_string(), (case.index + seed() - 1).to_string()];
+    let args = [case.kind.to_string(), case.turn().to_string()];
     launch(ALONE, 1, &[Host::Child(vec![0])], &args, LIMIT)
 }
 
@@ -900,7 +902,7 @@ enum Skips {
 
 fn a_rank_skips(case: &Case) -> Done {
     use Skips::*;
-    let skips = [All, Combine, Dispatch, Send, Recv][((case.index + seed() - 1) % 5) as usize];
+    let skips = [All, Combine, Dispatch, Send, Recv][case.turn() % 5];
     let (mut group, before) = begin(case.pair, case.views)?;
     group.join(&EVERYBODY)?;
     group.step(&EVERYBODY, case.slot, 1)?;
@@ -990,7 +992,7 @@ enum Twice {
 fn a_rank_calls_twice(case: &Case) -> Done {
     use Twice::*;
     let of = [DispatchSend, DispatchRecv, CombineSend, CombineRecv, Dispatch];
-    let twice = of[((case.index + seed() - 1) % 5) as usize];
+    let twice = of[case.turn() % 5];
     let (mut group, before) = begin(case.pair, case.views)?;
     group.join(&EVERYBODY)?;
     group.step(&EVERYBODY, case.slot, 1)?;
@@ -1030,35 +1032,78 @@ impl Case {
 
 // ------------------------------------------------------------------------------------------------ the points
 
+/// A point in the middle of a row is there: a peer has the first half of it, and of what is read each row counts once.
+fn rows_are_half_done() -> Done {
+    let crew = crew(Pair::OneSided)?;
+    let ask = |seed| Ask { tokens: Some(1), goes: Goes::Everywhere, ..Ask::new(seed) };
+    all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &ask(1))))?;
+    all_fine("combine", &together(&all(&crew), |m| m.combine(0, A2A_PHASE_BOTH, &ask(1))))?;
+    // The first thing that rank 1 stores is its first token, at rank 0.
+    let sent = floats(&ask(2).input(1, RANKS, Pair::OneSided).0.tokens.expect("given").read());
+    fault::arm(Point::DispatchRow, 0, Action::Wait);
+    let (got, outcome) = std::thread::scope(|scope| {
+        let send = scope.spawn(|| crew[1].dispatch(0, A2A_PHASE_SEND, &ask(2)));
+        until_a_thread_waits()?;
+        let got = crew[0].slot(0).1.output.tokens.as_ref().map(|rows| floats(&rows.read_row(MAX_TOKENS)));
+        fault::disarm();
+        Ok::<_, String>((got.expect("dispatched before"), send.join().expect("no panic in a call")))
+    })?;
+    all_fine("SEND", &[outcome])?;
+    let (first, second) = (0..HIDDEN / 2, HIDDEN / 2..HIDDEN);
+    if got[first.clone()] != sent[first] || got[second.clone()] == sent[second] {
+        return Err(format!("{sent:?} is on its way, {got:?} has come"));
+    }
+    all_fine("SEND", &together(&all_but(&crew, 1), |m| m.dispatch(0, A2A_PHASE_SEND, &ask(2))))?;
+    all_fine("RECV", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_RECV, &ask(2))))?;
+    let pulled =
+        || crew.iter().map(|m| m.comm.stats().map(|stats| stats.rows_pulled)).sum::<Result<u64, _>>();
+    let before = pulled()?;
+    // To count from here.
+    fault::arm(Point::CombineRow, u64::MAX, Action::Wait);
+    all_fine("combine", &together(&all(&crew), |m| m.combine(0, A2A_PHASE_BOTH, &ask(2))))?;
+    let (passed, rows) = (fault::passed(Point::CombineRow), pulled()? - before);
+    fault::disarm();
+    if passed == rows && rows > 0 { Ok(()) } else { Err(format!("{rows} rows, {passed} of them half")) }
+}
+
+fn until_a_thread_waits() -> Done {
+    let limit = Instant::now() + DEADLINE;
+    while !fault::is_waiting() {
+        if Instant::now() > limit {
+            return Err("nobody came to the point".into());
+        }
+        sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// A rank that is a thread waits at a point until it is let go, and nobody minds.
 fn a_thread_waits() -> Done {
     let crew = crew(Pair::Flat)?;
     fault::arm(Point::DispatchRow, 3, Action::Wait);
     let steps = std::thread::scope(|scope| {
         let steps = scope.spawn(|| together(&all(&crew), |m| m.step(0, 1)));
-        let limit = Instant::now() + DEADLINE;
-        while !fault::is_waiting() && Instant::now() < limit {
-            sleep(Duration::from_millis(1));
-        }
-        let waited = fault::is_waiting();
+        let waited = until_a_thread_waits();
         fault::disarm();
-        (waited, steps.join().expect("no panic in a step"))
+        waited.map(|()| steps.join().expect("no panic in a step"))
     });
-    all_fine("a step", &steps.1)?;
-    let counts = [Point::DispatchRow, Point::DispatchFlag, Point::FifoEntry].map(fault::passed);
-    match (steps.0, counts) {
-        (true, [rows, 16, 0]) if rows > 3 => Ok(()),
-        _ => Err(format!("waited: {}, passed {counts:?}", steps.0)),
+    all_fine("a step", &steps?)?;
+    match [Point::DispatchRow, Point::DispatchFlag, Point::FifoEntry].map(fault::passed) {
+        [rows, 16, 0] if rows > 3 => Ok(()),
+        counts => Err(format!("passed {counts:?}")),
     }
 }
 
-/// Where many threads come by, the one that waits is this process's: by itself.
-const WAITS: (&str, Job) = ("waits", |_| a_thread_waits());
+/// Points are a process's: by itself.
+const POINTS: (&str, Job) = ("points", |_| {
+    a_thread_waits()?;
+    rows_are_half_done()
+});
 
 // ------------------------------------------------------------------------------------------------------ main
 
 fn main() -> std::process::ExitCode {
-    worker(&[(OBEY.0, obey_armed), ALONE, WAITS]);
+    worker(&[(OBEY.0, obey_armed), ALONE, POINTS]);
     if let Err(error) = choose_device_of_environment() {
         eprintln!("{error}");
         return std::process::ExitCode::FAILURE;
@@ -1085,8 +1130,8 @@ fn main() -> std::process::ExitCode {
         }
     }
     if !cuda::is_enabled() {
-        let run: Run = Box::new(|| launch(WAITS, 1, &[Host::Child(vec![0])], &[], LIMIT));
-        trials.push(Trial::test("a_thread_waits", || limited(run).map_err(Into::into)));
+        let run: Run = Box::new(|| launch(POINTS, 1, &[Host::Child(vec![0])], &[], LIMIT));
+        trials.push(Trial::test("points_are_where_they_say", || limited(run).map_err(Into::into)));
     }
     let conclusion = libtest_mimic::run(&args, trials);
     print_times();

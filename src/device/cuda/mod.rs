@@ -323,8 +323,9 @@ impl Cuda {
                 station.context.describe()
             )));
         }
+        let named = |e: Error| e.context(format!("rank {rank}"));
         let layout = Layout::new(&map);
-        let private = Arc::new(DeviceMemory::zeroed(&station.pool, layout.bytes)?);
+        let private = Arc::new(DeviceMemory::zeroed(&station.pool, layout.bytes).map_err(named)?);
         let (ranks, slots) = (map.sizes.ranks(), map.sizes.slots);
 
         let windows: Vec<u64> = (0..ranks).map(|r| bases.at(r, 0, 0) as u64).collect();
@@ -351,7 +352,9 @@ impl Cuda {
         };
         let scratch = match scratch_bytes(&map) {
             0 => Vec::new(),
-            bytes => (0..slots).map(|_| DeviceMemory::new(&station.pool, bytes)).collect::<Result<_>>()?,
+            bytes => (0..slots)
+                .map(|_| DeviceMemory::new(&station.pool, bytes).map_err(named))
+                .collect::<Result<_>>()?,
         };
         let control: *const Control = pinned.as_ptr().cast();
         // SAFETY: the pinned memory begins with a Control, and lives as long as the Arc.
@@ -644,7 +647,8 @@ impl Device for Cuda {
         let used = lock(&self.spare[slot as usize]).pop();
         let memory = match used {
             Some(memory) => memory,
-            None => DeviceMemory::zeroed(&self.station.pool, bytes)?,
+            None => DeviceMemory::zeroed(&self.station.pool, bytes)
+                .map_err(|e| e.context(format!("rank {}", self.rank)))?,
         };
         let (ptr, spare) = (memory.address(), self.spare.clone());
         let free = move |_, _| lock(&spare[slot as usize]).push(memory);

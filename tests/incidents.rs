@@ -136,12 +136,10 @@ const TAKING: [Point; 16] = [
 /// ENOMEM, EMFILE, ENOSPC.
 const SHORTAGES: [i32; 3] = [12, 24, 28];
 
-/// The same from a GPU, whose driver says CUDA_ERROR_OUT_OF_MEMORY. What a process makes once and keeps (streams, modules,
-/// pools) is passed by its first comm alone.
-const TAKING_ON_CUDA: [Point; 11] = [
-    Point::CudaModule,
-    Point::CudaStream,
-    Point::CudaPool,
+/// What a process makes for its first comm and keeps.
+const ONCE_ON_CUDA: [Point; 3] = [Point::CudaModule, Point::CudaStream, Point::CudaPool];
+/// What every comm takes from a GPU, whose driver says CUDA_ERROR_OUT_OF_MEMORY.
+const TAKING_ON_CUDA: [Point; 8] = [
     Point::CudaPinned,
     Point::CudaWindow,
     Point::CudaReserve,
@@ -194,6 +192,12 @@ type Before = Vec<Vec<i64>>;
 
 fn begin(pair: Pair, views: bool) -> Result<(Group, Before), String> {
     let mut group = Group::spawn(pair, views);
+    if cuda::is_enabled() {
+        // The driver and a device's first use stay open.
+        group.join(&EVERYBODY)?;
+        group.step(&EVERYBODY, 0, 800)?;
+        group.fine(&EVERYBODY, "drop")?;
+    }
     let before = group.all(&EVERYBODY, "footprint")?.into_iter().map(|outcome| outcome.words).collect();
     Ok((group, before))
 }
@@ -783,6 +787,9 @@ fn an_allocation_fails(case: &Case) -> Done {
     let points: &[Point] = if on_cuda { &TAKING_ON_CUDA } else { &TAKING };
     let codes: &[i32] = if on_cuda { &[CUDA_OUT_OF_MEMORY] } else { &SHORTAGES };
     let (mut group, before) = begin(case.pair, case.views)?;
+    if on_cuda {
+        ONCE_ON_CUDA.iter().try_for_each(|point| case.first_comes_without(*point))?;
+    }
     let mut fatal = 0;
     for &point in points {
         let mut nth = 0;
@@ -812,6 +819,19 @@ enum Want {
 }
 
 impl Case {
+    /// A process whose first comm a GPU refuses can have another.
+    fn first_comes_without(&self, point: Point) -> Done {
+        let mut group = Group::spawn(self.pair, self.views);
+        group.fine(&[self.victim], &arm(point, 0, CUDA_OUT_OF_MEMORY))?;
+        group.tell_join(&EVERYBODY, RANKS, GroupId::new())?;
+        for (rank, outcome) in group.answers(&EVERYBODY)?.iter().enumerate() {
+            let status = if rank == self.victim { A2A_OUT_OF_MEMORY } else { A2A_PEER_LOST };
+            outcome.is(status, &[&format!("rank {}: ", self.victim)])?;
+        }
+        group.join(&EVERYBODY)?;
+        group.step(&EVERYBODY, self.slot, 1)
+    }
+
     fn comes_without(
         &self,
         group: &mut Group,
@@ -830,7 +850,8 @@ impl Case {
         let want = if outcomes[victim].status == A2A_SUCCESS {
             all_fine("join", &outcomes)?;
             // Nothing of a step is taken from the system any more.
-            group.fine(&[victim], &arm(Point::Private, 0, code))?;
+            let private = if cuda::is_enabled() { Point::CudaPrivate } else { Point::Private };
+            group.fine(&[victim], &arm(private, 0, code))?;
             group.step(&EVERYBODY, self.slot, 1)?;
             let [disarmed] = &group.all(&[victim], "disarm")?[..] else { unreachable!("one was asked") };
             if disarmed.words != [0] {
@@ -873,7 +894,7 @@ fn a_launch_fails(case: &Case) -> Done {
             leave(&mut group, &EVERYBODY, &before)?;
             break;
         }
-        own.is(A2A_CUDA_ERROR, &[&format!("rank {}", case.victim), "cuLaunchKernelEx"])?;
+        own.is(A2A_CUDA_ERROR, &[&format!("rank {}: cuLaunchKernelEx of kernel ", case.victim)])?;
         for &rank in &case.others {
             // Its flags may have come.
             if outcomes[rank].status != A2A_SUCCESS {

@@ -376,7 +376,11 @@ impl Case {
         }
         for outcome in group.all(&formed, &self.run(1, self.split))? {
             outcome.is(A2A_PEER_LOST, &["sequence 1"])?;
-            named(&outcome, victim)?;
+            // Whoever has heard of it has no comm either, and may be gone first.
+            let gone = told.iter().map(|(rank, _)| *rank).filter(|rank| !formed.contains(rank));
+            if !gone.chain([victim]).any(|rank| named(&outcome, rank).is_ok()) {
+                named(&outcome, victim)?;
+            }
             in_time("told of a fault in a2a_create by the first step", outcome.took, PROMISE)?;
         }
         Ok(())

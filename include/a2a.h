@@ -1290,8 +1290,9 @@ a2a_status_t a2a_set_timeout(struct a2a_comm_t *comm,
  * replay of a dispatch with A2A_DISPATCH_REUSE must come after one that routes afresh. Ranks that are threads of one process
  * share their mappings of the windows: such a rank that takes no part must have destroyed its comm, else UNSUPPORTED.
  *
- * Threads: one call at a time on a comm. Capture: not inside one. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died
- * meanwhile; or the others went on without this rank), ABORTED.
+ * Threads: one call at a time on a comm. Capture: not inside one. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED,
+ * OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died meanwhile; or the others went on without this rank),
+ * ABORTED.
  */
 a2a_status_t a2a_recover(struct a2a_comm_t *comm,
                          const struct a2a_recover_in_t *input,

@@ -114,7 +114,6 @@ __device__ __forceinline__ void read_groups(const Choices& choices, const Owners
     const bool known = words[i][0] < choices.experts && words[i][1] == 0;
     const bool wanted = known && (choices.owner == kNone || owner_of(owners, words[i][0]) == choices.owner);
     ids[i] = wanted ? words[i][0] : kNone;
-    if (choices.absent != nullptr && wanted && choices.absent->has(owner_of(owners, ids[i]))) ids[i] = kNone;
   }
 }
 
@@ -133,6 +132,7 @@ __device__ __forceinline__ void each_group(const Choices& choices, const Owners&
       uint32_t id = ids[0];
 #pragma unroll
       for (uint32_t j = 1; j < kGroups; ++j) id = i == j ? ids[j] : id;
+      if (choices.absent != nullptr && id != kNone && choices.absent->has(owner_of(owners, id))) id = kNone;
       act(first + i * rows, id);
       // Lanes that had nothing to do wait for the others, with which they vote.
       __syncwarp();
@@ -246,22 +246,27 @@ __device__ __forceinline__ void store_counts(const Seat& seat, const Counts& cou
     for (uint32_t peer = 0; peer < seat.ranks; ++peer) {
       A2A_JITTER_HERE;
       auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, peer, seat.rank, base));
-      if (absent && seat.shared->absent.has(peer)) {
-        to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, seat.rank, peer, base));
-        ptx::st_relaxed_sys(to + i, make_ulonglong2(pack(epoch, 0), pack(epoch, 0)));
-        continue;
-      }
       ptx::st_relaxed_sys(to + i, words);
     }
   }
+  if (!absent) return;
+  for_absent(seat, threadIdx.x / 32, blockDim.x / 32, [&](uint32_t rank) {
+    auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, counts, seat.rank, rank, base));
+    const ulonglong2 none = make_ulonglong2(pack(epoch, 0), pack(epoch, 0));
+    for (uint32_t i = threadIdx.x % 32; i < (some + 1) / 2; i += 32) ptx::st_relaxed_sys(to + i, none);
+  });
 }
 
 // For those that look for trouble: counts themselves say that they are there. A warp calls it.
 __device__ __forceinline__ void say_counted(const Seat& seat, uint32_t epoch, bool absent) {
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-    ptx::st_relaxed_sys(mail64(told_box(seat, peer, absent), kCountsFlag), pack(epoch, 0));
+    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
   }
+  if (!absent) return;
+  for_absent(seat, threadIdx.x % 32, 32, [&](uint32_t rank) {
+    ptx::st_relaxed_sys(mail64(mailbox(seat, seat.rank, rank), kCountsFlag), pack(epoch, 0));
+  });
 }
 
 // Tells every rank this rank's counts of the step that a slot is to begin, and that they are on their way, if the slot may. A

@@ -27,7 +27,7 @@ __device__ __forceinline__ void pad_rows(const PushParams& p, uint32_t peer, uin
                                          uint32_t threads) {
   if (used >= p.seat.bound) return;
   const uint64_t topk = p.route.topk;
-  // Of those that take part no more this rank has no row either, and in its own window nobody else says so.
+  // Ranks that take part no more have no rows here, and nobody else says so.
   const bool absent = p.seat.slot->absent && p.seat.shared->absent.has(peer);
   uint8_t* window = window_of(p.seat, absent ? p.seat.rank : peer);
   const uint64_t base = absent ? static_cast<uint64_t>(peer) * p.seat.bound : p.row_base;

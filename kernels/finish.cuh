@@ -8,9 +8,7 @@ namespace a2a {
 // All but the flag, which says that the rows are there: a peer looks at the rest once the flag has come. A warp calls it.
 __device__ __forceinline__ void tell_shape(const Seat& seat, const Receive& receive, uint32_t epoch, bool absent) {
   const uint32_t operation = seat.replays ? kReplay : kDispatch;
-#pragma unroll 1
-  for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-    uint8_t* box = told_box(seat, peer, absent);
+  const auto tell = [&](uint8_t* box) {
     auto* shape = reinterpret_cast<uint4*>(box + kDispatchShape);
 #pragma unroll
     for (uint32_t i = 0; i < kShapeWords / 4; ++i) {
@@ -20,7 +18,10 @@ __device__ __forceinline__ void tell_shape(const Seat& seat, const Receive& rece
     *reinterpret_cast<uint2*>(box + kTokens) = make_uint2(receive.tokens, seat.replays);
     ptx::st_relaxed_sys(mail64(box, kDispatchPair) + 1, pack(epoch, receive.digest));
     ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, operation, seat.bound));
-  }
+  };
+#pragma unroll 1
+  for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) tell(mailbox(seat, peer, seat.rank));
+  if (absent) for_absent(seat, threadIdx.x % 32, 32, [&](uint32_t rank) { tell(mailbox(seat, seat.rank, rank)); });
 }
 
 // The tokens that a rank has, as the host was told.
@@ -226,8 +227,12 @@ struct Finish {
   __device__ __forceinline__ void raise() const {
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
-      const uint32_t rows = is_absent(peer) ? 0 : rows_for(peer) | mark;
-      ptx::st_release_sys(mail64(told_box(seat, peer, at.absent), kDispatchPair), pack(epoch, rows));
+      ptx::st_release_sys(mail64(mailbox(seat, peer, seat.rank), kDispatchPair), pack(epoch, rows_for(peer) | mark));
+    }
+    if (at.absent) {
+      for_absent(seat, threadIdx.x % 32, 32, [&](uint32_t rank) {
+        ptx::st_release_sys(mail64(mailbox(seat, seat.rank, rank), kDispatchPair), pack(epoch, 0));
+      });
     }
     if (waits && first_raiser()) hand_out(seat.rank, rows_for(seat.rank));
   }

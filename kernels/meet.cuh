@@ -39,12 +39,15 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     if (reached(flag, epoch) && static_cast<uint32_t>(flag) != p.digest && key == ~0ull) key = source;
   };
   if (role.raises) {
-#pragma unroll 1
-    for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) {
-      uint8_t* box = told_box(seat, peer, at.absent);
+    const auto tell = [&](uint8_t* box) {
       *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
       ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
       ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
+    };
+#pragma unroll 1
+    for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) tell(mailbox(seat, peer, seat.rank));
+    if (at.absent && sends) {
+      for_absent(seat, tid % 32, 32, [&](uint32_t rank) { tell(mailbox(seat, seat.rank, rank)); });
     }
   } else if (waits && role.looks) {
     for (uint32_t looks = 0; looks < kPollsPerLook; ++looks) {

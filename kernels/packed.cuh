@@ -22,18 +22,19 @@ __device__ __forceinline__ void tell_rows(const PlaceParams& p, uint32_t epoch, 
     A2A_JITTER_HERE;
     const uint32_t peer = i / twos, two = i - peer * twos;
     auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, p.counts, peer, seat.rank, 0));
-    ulonglong2 words = make_ulonglong2(pack(epoch, count[2 * two]), pack(epoch, count[2 * two + 1]));
-    if (absent && seat.shared->absent.has(peer)) {
-      to = reinterpret_cast<ulonglong2*>(count_at(seat, p.counts, seat.rank, peer, 0));
-      words = make_ulonglong2(pack(epoch, 0), pack(epoch, 0));
-    }
-    ptx::st_relaxed_sys(to + two, words);
+    ptx::st_relaxed_sys(to + two, make_ulonglong2(pack(epoch, count[2 * two]), pack(epoch, count[2 * two + 1])));
   }
   __syncthreads();
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
-    ptx::st_relaxed_sys(mail64(told_box(seat, peer, absent), kCountsFlag), pack(epoch, 0));
+    ptx::st_relaxed_sys(mail64(mailbox(seat, peer, seat.rank), kCountsFlag), pack(epoch, 0));
   }
+  if (!absent) return;
+  for_absent(seat, threadIdx.x, blockDim.x, [&](uint32_t rank) {
+    auto* to = reinterpret_cast<ulonglong2*>(count_at(seat, p.counts, seat.rank, rank, 0));
+    for (uint32_t two = 0; two < twos; ++two) ptx::st_relaxed_sys(to + two, make_ulonglong2(pack(epoch, 0), pack(epoch, 0)));
+    ptx::st_relaxed_sys(mail64(mailbox(seat, seat.rank, rank), kCountsFlag), pack(epoch, 0));
+  });
 }
 
 // What everybody's counts come to: where this rank's rows start at each rank, into s.next, and how many are kept; what is

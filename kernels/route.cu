@@ -22,10 +22,13 @@ extern "C" __global__ void __launch_bounds__(kOpenThreads) a2a_open(const __grid
   const uint64_t started = ptx::globaltimer();
   if (threadIdx.x == 0) slot.started = started;
   if (slot.closed != 0 || (state != kDispatched && state != kOverflowed)) return;
-  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += kOpenThreads) {
-    uint8_t* box = told_box(seat, peer, slot.absent);
+  const auto tell = [&](uint8_t* box) {
     ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kRead, 0));
     ptx::st_release_sys(mail64(box, kReadFlag), pack(epoch, 0));
+  };
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += kOpenThreads) tell(mailbox(seat, peer, seat.rank));
+  if (slot.absent) {
+    for_absent(seat, threadIdx.x, kOpenThreads, [&](uint32_t rank) { tell(mailbox(seat, seat.rank, rank)); });
   }
   const Wait wait{kRead, epoch, slot.sequence, false, kReadFlag};
   if (await(seat, wait, meeting, started) && threadIdx.x == 0) slot.state = kOpened;

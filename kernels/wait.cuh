@@ -107,11 +107,16 @@ __device__ __forceinline__ uint8_t* window_of(const Seat& seat, uint32_t rank) {
 __device__ __forceinline__ uint8_t* mailbox(const Seat& seat, uint32_t window, uint32_t source) {
   return window_of(seat, window) + seat.mailboxes + static_cast<uint64_t>(source) * kMailBytes;
 }
-// The mailbox that this rank writes for a peer. One that takes part no more (`absent`: there are some) writes nothing here, so
-// this rank writes in its place, into its own window: whoever waits there waits as ever.
-__device__ __forceinline__ uint8_t* told_box(const Seat& seat, uint32_t peer, bool absent) {
-  if (absent && seat.shared->absent.has(peer)) return mailbox(seat, seat.rank, peer);
-  return mailbox(seat, peer, seat.rank);
+// Ranks that take part no more write nothing here, so this rank writes in their place, into its own window: whoever waits there
+// waits as ever. `act` is given each of them. What is stored to them beside that goes nowhere, and costs no look at who they
+// are while all are there. Threads from `thread` on, a step of `threads`, share it.
+template <class Act>
+__device__ __forceinline__ void for_absent(const Seat& seat, uint32_t thread, uint32_t threads, const Act& act) {
+  const Absent& absent = seat.shared->absent;
+#pragma unroll 1
+  for (uint32_t rank = thread; rank < seat.ranks; rank += threads) {
+    if (absent.has(rank)) act(rank);
+  }
 }
 __device__ __forceinline__ uint64_t* mail64(uint8_t* box, uint32_t field) {
   return reinterpret_cast<uint64_t*>(box + field);

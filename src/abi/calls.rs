@@ -231,8 +231,9 @@ pub unsafe extern "C" fn a2a_set_timeout(
 /// replay of a dispatch with A2A_DISPATCH_REUSE must come after one that routes afresh. Ranks that are threads of one process
 /// share their mappings of the windows: such a rank that takes no part must have destroyed its comm, else UNSUPPORTED.
 ///
-/// Threads: one call at a time on a comm. Capture: not inside one. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died
-/// meanwhile; or the others went on without this rank), ABORTED.
+/// Threads: one call at a time on a comm. Capture: not inside one. Errors: INVALID_ARGUMENT, BUSY, UNSUPPORTED,
+/// OUT_OF_MEMORY, SYSTEM_ERROR, TIMEOUT, PEER_LOST (a survivor died meanwhile; or the others went on without this rank),
+/// ABORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_recover(
     comm: *mut a2a_comm_t,

@@ -562,8 +562,7 @@ fn build(
             let attic = vmm::attic(watched[0][0].as_fd())?;
             let lifelines = watched.iter().map(|fds| fds[0].as_fd());
             let windows = vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?;
-            let (bases, local) = (windows.bases(), windows.local());
-            let cuda = Cuda::new(rank, map, experts, bases, health.clone(), *ground, attic, local)?;
+            let cuda = Cuda::new(rank, map, experts, windows.bases(), health.clone(), *ground, attic)?;
             (Arc::new(cuda), Mapped::Cuda(windows))
         }
     };

@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_thread_of_this_process_is_gone_and_never_proven_dead() {
-        let (lifeline, descriptors) = Lifeline::new().unwrap();
+        let (lifeline, descriptors) = Lifeline::new(0).unwrap();
         assert_eq!(descriptors.len(), 2, "this kernel has pidfds");
         let health = health();
         let watchdog = watching(descriptors, &health);

@@ -139,6 +139,8 @@ impl Columns {
 #[derive(Clone)]
 pub struct Bases {
     windows: Vec<(*mut u8, u64)>,
+    /// Ranks that are threads of this process and use the same mappings.
+    local: Members,
     _keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -152,7 +154,10 @@ impl Bases {
     /// Each window is mapped, readable and writable, 128-byte aligned, for as long as `keep` lives: by the CPU if `host`
     /// runs the ops, by the GPU alone if `cuda` does, which takes addresses of it and never looks behind them.
     pub unsafe fn new(windows: Vec<(*mut u8, u64)>, keep: Arc<dyn Any + Send + Sync>) -> Bases {
-        Bases { windows, _keep: keep }
+        Bases { windows, local: Members::none(), _keep: keep }
+    }
+    pub fn shared_with(self, local: Members) -> Bases {
+        Bases { local, ..self }
     }
     /// The address of `bytes` bytes at an offset of a rank's window.
     #[inline]

@@ -425,11 +425,6 @@ impl Windows {
         Ok(Windows { context, rank, windows: Arc::new(windows) })
     }
 
-    /// By rank: whether it is a thread of this process, and so uses the same mappings.
-    pub fn local(&self) -> Vec<bool> {
-        self.windows.iter().map(|window| window.is_local).collect()
-    }
-
     /// New memory for this rank's window, as the others get it.
     pub fn renew(&self) -> Result<OwnedFd> {
         let bytes = self.windows[self.rank as usize].mapping.at.bytes;
@@ -462,7 +457,9 @@ impl Windows {
             (std::ptr::without_provenance_mut(at.address as usize), at.bytes)
         };
         // SAFETY: mapped read-write for this rank's device, aligned to the granularity, kept by the Arc.
-        unsafe { Bases::new(self.windows.iter().map(base).collect(), self.windows.clone()) }
+        let bases = unsafe { Bases::new(self.windows.iter().map(base).collect(), self.windows.clone()) };
+        let local = (0..).zip(self.windows.iter()).filter(|(_, window)| window.is_local);
+        bases.shared_with(local.map(|(rank, _)| rank).collect())
     }
 }
 

@@ -253,8 +253,6 @@ pub struct Cuda {
     spare: Arc<Vec<Mutex<Vec<DeviceMemory>>>>,
     aborted: AtomicBool,
     membership: Mutex<Membership>,
-    /// By rank: whether it is a thread of this process.
-    local: Vec<bool>,
     /// Goes after what it keeps too, and before the windows: the last one waits for what may still use any of them.
     attic: Arc<Attic>,
     bases: Bases,
@@ -297,7 +295,6 @@ impl Cuda {
         health: Arc<Health>,
         ground: Ground,
         attic: Arc<Attic>,
-        local: Vec<bool>,
     ) -> Result<Cuda> {
         let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing } = ground;
         let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
@@ -388,7 +385,6 @@ impl Cuda {
             loosest: AtomicU32::new(0),
             aborted: AtomicBool::new(false),
             membership: Mutex::new(Membership::first(ranks)),
-            local,
         };
         cuda.reset_window()?;
         Ok(cuda)
@@ -875,7 +871,7 @@ impl Device for Cuda {
         // destroyed its comm ends within this context.
         self.health.is_proven_dead(peer) && !self.station.context.abilities().mps
             || self.has_destroyed(peer)
-                && self.local[peer as usize]
+                && self.bases.local.contains(peer)
                 && self.station.context.synchronize().is_ok()
     }
     fn left_behind_by(&self) -> Option<u32> {
@@ -893,7 +889,7 @@ impl Device for Cuda {
         Ok(self)
     }
     fn shares_mappings(&self, peer: u32) -> bool {
-        self.local[peer as usize] && !self.has_destroyed(peer)
+        self.bases.local.contains(peer) && !self.has_destroyed(peer)
     }
     fn leave(&self, aborted: bool) {
         // An abort stays an abort when the comm is destroyed afterwards.

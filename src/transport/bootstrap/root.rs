@@ -255,7 +255,9 @@ impl Root {
         // Descriptors need a Unix socket whatever the first connection was.
         let name = random()?;
         let exchange = listen_local(&name)
-            .and_then(|l| l.map_err(|e| Error::system("the descriptor socket", e)))
+            .and_then(|l| {
+                l.map_err(|e| Error::system(format!("rank {}: the descriptor socket", self.party.rank), e))
+            })
             .map_err(|e| self.fail(e))?;
         let own = own().map_err(|e| self.fail(e))?;
         self.welcome(&name, said)?;

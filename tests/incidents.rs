@@ -1,4 +1,5 @@
-//! Faults at named points (the feature `faults`): the 16 kinds of docs/trust.md, each on four ranks with several seeds.
+//! Faults at named points (the feature `faults`): the 16 kinds of docs/trust.md, each on four ranks with several seeds; and
+//! losses after which the survivors recover.
 //!
 //! Every case asserts the same: each survivor has the right status, a sentence that names the rank, and has both in time;
 //! nothing of its comm stays in any process; and a new comm of all ranks, with a fresh process in the place of one that
@@ -53,6 +54,13 @@ const KINDS: [(&str, Kind); 16] = [
     ("n-th launch fails", a_launch_fails),
     ("a rank skips a step", a_rank_skips),
     ("a rank calls twice", a_rank_calls_twice),
+];
+
+/// The survivors go on in the same comm.
+const RECOVERIES: [(&str, Kind); 3] = [
+    ("recover from SIGKILL", |case| case.recover_from(KILL)),
+    ("recover from SIGSTOP, then SIGCONT", |case| case.recover_from(STOP)),
+    ("SIGKILL in a recovery", killed_in_a_recovery),
 ];
 
 /// Of kinds on CUDA memory: all other points stand in code of CPU memory.
@@ -469,8 +477,23 @@ fn lost_in(pair: Pair, point: Point) -> Option<&'static str> {
     }
 }
 
+/// What the others do when they have lost a rank.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Anew,
+    Recover,
+}
+
 impl Case {
     fn struck_in_a_step(&self, points: &[Point], fault: &str) -> Done {
+        self.struck_and_then(points, fault, Then::Anew)
+    }
+
+    fn recover_from(&self, fault: &str) -> Done {
+        self.struck_and_then(&STEPPING, fault, Then::Recover)
+    }
+
+    fn struck_and_then(&self, points: &[Point], fault: &str, then: Then) -> Done {
         let mut rng = self.rng.clone();
         let point = self.point(points);
         let pairs: Vec<Pair> =
@@ -483,12 +506,19 @@ impl Case {
         };
         // A view of a status is known from the step before.
         let steps = 1 + rng.below(4);
-        self.strike(pair, point, nth, steps, fault).map_err(|error| {
+        self.strike(pair, point, nth, steps, (fault, then)).map_err(|error| {
             format!("{pair:?} at {}, pass {nth}, after {steps} steps: {error}", point.name())
         })
     }
 
-    fn strike(&self, pair: Pair, point: Point, nth: usize, steps: usize, fault: &str) -> Done {
+    fn strike(
+        &self,
+        pair: Pair,
+        point: Point,
+        nth: usize,
+        steps: usize,
+        (fault, then): (&str, Then),
+    ) -> Done {
         // Only a whole dispatch waits before it publishes.
         let split = self.split && point != Point::WaitCounts;
         let (mut group, before) = begin(pair, self.views)?;
@@ -504,13 +534,45 @@ impl Case {
             self.check_lost(outcome, pair, point, fault, when)
                 .map_err(|error| format!("rank {rank}: {error}"))?;
         }
+        if then == Then::Recover {
+            self.recovers(&mut group, fault)?;
+        }
         leave(&mut group, &self.others, &before)?;
         if fault == KILL {
             self.buried(&mut group, self.victim)?;
+        } else if then == Then::Recover {
+            leave(&mut group, &[self.victim], &before)?;
         } else {
             self.goes_on(&mut group, &before)?;
         }
         anew(&mut group, &before, self.slot)
+    }
+
+    /// The others agree to go on without the victim. One that wakes up where it was stopped, in the middle of a row for
+    /// instance, changes nothing of their results, and is told.
+    fn recovers(&self, group: &mut Group, fault: &str) -> Done {
+        let stopped = fault == STOP;
+        if stopped {
+            group.workers[self.victim].stands();
+        }
+        let outcomes = group.all(&self.others, RECOVER)?;
+        recovered(&outcomes, 2, &self.others, Some(stopped))?;
+        let steps = |group: &mut Group, seed: u64| {
+            (0..6).try_for_each(|at| group.step(&self.others, at % SLOTS, seed + at as u64))
+        };
+        steps(group, 500)?;
+        if !stopped {
+            return Ok(());
+        }
+        let resumed = now();
+        group.workers[self.victim].go_on();
+        steps(group, 510)?;
+        let outcome = group.answer(self.victim)?;
+        told_late(&outcome)?;
+        in_time(LATE, outcome.ended.saturating_sub(resumed), PROMISE)?;
+        let [late] = &group.all(&[self.victim], RECOVER)?[..] else { unreachable!("one was asked") };
+        late.is(A2A_PEER_LOST, &["recovered without this rank"])?;
+        steps(group, 520)
     }
 
     fn check_lost(&self, outcome: &Outcome, pair: Pair, point: Point, fault: &str, when: Duration) -> Done {
@@ -549,6 +611,76 @@ impl Case {
         group.step(&self.others, self.slot, 402)?;
         leave(group, &EVERYBODY, before)
     }
+}
+
+const RECOVER: &str = "recover 10000 200";
+
+fn recovered(outcomes: &[Outcome], generation: i64, members: &[usize], replaced: Option<bool>) -> Done {
+    let mask: i64 = members.iter().map(|rank| 1 << rank).sum();
+    for outcome in outcomes {
+        outcome.is(A2A_SUCCESS, &[])?;
+        let words = &outcome.words;
+        let kept = replaced.is_none_or(|replaced| words[3] == i64::from(replaced));
+        if words[0] != generation || words[1] != mask || !kept {
+            return Err(format!("a2a_recover said {words:?}, generation {generation} of {mask:#x} was due"));
+        }
+    }
+    Ok(())
+}
+
+/// One rank is stopped; while the other three recover, windows replaced, another is killed: one that follows, or the one
+/// that leads. The last two go on.
+fn killed_in_a_recovery(case: &Case) -> Done {
+    let points = [
+        (Point::CreateSentWindow, false),
+        (Point::CreateCollected, true),
+        (Point::CreateReady, false),
+        (Point::CreateGo, true),
+    ];
+    let (point, leads) = points[case.turn() % points.len()];
+    let (mut group, before) = begin(case.pair, case.views)?;
+    let mut others = case.others.clone();
+    let second = others.remove(case.rng.clone().below(others.len()));
+    group.join(&EVERYBODY)?;
+    group.step(&EVERYBODY, case.slot, 1)?;
+    group.workers[case.victim].stop();
+    for outcome in group.all(&case.others, &dispatch(case.slot, A2A_PHASE_BOTH, 2))? {
+        outcome.is(A2A_TIMEOUT, &[&format!("rank {}", case.victim)])?;
+    }
+    group.fine(&[second], &arm(point, 0, KILL))?;
+    let (first, last) = if leads { (second, others[0]) } else { (others[0], second) };
+    group.tell(first, RECOVER)?;
+    // It leads by now.
+    sleep(Duration::from_millis(100));
+    group.tell(last, RECOVER)?;
+    group.tell(others[1], RECOVER)?;
+    // Who was told to go before it died finds out in its next step: the first of the two, or both.
+    let early = match point {
+        Point::CreateGo => &others[..1],
+        Point::CreateReady => &others[..],
+        _ => &[],
+    };
+    let outcomes = group.answers(early)?;
+    recovered(&outcomes, 2, &but(case.victim), Some(true))?;
+    for outcome in group.all(early, &dispatch(case.slot, A2A_PHASE_BOTH, 3))? {
+        outcome.is(A2A_PEER_LOST, &[&format!("rank {second}")])?;
+    }
+    group.tell_all(early, RECOVER)?;
+    let outcomes = group.answers(&others)?;
+    let generation = if early.is_empty() { 2 } else { 3 };
+    recovered(&outcomes, generation, &others, Some(point != Point::CreateReady))?;
+    for outcome in &outcomes {
+        in_time("a recovery in which another dies", outcome.took, Duration::from_millis(200) + PROMISE)?;
+    }
+    for at in 0..6 {
+        group.step(&others, at % SLOTS, 600 + at as u64)?;
+    }
+    leave(&mut group, &others, &before)?;
+    case.buried(&mut group, second)?;
+    group.workers[case.victim].kill();
+    group.replace(case.victim);
+    group.fine(&[case.victim], "footprint")?;
+    anew(&mut group, &before, case.slot)
 }
 
 fn killed_in_destroy(case: &Case) -> Done {
@@ -1064,7 +1196,7 @@ fn rows_are_half_done() -> Done {
     all_fine("dispatch", &together(&all(&crew), |m| m.dispatch(0, A2A_PHASE_BOTH, &ask(1))))?;
     all_fine("combine", &together(&all(&crew), |m| m.combine(0, A2A_PHASE_BOTH, &ask(1))))?;
     // The first thing that rank 1 stores is its first token, at rank 0.
-    let sent = floats(&ask(2).input(1, RANKS, Pair::OneSided).0.tokens.expect("given").read());
+    let sent = floats(&ask(2).input(1, RANKS, Pair::OneSided, u64::MAX).0.tokens.expect("given").read());
     fault::arm(Point::DispatchRow, 0, Action::Wait);
     let (got, outcome) = std::thread::scope(|scope| {
         let send = scope.spawn(|| crew[1].dispatch(0, A2A_PHASE_SEND, &ask(2)));
@@ -1139,7 +1271,7 @@ fn main() -> std::process::ExitCode {
     let seeds =
         std::env::var("A2A_INCIDENTS").map_or(5, |text| text.parse().expect("A2A_INCIDENTS is a number"));
     let mut trials = Vec::new();
-    for (kind, (name, run)) in KINDS.into_iter().enumerate() {
+    for (kind, (name, run)) in KINDS.into_iter().chain(RECOVERIES).enumerate() {
         if let Some(why) = why_not(name) {
             println!("{name}: not run, {why}");
             continue;

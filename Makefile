@@ -6,9 +6,6 @@
 #                   and valgrind, if there are none, into target/cuda and target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
-
-#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc, if
-#                   there is none, into target/cuda
 #   make incidents  what `make test` does of faults at named points, with 100 seeds a kind instead of 5
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
@@ -48,9 +45,7 @@ CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo perf test soak fuzz fuzz-targets header kernels install clean
-
-.PHONY: all lib demo perf test incidents header kernels install clean
+.PHONY: all lib demo perf test soak fuzz fuzz-targets incidents header kernels install clean
 all: lib
 
 lib:

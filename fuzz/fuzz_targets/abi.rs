@@ -166,6 +166,9 @@ impl<'a> Rank<'a> {
 
     fn call(&mut self, call: u8, mine: bool) {
         match call % 24 {
+            // Of the 256 values of a byte, those past the last whole 24.
+            _ if call >= 250 => self.recover(mine),
+            _ if call >= 240 => self.history(mine),
             0..=6 => self.dispatch(mine),
             7..=12 => self.combine(mine),
             13 => self.combine_buffer(mine),
@@ -870,6 +873,62 @@ impl<'a> Rank<'a> {
                 // SAFETY: as above.
                 self.timed("a2a_get_async_error", mine, || unsafe { a2a_get_async_error(comm, error) });
             }
+        }
+    }
+
+    fn history(&mut self, mine: bool) {
+        let comm = self.some_comm();
+        let length = self.bytes.pick(&[128 << 10, 0, 1, 2, 300]);
+        let text: *mut c_char =
+            if self.bytes.odd() { null_mut() } else { self.memory.zeroed(length, 1).cast() };
+        let needed = if self.bytes.half() { self.memory.zeroed(8, 0).cast() } else { null_mut() };
+        // SAFETY: as the file's first lines say.
+        if self.timed("a2a_get_history", mine, || unsafe { a2a_get_history(comm, text, length, needed) })
+            && !text.is_null()
+            && length > 0
+        {
+            // SAFETY: NUL-terminated, by the ABI.
+            let text = unsafe { CStr::from_ptr(text) }.to_str().expect("UTF-8");
+            assert!(text.starts_with('{') && text.ends_with('}'), "{text:?} is no object");
+        }
+        let count = self.bytes.pick(&[2, 1, 0, 8]);
+        let mask: *mut i32 =
+            if self.bytes.odd() { null_mut() } else { self.memory.zeroed(count * 4, 3).cast() };
+        let count = if self.bytes.odd() { self.int(count as i32).min(count as i32) } else { count as i32 };
+        // SAFETY: as above.
+        if self.timed("a2a_get_rank_mask", mine, || unsafe { a2a_get_rank_mask(comm, mask, count) }) {
+            // SAFETY: there is a rank, or it would have been refused; at an odd address.
+            let first = unsafe { mask.read_unaligned() };
+            assert!(first == 0 || first == 1, "rank 0's mask is {first}");
+        }
+    }
+
+    fn recover(&mut self, mine: bool) {
+        let comm = self.some_comm();
+        let own = std::ptr::eq(comm, self.comm);
+        let mut input = a2a_recover_in_t {
+            struct_size: 0,
+            timeout_ms: 1 + self.bytes.byte() as i64 % DEADLINE_MS,
+            patience_ms: 1,
+        };
+        if self.bytes.odd() {
+            input.timeout_ms = self.bytes.pick(&[0, -1, i64::MIN, 1]);
+            input.patience_ms = self.bytes.pick(&[0, -1, i64::MIN, i64::MAX, 30]);
+        }
+        let input = self.sized(input, 24);
+        // SAFETY: numbers.
+        let output = self.sized(unsafe { std::mem::zeroed::<a2a_recover_out_t>() }, 16);
+        // SAFETY: as the file's first lines say.
+        let fine = self.timed("a2a_recover", mine, || unsafe { a2a_recover(comm, input, output) });
+        if fine && own {
+            let mut mask = [0i32; 2];
+            // SAFETY: room for as many ranks as there are.
+            assert!(check("a2a_get_rank_mask", unsafe { a2a_get_rank_mask(comm, mask.as_mut_ptr(), 2) }));
+            assert!(
+                mask[self.config.rank as usize] == 1,
+                "rank {} recovered without itself",
+                self.config.rank
+            );
         }
     }
 

@@ -570,7 +570,7 @@ fn gone_before_it_is_needed(pair: Pair, operation: Operation, destroy: bool) -> 
 
 /// The last operations of a member, oldest first.
 fn operations(member: &Member) -> Result<Vec<Value>, String> {
-    let history = member.comm.history()?;
+    let history = member.history()?;
     let (rank, world) = (&history["rank"], &history["num_ranks"]);
     if (rank, world) != (&json!(member.rank), &json!(member.world)) {
         return Err(format!("the history of rank {} of {}: {history}", member.rank, member.world));
@@ -621,7 +621,7 @@ fn a_hang_is_on_record(pair: Pair) -> Result<(), String> {
     })?;
     lost.is(A2A_TIMEOUT, &["dispatch on slot 0, sequence 1", "rank 1"])?;
 
-    let history = member.comm.history()?;
+    let history = member.history()?;
     let operation = &history["operations"][0];
     operation_is(operation, asked)?;
     operation_is(operation, json!({ "outcome": "A2A_TIMEOUT" }))?;
@@ -1258,7 +1258,7 @@ fn main() -> std::process::ExitCode {
     args.test_threads.get_or_insert(4);
     let mut trials = Vec::new();
     let mut add = |name: String, run: Run| {
-        trials.push(Trial::test(name, || limited(run).map_err(Into::into)));
+        trials.push(Trial::test(name, || limited(run, LIMIT).map_err(Into::into)));
     };
     for (number, pair) in PAIRS.into_iter().enumerate() {
         let name = pair.name();

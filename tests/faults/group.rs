@@ -505,6 +505,12 @@ impl Member {
         last.expect("at least one phase")
     }
 
+    /// The comm's last operations.
+    pub fn history(&self) -> Result<serde_json::Value, String> {
+        let text = self.comm.history()?;
+        serde_json::from_str(&text).map_err(|error| format!("{error} in {text}"))
+    }
+
     /// The comm's record of its first failure.
     pub fn record(&self) -> Outcome {
         let mut info = None;
@@ -690,7 +696,7 @@ fn act(member: &Member, line: &str, words: &[&str]) -> Result<Outcome, String> {
         "recover" => member.recover(number(1)? as i64, number(2)? as i64),
         "mask" => member.mask(),
         "watch" => {
-            let history = member.comm.history()?;
+            let history = member.history()?;
             let mut outcome = Outcome::of(|| Ok(()));
             outcome.text = format!("gone {} dead {}", history["gone_ranks"], history["dead_ranks"]);
             outcome
@@ -868,11 +874,11 @@ pub fn footprint() -> Result<[usize; 4], String> {
 pub type Run = Box<dyn FnOnce() -> Result<(), String> + Send>;
 
 /// Runs a case under the hard limit. One that hangs is left behind, its processes go with its thread or with us.
-pub fn limited(run: Run) -> Result<(), String> {
+pub fn limited(run: Run, limit: Duration) -> Result<(), String> {
     let (done, outcome) = channel();
     std::thread::spawn(move || {
         // Nobody listens any more once the time is up.
         let _ = done.send(run());
     });
-    outcome.recv_timeout(LIMIT).unwrap_or_else(|_| Err(format!("panicked, or not finished after {LIMIT:?}")))
+    outcome.recv_timeout(limit).unwrap_or_else(|_| Err(format!("panicked, or not finished after {limit:?}")))
 }

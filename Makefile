@@ -106,23 +106,26 @@ test-format:
 	cargo fmt --manifest-path tests/loom/Cargo.toml -- --check
 	cargo fmt --manifest-path fuzz/Cargo.toml -- --check
 
-# With device code, which spills nothing and is as docs/kernels.md says; and without, in a directory of its own.
+# Without device code, in a directory of its own.
+CPU_ONLY := A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/cpu-only
+
+# With device code, which spills nothing and is as docs/kernels.md says; and without.
 test-kernels:
 ifdef NO_NVCC
 	@echo 'skipped: the kernels are not compiled: $(NO_NVCC)'
 else
 	$(PYTHON) tests/kernels_table.py --check
 endif
-	A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/cpu-only cargo build --lib
+	$(CPU_ONLY) cargo build --lib
 	$(PYTHON) -B tests/cpu_only.py target/cpu-only/debug/liba2a.so
 
-# Again with what only the builds for tests have (CONTRIBUTING.md).
+# Again with what only the builds for tests have (CONTRIBUTING.md): that needs no kernels, which take a minute each time.
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
+	$(CPU_ONLY) cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
+	$(CPU_ONLY) cargo clippy --workspace --all-targets --features a2a/faults -- -D warnings
+	$(CPU_ONLY) cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
-	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
-	cargo clippy --workspace --all-targets --features a2a/faults -- -D warnings
 
 test-rust:
 	cargo test --release

@@ -141,9 +141,12 @@ pub fn a_rank_comes_twice(twice: usize) -> Result<(), String> {
     }
 }
 
-/// An address that nobody listens on.
+/// An address that nobody listens on, nor will: a host of this process alone, since a port that was let go on 127.0.0.1
+/// may be somebody's connection a moment later.
 pub fn free_address() -> Result<String, String> {
-    let listener = TcpListener::bind("127.0.0.1:0").map_err(|error| error.to_string())?;
+    let [.., high, middle, low] = std::process::id().to_be_bytes();
+    let host = format!("127.{}.{middle}.{low}:0", 1 + high % 254);
+    let listener = TcpListener::bind(host).map_err(|error| error.to_string())?;
     listener.local_addr().map(|address| address.to_string()).map_err(|error| error.to_string())
 }
 

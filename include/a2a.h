@@ -472,8 +472,8 @@ typedef struct a2a_recover_in_t {
      */
     size_t struct_size;
     /**
-     * Milliseconds for the whole recovery; 0 = the config's setup_timeout_ms. Ranks that nobody gave up on are waited
-     * for until then.
+     * Milliseconds that ranks which nobody gave up on are waited for; 0 = the config's setup_timeout_ms. What the survivors
+     * then do has as much again; if one dies meanwhile they meet anew, unless this has passed: three times it ends a call.
      */
     int64_t timeout_ms;
     /**

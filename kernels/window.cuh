@@ -2,9 +2,9 @@
 // every kernel. Twin of src/device/mail.rs (mailboxes) and src/device/cuda/params.rs (all else); both sides assert
 // sizes and offsets.
 //
-// Who writes what: a mailbox is written by its source rank alone, in every rank's window; a flag comes last, with
-// release. Control is written by the host and read by waiting kernels; a record is written by the kernel that gives
-// a step up and read by the host.
+// Who writes what: a mailbox is written by its source rank alone, in every rank's window, or by the window's rank if the
+// source takes part no more (wait.cuh, for_absent); a flag comes last, with release. Control is written by the
+// host and read by waiting kernels; a record is written by the kernel that gives a step up and read by the host.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -502,8 +502,8 @@ pub struct a2a_error_info_t {
 pub struct a2a_recover_in_t {
     /// sizeof(a2a_recover_in_t) of the caller.
     pub struct_size: usize,
-    /// Milliseconds for the whole recovery; 0 = the config's setup_timeout_ms. Ranks that nobody gave up on are waited
-    /// for until then.
+    /// Milliseconds that ranks which nobody gave up on are waited for; 0 = the config's setup_timeout_ms. What the survivors
+    /// then do has as much again; if one dies meanwhile they meet anew, unless this has passed: three times it ends a call.
     pub timeout_ms: i64,
     /// Milliseconds that ranks which were given up on, but whose process lives, are waited for once all others have come;
     /// 0 = 1000.

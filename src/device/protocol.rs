@@ -26,11 +26,11 @@ pub const READ: u32 = 3;
 pub const REPLAY: u32 = 4;
 
 /// Why a rank sends nothing more, in its gone word; that it ended nobody is left to write.
-const DESTROYED: u32 = 1;
+pub const DESTROYED: u32 = 1;
 const ABORTED: u32 = 2;
 const ENDED: u32 = 3;
 /// Of a survivor that went on without the rank whose window it is written to.
-const WITHOUT: u32 = 4;
+pub const WITHOUT: u32 = 4;
 
 /// What a wait waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,6 +28,7 @@ use super::loss::too_many_rows;
 use super::mail;
 use super::map::{FIRST_EPOCH, List, Map, RoutingMap};
 use super::order::State;
+use super::protocol::{DESTROYED, WITHOUT};
 use super::{
     Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Region, Standing, Stats,
     Stream as CallersStream, Target,
@@ -281,9 +282,6 @@ fn idle(absent: bool) -> Slot {
 
 /// A slot's state that the host does not know: a dispatch follows a dispatch, and every rank has read the former one.
 const OPENED: u32 = 4;
-/// Gone words, as the protocol numbers them.
-const DESTROYED: u32 = 1;
-const WITHOUT: u32 = 4;
 
 impl Cuda {
     /// Puts this rank's own window into its first state: no peer may step before that.

@@ -80,7 +80,7 @@ impl Peer {
         self.line.theirs = challenge.try_into().map_err(|bytes: Vec<u8>| {
             self.error(
                 Status::Mismatch,
-                format!("rank 0's address sent a challenge of {} bytes", bytes.len()),
+                format!("the address of {} sent a challenge of {} bytes", self.party.root, bytes.len()),
             )
         })?;
         let hello = Hello {
@@ -125,7 +125,7 @@ impl Peer {
                 Err(self.error(Status::PeerLost, text))
             }
             Err(Trouble::Garbage(what)) => {
-                Err(self.error(Status::Mismatch, format!("rank 0's address sent {what}")))
+                Err(self.error(Status::Mismatch, format!("the address of {} sent {what}", self.party.root)))
             }
         }
     }

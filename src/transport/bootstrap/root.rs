@@ -1,4 +1,4 @@
-//! Rank 0's side: who is let in, and what it does for those who are.
+//! The side of rank 0, or of who leads a recovery: who is let in, and what it does for those who are.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
@@ -114,7 +114,7 @@ impl Lobby<'_> {
                         self.closed_until = Some(Instant::now() + SHORT_OF_SOMETHING);
                         return;
                     }
-                    refuse(self.strangers.remove(0).line, "there is no room for it");
+                    refuse(self.party.rank, self.strangers.remove(0).line, "there is no room for it");
                     continue;
                 }
                 Err(e) => {
@@ -133,11 +133,11 @@ impl Lobby<'_> {
     /// Takes what has come: whoever has proven the key is `proven`, who cannot is refused.
     pub fn look(&mut self) {
         self.accept();
-        let mut silent = Vec::new();
+        let (me, mut silent) = (self.party.rank, Vec::new());
         for mut stranger in self.strangers.drain(..) {
             match stranger.line.link.receive() {
                 Ok(None) if stranger.since.elapsed() < STRANGER_PATIENCE => silent.push(stranger),
-                Ok(None) => refuse(stranger.line, "it sent nothing in time"),
+                Ok(None) => refuse(me, stranger.line, "it sent nothing in time"),
                 Ok(Some(message)) if matches!(message.kind, Kind::Join | Kind::Decline) => {
                     let mut line = stranger.line;
                     match Hello::parse(message.kind, &message.body, &self.party.id.key, &line.mine) {
@@ -150,10 +150,12 @@ impl Lobby<'_> {
                                 line,
                             });
                         }
-                        Err(why) => refuse(line, why),
+                        Err(why) => refuse(me, line, why),
                     }
                 }
-                Ok(Some(_)) | Err(Trouble::Garbage(_)) => refuse(stranger.line, "it is no rank of liba2a"),
+                Ok(Some(_)) | Err(Trouble::Garbage(_)) => {
+                    refuse(me, stranger.line, "it is no rank of liba2a")
+                }
                 Err(Trouble::Closed) => {}
             }
         }
@@ -177,9 +179,9 @@ impl Lobby<'_> {
     }
 }
 
-fn refuse(mut line: Line, why: &str) {
-    log(Level::Warn, || format!("rank 0 refused a connection: {why}"));
-    line.fail(&Error::new(Status::Mismatch, format!("rank 0 refused the connection: {why}")));
+fn refuse(me: u32, mut line: Line, why: &str) {
+    log(Level::Warn, || format!("rank {me} refused a connection: {why}"));
+    line.fail(&Error::new(Status::Mismatch, format!("rank {me} refused the connection: {why}")));
 }
 
 // ------------------------------------------------------------------------------------------------ the group
@@ -480,7 +482,9 @@ impl Root {
                 let usable = socket.set_nonblocking(true).map_err(|e| Error::system("a socket's mode", e));
                 match usable.and_then(|()| check_user(&socket)) {
                     Ok(()) => waiting.push(socket),
-                    Err(error) => log(Level::Warn, || format!("rank 0 refused a connection: {error}")),
+                    Err(error) => {
+                        log(Level::Warn, || format!("rank {} refused a connection: {error}", self.party.rank))
+                    }
                 }
             }
             for socket in std::mem::take(&mut waiting) {
@@ -545,7 +549,10 @@ impl Root {
                 // Its own connection says more, and may be ahead: READY comes once it has taken all.
                 self.listen_for_ready(rank as u32)?;
                 passed.map_err(|e| match is_shortage(&e) {
-                    true => self.fail(Error::system(format!("rank 0: descriptors for rank {rank}"), e)),
+                    true => self.fail(Error::system(
+                        format!("rank {}: descriptors for rank {rank}", self.party.rank),
+                        e,
+                    )),
                     false => self.left(rank as u32, Some(e)),
                 })?;
             }

@@ -229,26 +229,22 @@ unsafe fn optional(
     unsafe { read(at, name, tensor, aligned) }.map(Some)
 }
 
-/// An output: not wanted (NULL), a view (no data), or the caller's. A caller's empty tensor has a shape and no data.
+/// An output: not wanted (NULL), a view (no data), or the caller's. Of a tensor without data nothing else is read: what
+/// an earlier step left in it says nothing about this one.
 ///
 /// # Safety
 /// As `read`, or NULL.
 unsafe fn output(at: Place, name: &str, tensor: *mut a2a_tensor_t, aligned: bool) -> Result<Output> {
-    if tensor.is_null() {
-        return Ok(Output::Nothing);
-    }
-    // SAFETY: forwarded.
-    let raw = unsafe { &*tensor };
-    if raw.data.is_null() {
-        let ndim = raw.ndim.clamp(0, 3) as usize;
-        // SAFETY: a shape has ndim entries.
-        let empty = !raw.shape.is_null() && (0..ndim).any(|i| unsafe { raw.shape.add(i).read() } == 0);
-        if !empty {
+    // SAFETY: forwarded, here and below.
+    unsafe {
+        if tensor.is_null() {
+            return Ok(Output::Nothing);
+        }
+        if (*tensor).data.is_null() {
             return Ok(Output::View);
         }
+        read(at, name, tensor, aligned).map(Output::Into)
     }
-    // SAFETY: forwarded.
-    unsafe { read(at, name, tensor, aligned) }.map(Output::Into)
 }
 
 /// Reads a tensor of 4-byte elements whose token dimension is contiguous: [rows, S] or [blocks, rows, S].

@@ -240,8 +240,8 @@ pub struct a2a_tensor_dtype_t {
 /// The last dimension is contiguous. Rows of tokens are multiples of 16 bytes, 16-byte aligned, any multiple of
 /// 16 bytes apart. Rows of ids, weights, scales and extras have any size, aligned to their element.
 ///
-/// An output whose `data` is NULL receives a view into the slot: the library fills every field, and shape and
-/// strides stay owned by the routing. An output with `data` is the caller's and is filled.
+/// An output whose `data` is NULL receives a view into the slot: the library reads no other field and fills them all;
+/// shape and strides stay owned by the routing. An output with `data` is the caller's and is filled.
 #[repr(C)]
 pub struct a2a_tensor_t {
     /// First byte, before byte_offset.

@@ -1445,6 +1445,29 @@ static void test_no_tokens(void)
     close_rank(rank);
 }
 
+/* A tensor without data is a view whatever its other fields say: a step without rows left its shape there, or nobody did. */
+static void test_views_made_anew(void)
+{
+    a2a_config_t config = config_of(0, 1);
+    config.layout = A2A_LAYOUT_FLAT; /* whose views HOST_COUNTS cuts */
+    struct rank *rank = open_with(&config);
+    rank->dispatch_in.flags = A2A_DISPATCH_HOST_COUNTS;
+    rank->tokens_matrix.shape[0] = rank->ids_matrix.shape[0] = rank->weights_matrix.shape[0] = 0;
+    OK(a2a_dispatch(rank->comm, rank->routing, &rank->dispatch_in, &rank->dispatch_out, NULL));
+    CHECK(rank->rows.shape != NULL && rank->rows.shape[0] == 0);
+    rank->tokens_matrix.shape[0] = rank->ids_matrix.shape[0] = rank->weights_matrix.shape[0] = TOKENS;
+    for (int form = 0; form < 3; form++) {
+        rank->rows.data = NULL;
+        if (form >= 1) rank->rows.ndim = form == 1 ? INT32_MAX : 3;
+        if (form >= 2) rank->rows.shape = (int64_t *)(uintptr_t)8; /* of a routing that is gone, for one */
+        OK(a2a_dispatch(rank->comm, rank->routing, &rank->dispatch_in, &rank->dispatch_out, NULL));
+        CHECK(rank->dispatch_out.num_rows == TOKENS && rank->rows.data != NULL);
+        if (test_failed) return;
+        CHECK(memcmp(row_of(&rank->rows, TOKENS - 1), rank->tokens + (TOKENS - 1) * HIDDEN, HIDDEN * 4) == 0);
+    }
+    close_rank(rank);
+}
+
 /* NVLINK_TWO_SIDED has no rows of its own. */
 static void test_rows_that_are_not_kept(void)
 {
@@ -2070,6 +2093,7 @@ static const struct {
     TEST(order_of_calls),
     TEST(tensors),
     TEST(no_tokens),
+    TEST(views_made_anew),
     TEST(rows_that_are_not_kept),
     TEST(expert_outputs),
     TEST(weights_of_combine),

@@ -20,7 +20,8 @@ use a2a_fuzz::memory::{Memory, copy};
 use libfuzzer_sys::fuzz_target;
 
 /// The longest deadline that a call is given, and what a loaded machine may add.
-const DEADLINE_MS: i64 = 40;
+const DEADLINE_MS: i64 = 10;
+const SETUP_MS: i64 = 160;
 const GRACE: Duration = Duration::from_secs(8);
 /// A tensor that says more than this has no data, or is refused before anybody looks.
 const MOST_BYTES: i128 = 64 << 10;
@@ -262,6 +263,10 @@ impl<'a> Rank<'a> {
         let (experts, topk, tokens) =
             (1 + self.bytes.below(9), 1 + self.bytes.below(4), 1 + self.bytes.below(8));
         config.num_experts = self.int(experts as i32);
+        // What is legal stays small: the limit is another test's, and each expert of 65,536 costs what the fuzzer notes.
+        if (513..=1 << 16).contains(&config.num_experts) {
+            config.num_experts = 512;
+        }
         config.max_topk = self.int(topk as i32);
         config.max_tokens = self.int(tokens as i32);
         config.token_dtype = self.bytes.pick(&[0, 1, 2, 3, 4, 5]);
@@ -333,7 +338,7 @@ impl<'a> Rank<'a> {
         if self.bytes.odd() {
             config.allgather_user = self.memory.zeroed(8, 0).cast();
         }
-        config.setup_timeout_ms = 4 * DEADLINE_MS;
+        config.setup_timeout_ms = SETUP_MS;
         config.first_step_timeout_ms = 1 + self.bytes.byte() as i64 % DEADLINE_MS;
         config.timeout_ms = 1 + self.bytes.byte() as i64 % DEADLINE_MS;
         if self.bytes.odd() {
@@ -472,8 +477,13 @@ impl<'a> Rank<'a> {
             for dim in 0..tensor.ndim as usize {
                 shape[dim] = *tensor.shape.add(dim);
                 strides[dim] = *tensor.strides.add(dim);
-                assert!(shape[dim] >= 0 && strides[dim] >= 0, "a view of {shape:?} with strides {strides:?}");
             }
+            // A tensor of ours has the strides we gave it, wild ones where they mean nothing.
+            let counts = |dim: usize| shape[dim] > 1 && !shape.contains(&0);
+            assert!(
+                (0..3).all(|dim| shape[dim] >= 0 && (strides[dim] >= 0 || !counts(dim))),
+                "a view of {shape:?} with strides {strides:?}"
+            );
             if !shape.contains(&0) {
                 let last: i64 = shape.iter().zip(strides).map(|(size, stride)| (size - 1) * stride).sum();
                 let bytes = (last as usize + 1) * tensor.dtype.bits as usize / 8;
@@ -490,7 +500,7 @@ impl<'a> Rank<'a> {
 
     fn create(&mut self, config: *mut a2a_config_t) {
         let mut comm = null_mut();
-        self.timeout = Duration::from_millis(4 * DEADLINE_MS as u64);
+        self.timeout = Duration::from_millis(SETUP_MS as u64);
         // SAFETY: as the file's first lines say.
         if self.timed("a2a_create", true, || unsafe { a2a_create(config, &mut comm) }) {
             assert!(!comm.is_null());

@@ -128,7 +128,7 @@ test-clippy:
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 
 test-rust:
-	cargo test --release
+	cargo test --release --package a2a --package nccl-sys
 
 # A debug build checks every addition, and poisons views that have ended.
 test-debug:

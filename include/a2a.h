@@ -627,7 +627,7 @@ typedef struct a2a_dispatch_in_t {
     const struct a2a_tensor_t *extras[A2A_MAX_EXTRAS];
     /**
      * [num_ranks] every rank's T, host memory, read during the call; NULL = not known. Makes GATHERED outputs
-     * exactly sized.
+     * exactly sized. A2A_TRANSPORT_NCCL needs it, or A2A_DISPATCH_UNIFORM.
      */
     const int32_t *rank_tokens;
     /**
@@ -1032,7 +1032,10 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_TRANSPORT_WINDOW 1
 
 /**
- * NCCL collectives.
+ * NCCL collectives, for A2A_BACKEND_ALLGATHER_REDUCESCATTER on CUDA memory, one GPU a rank. Every dispatch needs
+ * rank_tokens or A2A_DISPATCH_UNIFORM; all ranks make their calls in one order, whatever the slots; a2a_recover is
+ * UNSUPPORTED, and a captured graph is not to be replayed after a loss. NCCL 2.19 or later is opened at run time: by the name in
+ * the environment's A2A_NCCL_LIB, else libnccl.so.2.
  */
 #define A2A_TRANSPORT_NCCL 2
 

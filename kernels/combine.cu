@@ -90,7 +90,8 @@ __device__ void pull_weights(const ReduceParams& p, uint32_t token, const Target
       const uint32_t owner = owner_of(p.owners, id);
       for (uint32_t i = 0; i < targets.count; ++i) {
         if (targets.rank[i] != owner) continue;
-        const uint64_t row = base + (gathered ? token : targets.row[i]);
+        uint64_t row = base + (gathered ? token : targets.row[i]);
+        if (p.flags & kReduceBrought) row = static_cast<uint64_t>(owner) * p.meet.seat.bound + token;
         value = reinterpret_cast<const float*>(window_of(p.meet.seat, owner) + p.from_weights)[row * p.topk + k];
       }
     }
@@ -131,6 +132,13 @@ __device__ __forceinline__ bool await_flags(const Seat& seat) {
   }
 }
 
+// A token's result of a rank, where results were brought here.
+__device__ __forceinline__ const uint8_t* brought(const ReduceParams& p, uint32_t rank, uint32_t token) {
+  const Seat& seat = p.meet.seat;
+  if (rank == seat.rank) return p.own + token * p.row_bytes;
+  return window_of(seat, seat.rank) + p.from_rows + (static_cast<uint64_t>(rank) * seat.bound + token) * p.row_bytes;
+}
+
 // Sums a part of a token's results. `few`: the block waits for itself, behind one that meets. `pairs`: results are weighted, one
 // for each choice. A block calls it; `rows` and `targets` are its shared memory.
 template <class From, class To, bool few, bool pairs>
@@ -169,6 +177,7 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
         for (uint32_t before = 0; before < rank; ++before) number -= absent.has(before);
       }
       rows[number] = window_of(seat, rank) + p.from_rows + (base + token) * p.row_bytes;
+      if (p.flags & kReduceBrought) rows[number] = brought(p, rank, token);
     }
   } else if (threadIdx.x < 32) {
     const uint64_t at = static_cast<uint64_t>(token) * p.fanout + lane;
@@ -177,6 +186,7 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
     if (rank >= 0) {
       targets.rank[lane] = rank, targets.row[lane] = row;
       rows[lane] = window_of(seat, rank) + p.from_rows + (base + row) * p.row_bytes;
+      if (p.flags & kReduceBrought) rows[lane] = brought(p, rank, token);
     }
     const uint32_t found = __ballot_sync(~0u, rank >= 0);
     if (lane == 0) targets.count = __popc(found);

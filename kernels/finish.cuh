@@ -332,7 +332,7 @@ struct Finish {
     for (uint32_t i = tid; totals == nullptr && receive.expert_counts != nullptr && i < receive.local; i += blockDim.x) {
       receive.expert_counts[i] = 0;
     }
-    bool lost = false;
+    bool lost = receive.flags & kCarried && lose_if_broken(seat, wait, end.meeting, receive.slot);
     for (bool is_new = true; !lost; is_new = false) {
       const bool here = !role.looks || look_for_flags(first, is_new);
       if (__syncthreads_and(here)) break;

@@ -17,4 +17,6 @@
 
 #include "quant.cu"
 
+#include "mark.cu"
+
 #include "poison.cu"

@@ -51,8 +51,9 @@ __device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_
   __syncthreads();
   const uint32_t source = where[0], place = where[1];
   const bool pads = source == seat.ranks;
-  const uint8_t* window = window_of(seat, gathered && !pads ? source : seat.rank);
-  const uint64_t from_row = gathered ? place : row;
+  const bool apart = gathered && !(p.flags & kTogether);
+  const uint8_t* window = window_of(seat, apart && !pads ? source : seat.rank);
+  const uint64_t from_row = apart ? place : row;
   // The block of rows, and the row in it, where outputs have blocks.
   const uint64_t block = gathered ? 0 : row / p.block, inside = gathered ? row : row % p.block;
   const uint32_t start = part * blockDim.x + tid, step = p.splits * blockDim.x;

@@ -69,6 +69,11 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     if (tid == 0) slot.state = kCombineSent;
     return true;
   }
+  if (p.flags & kMeetCarried && lose_if_broken(seat, wait, meeting, p.slot)) {
+    if (tid == 0) slot.whole = 0;
+    void_status(seat, p.status);
+    return false;
+  }
   if (!__syncthreads_and(here)) {
     for (uint32_t polls = 1;; ++polls) {
       here = true;

@@ -22,6 +22,10 @@ extern "C" __global__ void __launch_bounds__(kOpenThreads) a2a_open(const __grid
   const uint64_t started = ptx::globaltimer();
   if (threadIdx.x == 0) slot.started = started;
   if (slot.closed != 0 || (state != kDispatched && state != kOverflowed)) return;
+  if (p.flags & kAlone) {
+    if (threadIdx.x == 0) slot.state = kOpened;
+    return;
+  }
   const auto tell = [&](uint8_t* box) {
     ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kRead, 0));
     ptx::st_release_sys(mail64(box, kReadFlag), pack(epoch, 0));

@@ -378,6 +378,51 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   return trouble == Trouble::kNone;
 }
 
+// Where collectives carry the flags, the host ends one that does not come to its end, and nothing of the step counts then,
+// whatever part of it has come: gives the step up, if so. A whole block calls it.
+__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, Meeting& meeting, uint32_t slot) {
+  const uint64_t broken = ptx::ld_acquire_sys(&seat.control->broken);
+  if (!__syncthreads_or(broken >> slot & 1)) return false;
+  if (threadIdx.x == 0) {
+    meeting.best = ~0ull;
+    meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
+  }
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
+  __syncthreads();
+  if (meeting.aborted) {
+    if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
+    __syncthreads();
+    return true;
+  }
+#pragma unroll 1
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
+    if (ptx::ld_acquire_sys(&seat.control->dead[peer]) == 0) continue;
+    mark(meeting, peer);
+    atomicMin(&meeting.best, static_cast<unsigned long long>(peer));
+  }
+  __syncthreads();
+  const bool gone = meeting.best != ~0ull;
+  // A collective does not say whom it waited for.
+#pragma unroll 1
+  for (uint32_t peer = threadIdx.x; peer < seat.ranks && !gone; peer += blockDim.x) {
+    if (peer != seat.rank) mark(meeting, peer);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool first_step = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
+    const uint64_t budget = ptx::ld_relaxed_sys(first_step ? &seat.control->first_step_ns : &seat.control->step_ns);
+    const uint32_t peer = gone ? meeting.best : seat.rank == 0 ? 1 : 0;
+    if (gone) {
+      meeting.loss = {kPeerLost, kCauseGone, peer, 3, seat.rank, wait.epoch, 0, 0};
+    } else {
+      meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, 0, budget};
+    }
+  }
+  lose(seat, wait, meeting);
+  return true;
+}
+
 // Waits, as a block, until every rank's flag has reached the epoch; false if the step is lost. `started`: when the
 // call's first wait began.
 __device__ __forceinline__ bool await(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {

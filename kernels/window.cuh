@@ -77,9 +77,11 @@ struct Control {
   uint32_t reserved;
   uint64_t first_step_ns;
   uint64_t step_ns;
+  // By bit: slots whose collectives the host has ended, so that nothing of what they carried counts.
+  uint64_t broken;
   uint32_t dead[kMaxRanks];
 };
-static_assert(sizeof(Control) == 24 + 4 * kMaxRanks);
+static_assert(sizeof(Control) == 32 + 4 * kMaxRanks);
 
 // Pinned, two a slot: why it is closed; what its state did not allow.
 struct Record {
@@ -284,7 +286,8 @@ struct Receive {
   // [local experts], to be zeroed for the kernel that counts, or null.
   int32_t* expert_counts;
   uint32_t local;
-  // 1: every rank has this rank's number of tokens; 2: told is set; 4: rows are published, not pushed.
+  // 1: every rank has this rank's number of tokens; 2: told is set; 4: rows are published, not pushed; 8: flags come by
+  // collectives.
   uint32_t flags;
   // The rows of a dispatch as a copy moves them; bytes of all planes.
   uint64_t wire_bytes;
@@ -297,16 +300,31 @@ struct Receive {
   int32_t told[kToldRanks];
   // [ranks], for more ranks than `told` has room for, or null.
   const int32_t* told_more;
+  // Its number, for `broken`.
+  uint32_t slot;
+  uint32_t reserved;
 };
-constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;
+constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4, kCarried = 8;
 // In `rows`: the step is void because a rank (bits 32 to 62) would receive too many rows (bits 0 to 31).
 constexpr uint64_t kTooMany = 1ull << 63;
-static_assert(sizeof(Receive) == 64 + 64 + 256 + 8);
+static_assert(sizeof(Receive) == 64 + 64 + 256 + 16);
+
+// a2a_mark: which step's collective has begun, or has ended, to a word of the pinned memory.
+struct MarkParams {
+  const Slot* slot;
+  uint64_t* to;
+};
+static_assert(sizeof(MarkParams) == 16);
 
 // a2a_open: the "rows read" words of a dispatch that follows a dispatch.
 struct OpenParams {
   Seat seat;
+  // 1: no peer touches this rank's window, and none is waited for.
+  uint32_t flags;
+  uint32_t reserved;
 };
+constexpr uint32_t kAlone = 1;
+static_assert(sizeof(OpenParams) == sizeof(Seat) + 8);
 
 // a2a_route: where each token's rows go, where tokens are many.
 struct RouteParams {
@@ -558,13 +576,13 @@ struct LandParams {
   uint32_t block;
   uint32_t topk;
   uint32_t outs;
-  // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64
+  // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64; 8: gathered rows lie together, in this rank's own window
   uint32_t flags;
   uint32_t splits;
   uint32_t blocks;
   Out out[4 + kSides];
 };
-constexpr uint32_t kGathered = 1, kZeroPadding = 2, kWideIds = 4;
+constexpr uint32_t kGathered = 1, kZeroPadding = 2, kWideIds = 4, kTogether = 8;
 constexpr uint32_t kOutOther = 0, kOutTokens = 1, kOutIds = 2, kOutWeights = 3, kOutSource = 4,
                    kOutInPlace = 8;
 static_assert(sizeof(LandParams) == sizeof(Seat) + 40 + 48 + 24 + 56 * (4 + kSides));
@@ -610,11 +628,12 @@ struct MeetParams {
   uint32_t digest;
   uint32_t tokens;
   // 1: sends; 2: waits; 4: every rank has a result for every token; 8: follows a2a_stage; 16: nothing sums behind it; 32:
-  // results go through FIFOs
+  // results go through FIFOs; 64: flags come by collectives
   uint32_t flags;
-  uint32_t reserved;
+  uint32_t slot;
 };
-constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32;
+constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32,
+                   kMeetCarried = 64;
 static_assert(sizeof(MeetParams) == sizeof(Seat) + 88);
 
 // a2a_reduce_*, a2a_weigh_*: each token's results, summed, or weighted and summed.
@@ -644,11 +663,14 @@ struct ReduceParams {
   // 16-byte vectors of a result.
   uint32_t vectors;
   uint32_t splits;
-  // 1: gathered; 2: every rank has a result; 4: adds what stands in out; 8: rows are those of one list
+  // 1: gathered; 2: every rank has a result; 4: adds what stands in out; 8: rows are those of one list; 16: results were
+  // brought into this rank's own window, `bound` rows of each rank
   uint32_t flags;
+  // Where this rank's own results for its tokens are, if those were brought.
+  const uint8_t* own;
 };
-constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4, kReducePacked = 8;
-static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 112 + 24);
+constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4, kReducePacked = 8, kReduceBrought = 16;
+static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 112 + 24 + 8);
 
 // What a rank has on offer, to be sent through FIFOs: rows of a dispatch, or results.
 struct Offer {

@@ -7,7 +7,8 @@
 //! every failure) gives other cells.
 //!
 //! A2A_TEST_DEVICE=cuda (or cuda:N, cuda:rank) runs it all on CUDA memory, one test at a time. What the library refuses
-//! there, or what only means something on the CPU, is ignored with its reason.
+//! there, or what only means something on the CPU, is ignored with its reason. With A2A_TEST_TRANSPORT=nccl beside it the cells
+//! of `allgather` run over NCCL, which takes a GPU for each rank.
 
 use std::alloc::{GlobalAlloc, Layout as AllocLayout, System};
 use std::collections::BTreeSet;
@@ -80,6 +81,10 @@ const QUANTS: [Option<(Scale, bool)>; 8] = [
     Some((Scale::Ue8m0, false)),
 ];
 
+fn over_nccl() -> bool {
+    std::env::var("A2A_TEST_TRANSPORT").is_ok_and(|transport| transport == "nccl")
+}
+
 impl Backend {
     fn name(self) -> &'static str {
         match self {
@@ -128,6 +133,9 @@ impl Backend {
             Backend::HtFlat | Backend::HtContiguous => self.layout_code(),
             _ => A2A_LAYOUT_AUTO,
         };
+        if self == Backend::Gather && over_nccl() {
+            config.transport = A2A_TRANSPORT_NCCL;
+        }
     }
     fn by_expert(self) -> bool {
         self.layout(1).by_expert()
@@ -139,6 +147,10 @@ impl Backend {
     /// Rows lie in the window; NVLINK_TWO_SIDED has them in the caller's tensors alone, and moves them in RECV.
     fn keeps_rows(self) -> bool {
         self != Backend::TwoSided
+    }
+    /// All ranks use the slots in one order: collectives that one rank has in another order than its peer wait for each other.
+    fn keeps_order(self) -> bool {
+        self == Backend::Gather && over_nccl()
     }
     /// A whole dispatch raises its flags only when it knows everybody's counts.
     fn waits_for_counts(self) -> bool {
@@ -526,7 +538,8 @@ impl Cell {
             let mut slots: Vec<usize> = (0..self.slots).collect();
             rng.shuffle(&mut slots);
             slots.truncate(if shape == "flight" { self.slots } else { 1 });
-            let permuted = slots.len() > 1 && slots.iter().all(|&slot| idle[slot]) && permuted.deal(rng);
+            let free = !self.backend.keeps_order() && slots.iter().all(|&slot| idle[slot]);
+            let permuted = slots.len() > 1 && free && permuted.deal(rng);
             let order = if permuted { Order::Rotated } else { Order::Same };
             let mut steps = Vec::new();
             for slot in slots {
@@ -710,7 +723,8 @@ impl Cell {
             wide_ids: Rng::new(&[step.ids_seed, rank as u64, 5]).one_in(2),
             strided: rng.one_in(3),
             null_when_empty: rng.one_in(2),
-            rank_tokens: rng.one_in(4),
+            // Who carries rows over NCCL knows how many there are.
+            rank_tokens: rng.one_in(4) || over_nccl(),
             uniform: equal && rng.one_in(3),
             host_counts: rng.one_in(4),
             zero_padding: rng.one_in(4),
@@ -2143,6 +2157,7 @@ fn small_input() -> DispatchIn {
         topk_weights: Some(Tensor::of(F32, &[T, K], &1.0f32.to_le_bytes().repeat(T * K))),
         scales: Some(Tensor::of(F32, &[T, 4], &[8; T * 16])),
         extras,
+        flags: if over_nccl() { A2A_DISPATCH_UNIFORM } else { 0 },
         ..Default::default()
     }
 }

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 /// Top to bottom; two names in one row do not know each other.
 const LAYERS: [&[&str]; 5] = [&["abi"], &["comm"], &["backend"], &["transport", "memory"], &["device"]];
 const LEAVES: [&str; 4] = ["error", "config", "log", "fault"];
-/// Where `unsafe` may stand, and nowhere else.
+/// Where `unsafe` may stand, and nowhere else: in these, and in the files that call what is loaded at run time.
 const UNSAFE: [&str; 3] = ["abi", "memory", "device"];
+const LOADERS: [&str; 1] = ["transport/nccl.rs"];
 /// Where the CUDA driver may be named.
 const DRIVER: [&str; 2] = ["memory", "device"];
 /// Words that device code may not have: a trap is an error of the caller's whole context for good, and a print takes a
@@ -107,7 +108,10 @@ fn arrows_point_down_and_unsafe_stays_below() {
             path.display()
         );
         let text = fs::read_to_string(&path).unwrap();
-        found.extend(offences(&module, &text).into_iter().map(|o| format!("{}: {o}", path.display())));
+        let loads = LOADERS.iter().any(|loader| path.ends_with(loader));
+        let offences =
+            offences(&module, &text).into_iter().filter(|o| !(loads && o.ends_with("has unsafe code")));
+        found.extend(offences.map(|o| format!("{}: {o}", path.display())));
     }
     assert!(found.is_empty(), "{}", found.join("\n"));
 }

@@ -67,7 +67,10 @@ pub type a2a_transport_t = i32;
 pub const A2A_TRANSPORT_AUTO: a2a_transport_t = 0;
 /// Memory that every rank addresses directly: shared memory, or CUDA memory over NVLink.
 pub const A2A_TRANSPORT_WINDOW: a2a_transport_t = 1;
-/// NCCL collectives.
+/// NCCL collectives, for A2A_BACKEND_ALLGATHER_REDUCESCATTER on CUDA memory, one GPU a rank. Every dispatch needs
+/// rank_tokens or A2A_DISPATCH_UNIFORM; all ranks make their calls in one order, whatever the slots; a2a_recover is
+/// UNSUPPORTED, and a captured graph is not to be replayed after a loss. NCCL 2.19 or later is opened at run time: by the name in
+/// the environment's A2A_NCCL_LIB, else libnccl.so.2.
 pub const A2A_TRANSPORT_NCCL: a2a_transport_t = 2;
 /// NIXL (UCX: shared memory, TCP, InfiniBand, RoCE).
 pub const A2A_TRANSPORT_NIXL: a2a_transport_t = 3;
@@ -552,7 +555,7 @@ pub struct a2a_dispatch_in_t {
     /// [T, *] or [T] each, any element type. Entry i needs extra_row_bytes[i]. May be absent.
     pub extras: [*const a2a_tensor_t; A2A_MAX_EXTRAS],
     /// [num_ranks] every rank's T, host memory, read during the call; NULL = not known. Makes GATHERED outputs
-    /// exactly sized.
+    /// exactly sized. A2A_TRANSPORT_NCCL needs it, or A2A_DISPATCH_UNIFORM.
     pub rank_tokens: *const i32,
     /// M: the bound on T in this step, the same on every rank; 0 = max_tokens.
     pub max_tokens: i32,

@@ -164,6 +164,8 @@ impl Comm {
             status = self.check_small(device, "status", region, &recv.status, Element::I32, 4 + ranks)?;
             out = Some(tensor.rows);
         }
+        // Lent to the call: nobody else looks at the list meanwhile.
+        let told = std::mem::take(&mut sent.rank_tokens);
         let c = Combine {
             call,
             memory: &routing.memory,
@@ -171,6 +173,7 @@ impl Comm {
             grid: sent.grid,
             tokens: sent.tokens,
             everyone: sent.everyone,
+            rank_tokens: (!told.is_empty()).then_some(&told[..]),
             send: fresh.as_ref().and_then(|f| f.rows),
             send_type: send_type.unwrap_or(Float::F32),
             hidden,
@@ -184,20 +187,23 @@ impl Comm {
             accumulate: flags & ACCUMULATE != 0,
             status,
         };
+        let mut outcome = Ok(());
         if fresh.is_some() {
-            self.step(device, &call, Half::CombineSend, status, |device| {
+            outcome = self.step(device, &call, Half::CombineSend, status, |device| {
                 sent.hidden = hidden;
                 sent.send_type = send_type;
                 sent.weighting = weighting;
                 sent.has_row_weights = has_row_weights;
                 self.backend.combine_send(device, &c)
-            })?;
+            });
         }
-        if recv.is_some() {
-            self.step(device, &call, Half::CombineRecv, status, |device| {
+        if recv.is_some() && outcome.is_ok() {
+            outcome = self.step(device, &call, Half::CombineRecv, status, |device| {
                 self.backend.combine_recv(device, &c)
-            })?;
+            });
         }
+        sent.rank_tokens = told;
+        outcome?;
         let address = device.view(routing.slot, Region::Status);
         let view = View::new(address, Element::I32, &[4 + self.config.num_ranks as i64]);
         Ok(matches!(status, Target::View).then_some(view))

@@ -5,7 +5,7 @@ use super::history::What;
 use super::routing::{Routing, Sent};
 use super::tensor::{ColumnTensor, Element, Output, Tensor, View};
 use super::{Comm, lock};
-use crate::config::{LayoutKind, MAX_EXTRAS, QuantKind, ROW_ALIGN, ScaleLayout};
+use crate::config::{LayoutKind, MAX_EXTRAS, QuantKind, ROW_ALIGN, ScaleLayout, TransportKind};
 use crate::device::grid::Grid;
 use crate::device::map::{IDS, PLANES, Plane, SCALES, SOURCE, TOKENS, WEIGHTS, received_bytes};
 use crate::device::{
@@ -181,7 +181,7 @@ impl Comm {
                 }
             },
             ids_are_64: fresh.as_ref().is_some_and(|fresh| fresh.ids_are_64),
-            rank_tokens: None,
+            rank_tokens: send.and_then(|send| send.rank_tokens),
             uniform: flags & UNIFORM != 0,
             recv: wanted.planes,
             ids_out_are_64: wanted.ids_are_64,
@@ -393,6 +393,12 @@ impl Comm {
             }
         } else if gathers && flags & UNIFORM != 0 {
             rows = members.len() as u64 * tokens as u64;
+        }
+        if self.plan.transport == TransportKind::Nccl && send.rank_tokens.is_none() && flags & UNIFORM == 0 {
+            return invalid(
+                "rank_tokens is NULL and flags has no A2A_DISPATCH_UNIFORM: with transport nccl every rank must know how many                  tokens each has"
+                    .into(),
+            );
         }
         sent.capacity = rows as u32;
         let send = Outbound { shape: sent.shape, tokens: sent.tokens, planes: send.planes(), quant };

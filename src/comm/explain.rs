@@ -9,9 +9,10 @@ use crate::config::{BackendKind, Config, DeviceKind, LayoutKind, MAX_ROWS, Trans
 use crate::config::{QuantKind, ScaleLayout};
 use crate::device::cuda;
 use crate::device::grid::Grid;
-use crate::device::map::{Map, PLANES, Plane, RoutingMap, Sizes};
+use crate::device::map::{Map, PLANES, Plane, RoutingMap, Sizes, Uses};
 use crate::error::{Error, Result, Status};
 use crate::memory::vmm;
+use crate::transport::nccl;
 
 /// AUTO, in order of preference among those that offer the layout and fit into memory_limit. Without a layout the
 /// first is chosen, whose rows need no counts. Two strategies compete for a layout on CPU windows, HIGH_THROUGHPUT and
@@ -129,8 +130,20 @@ fn check_fields(config: &Config) -> Result<()> {
     if config.has_nccl_comm {
         return refuse("nccl_comm", "set".into(), "NULL");
     }
-    if !matches!(config.transport, TransportKind::Auto | TransportKind::Window) {
-        return refuse("transport", config.transport.name().into(), "auto (0) and window (1)");
+    match config.transport {
+        TransportKind::Auto | TransportKind::Window => {}
+        TransportKind::Nccl if config.device == DeviceKind::Cpu => {
+            return Err(Error::unsupported(format!(
+                "rank {}: transport is nccl (2), which carries GPU memory, and device is cpu (1)",
+                config.rank
+            )));
+        }
+        TransportKind::Nccl => nccl::probe()
+            .map(|_| ())
+            .map_err(|e| e.context(format!("rank {}: transport is nccl (2)", config.rank)))?,
+        TransportKind::Nixl => {
+            return refuse("transport", "nixl (3)".into(), "auto (0), window (1) and nccl (2)");
+        }
     }
     Ok(())
 }
@@ -142,6 +155,9 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
     }
     if config.device == DeviceKind::Cuda && !ON_CUDA.contains(&kind) {
         return Err("not on cuda in this build".into());
+    }
+    if config.transport == TransportKind::Nccl && kind != BackendKind::AllgatherReducescatter {
+        return Err("transport nccl carries allgather_reducescatter alone".into());
     }
     let offered = kind.layouts();
     if config.layout != LayoutKind::Auto && !offered.contains(&config.layout) {
@@ -261,7 +277,10 @@ pub fn plan(config: &Config) -> Result<Plan> {
         device: config.device,
         backend,
         layout,
-        transport: TransportKind::Window,
+        transport: match config.transport {
+            TransportKind::Auto => TransportKind::Window,
+            transport => transport,
+        },
         reason,
         map,
         routing,
@@ -315,7 +334,10 @@ fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
         quantises: config.quant != QuantKind::None,
         columns: config.scale_layout == ScaleLayout::Column,
         combine_bytes: config.max_combine_bytes(),
-        uses: backend::of(kind).map(|b| b.uses()).unwrap_or_default(),
+        uses: Uses {
+            carried: config.transport == TransportKind::Nccl,
+            ..backend::of(kind).map(|b| b.uses()).unwrap_or_default()
+        },
         fifo_rows: config.fifo_rows,
         fifo_pieces: 0,
     };

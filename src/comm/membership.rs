@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Comm, lock};
-use crate::config::MAX_TIMEOUT_MS;
+use crate::config::{MAX_TIMEOUT_MS, TransportKind};
 use crate::device::members::Members;
 use crate::device::{Device, Membership, Standing};
 use crate::error::{Error, Result, Status};
@@ -41,6 +41,11 @@ impl Comm {
     pub fn recover(&self, timeout_ms: i64, patience_ms: i64) -> Result<Recovered> {
         let (_call, device) = self.enter()?;
         let rank = self.config.rank;
+        if self.plan.transport == TransportKind::Nccl {
+            return Err(Error::unsupported(format!(
+                "rank {rank}: transport nccl does not recover: destroy the comm and create one among the survivors"
+            )));
+        }
         let milliseconds = |name: &str, value: i64, default: u64| match value {
             0 => Ok(default),
             1..=MAX_TIMEOUT_MS => Ok(value as u64),

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{self, Backend};
-use crate::config::{Config, DeviceKind, MAX_TIMEOUT_MS};
+use crate::config::{Config, DeviceKind, MAX_TIMEOUT_MS, TransportKind};
 use crate::device::cuda::{self, Cuda};
 use crate::device::grid::Grid;
 use crate::device::host::Host;
@@ -31,6 +31,7 @@ use crate::log::{Level, log};
 use crate::memory::vmm::{self, VmmWindow};
 use crate::memory::{Mapped, WindowFd, Windows};
 use crate::transport::bootstrap;
+use crate::transport::nccl::{self, Communicators};
 
 pub use crate::transport::bootstrap::{decline, new_unique_id};
 pub use combine::{CombineRecv, CombineSend};
@@ -60,7 +61,7 @@ pub struct Comm {
     windows: Mapped,
     past: Mutex<Past>,
     /// Ends with the comm, in this order: peers learn of it, then the thread stops.
-    alive: Mutex<Option<(Lifeline, Watchdog)>>,
+    alive: Mutex<Option<(Lifeline, Watchdog, Option<nccl::Watch>)>>,
     /// Held by the call in flight.
     in_call: Mutex<()>,
     /// Why the comm as a whole has failed.
@@ -91,7 +92,10 @@ impl Comm {
         let health = Arc::new(Health::new(config.num_ranks));
 
         let mut own = None;
-        let mut gathered = bootstrap::gather(&config, || {
+        let carried = plan.transport == TransportKind::Nccl;
+        let started = Instant::now();
+        let gift = || if carried { nccl::new_id() } else { Ok(Vec::new()) };
+        let mut gathered = bootstrap::gather(&config, gift, || {
             // Refused here and not before, so that the other ranks hear of it.
             explain::affordable(&config)?;
             let (lifeline, mut fds) = Lifeline::new(rank)?;
@@ -103,8 +107,10 @@ impl Comm {
         let Some((lifeline, window)) = own else { return Err(Error::internal("no window was made")) };
         let fds = std::mem::take(&mut gathered.fds);
         let key = gathered.key;
-        let built = build(&config, &plan, &health, window, fds);
-        let Built { device, windows, watchdog } = match built {
+        let id =
+            carried.then(|| (&gathered.gift[..], started + Duration::from_millis(config.meeting.timeout_ms)));
+        let built = build(&config, &plan, &health, window, fds, id);
+        let Built { device, windows, watchdog, watch } = match built {
             Ok(built) => {
                 fault::at(Point::CreateMapped);
                 gathered.finish(Ok(()))?;
@@ -133,7 +139,7 @@ impl Comm {
             key,
             windows,
             past: Mutex::default(),
-            alive: Mutex::new(Some((lifeline, watchdog))),
+            alive: Mutex::new(Some((lifeline, watchdog, watch))),
             in_call: Mutex::new(()),
             failure: Mutex::new(None),
             first_step_timeout_ms: AtomicU64::new(config.first_step_timeout_ms),
@@ -367,8 +373,8 @@ impl Comm {
                     let lost = error.loss.as_deref().map_or(&[][..], |loss: &Loss| &loss.lost);
                     device.void_status(status, call.slot, lost);
                 }
-                // What a driver refused leaves nothing to count on.
-                if error.status == Status::Cuda {
+                // What a driver or NCCL refused leaves nothing to count on.
+                if matches!(error.status, Status::Cuda | Status::Nccl) {
                     self.fail(error.clone());
                 }
                 // The abort's own sentence is the one on record.
@@ -525,6 +531,7 @@ struct Built {
     device: Arc<dyn Device>,
     windows: Mapped,
     watchdog: Watchdog,
+    watch: Option<nccl::Watch>,
 }
 
 /// Maps every window, puts this rank's own into its first state and starts the watchdog. No rank steps before all
@@ -535,6 +542,7 @@ fn build(
     health: &Arc<Health>,
     own: OwnWindow,
     fds: Vec<Vec<OwnedFd>>,
+    id: Option<(&[u8], Instant)>,
 ) -> Result<Built> {
     let (rank, bytes) = (config.rank, plan.memory().window);
     let mut windows = Vec::with_capacity(fds.len());
@@ -550,6 +558,7 @@ fn build(
         watched.push(fds);
     }
     let (map, experts) = (plan.map.clone(), config.experts.clone());
+    let mut watch = None;
     let (device, mapped): (Arc<dyn Device>, _) = match own {
         OwnWindow::Host => {
             let adopted = windows.into_iter().zip(0..).map(|(fd, peer)| WindowFd::adopt(peer, fd, bytes));
@@ -558,11 +567,28 @@ fn build(
             let host = Host::new(rank, map, experts, windows.bases(), health.clone());
             (Arc::new(host), Mapped::Host(windows))
         }
-        OwnWindow::Cuda(ground, window) => {
+        OwnWindow::Cuda(mut ground, window) => {
             let attic = vmm::attic(watched[0][0].as_fd())?;
-            let lifelines = watched.iter().map(|fds| fds[0].as_fd());
-            let windows = vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?;
+            let (windows, wire) = match id {
+                None => {
+                    let lifelines = watched.iter().map(|fds| fds[0].as_fd());
+                    (vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?, None)
+                }
+                Some((id, deadline)) => {
+                    let context = ground.context().clone();
+                    let _entered = context.enter()?;
+                    let group = (rank, config.num_ranks, config.num_slots);
+                    let wire = Communicators::create(group, id, deadline);
+                    let wire = Arc::new(wire.map_err(|e| e.context(format!("rank {rank}")))?);
+                    ground.carried_by(wire.clone());
+                    (vmm::Windows::alone(window, config.num_ranks), Some(wire))
+                }
+            };
             let cuda = Cuda::new(rank, map, experts, windows.bases(), health.clone(), *ground, attic)?;
+            if let Some((wire, (_, deadline))) = wire.zip(id) {
+                cuda.warm_up(deadline)?;
+                watch = Some(nccl::Watch::start(wire, cuda.lookout(), health.clone())?);
+            }
             (Arc::new(cuda), Mapped::Cuda(windows))
         }
     };
@@ -570,5 +596,5 @@ fn build(
     device.set_timeout(milliseconds(config.first_step_timeout_ms), milliseconds(config.timeout_ms));
     watched[rank as usize].clear();
     let watchdog = Watchdog::start(rank, watched, health.clone())?;
-    Ok(Built { device, windows: mapped, watchdog })
+    Ok(Built { device, windows: mapped, watchdog, watch })
 }

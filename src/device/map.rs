@@ -4,7 +4,7 @@
 //! ```text
 //! window   gone words | slot 0 | slot 1 | ...
 //! slot     mailboxes | loss masks | counts | small outputs | words of FIFOs' entries
-//!          | published rows | banks | received rows | combine rows, combine weights | FIFOs
+//!          | published rows | banks | received rows | combine rows, combine weights | brought results, weights | FIFOs
 //! ```
 //! A mailbox (`mail`) is what one source rank writes into another's window. Which regions of rows exist is the strategy's to
 //! say (`Uses`). A step packs its own rows from a region's start.
@@ -55,6 +55,9 @@ pub struct Uses {
     pub rows: bool,
     /// A FIFO for each source.
     pub fifos: bool,
+    /// Collectives bring what others have: results of every rank for this rank's tokens, published scales that are to lie
+    /// by column. Nobody else reads or writes the window.
+    pub carried: bool,
 }
 
 /// The maxima a map is made from.
@@ -160,6 +163,9 @@ pub struct Map {
     received: [u64; PLANES],
     combine: u64,
     combine_weights: u64,
+    brought: u64,
+    brought_weights: u64,
+    brought_scales: u64,
     fifos: u64,
     entry_bytes: u64,
 }
@@ -207,6 +213,10 @@ impl Map {
         });
         let combine = at.take(rows.checked_mul(sizes.combine_bytes));
         let combine_weights = at.take(rows.checked_mul(sizes.combine_weight_bytes()));
+        let brought = |bytes: u64| if uses.carried { (ranks * bound).checked_mul(bytes) } else { Some(0) };
+        let results = at.take(brought(sizes.combine_bytes));
+        let weights = at.take(brought(sizes.combine_weight_bytes()));
+        let scales = at.take(brought(if sizes.columns { sizes.plane_bytes[SCALES] as u64 } else { 0 }));
         let entry_bytes = sizes.entry_bytes();
         let entries = if uses.fifos { ranks * sizes.fifo_rows as u64 } else { 0 };
         let fifos = at.take(entries.checked_mul(entry_bytes));
@@ -235,6 +245,9 @@ impl Map {
             received,
             combine,
             combine_weights,
+            brought: results,
+            brought_weights: weights,
+            brought_scales: scales,
             fifos,
             entry_bytes,
         })
@@ -338,6 +351,18 @@ impl Map {
     /// float32[`Sizes::rows`, top-k or 1].
     pub fn combine_weights(&self, slot: u32) -> u64 {
         self.slot(slot) + self.combine_weights
+    }
+    /// ranks * max_tokens results, a step's own bound apart by rank.
+    pub fn brought(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.brought
+    }
+    /// The values beside them.
+    pub fn brought_weights(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.brought_weights
+    }
+    /// Everybody's rows of scales, one behind the other, where views have them by column.
+    pub fn brought_scales(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.brought_scales
     }
     /// On CUDA, u64[ranks][rows of a FIFO][pieces]: by source, which row it wrote last, + 1; then u64[ranks][rows of a FIFO]:
     /// by receiver, which row it took.
@@ -485,6 +510,7 @@ mod tests {
         let pushed = Uses { counts: true, banks: true, rows: true, ..Uses::default() };
         for (layout, uses) in [
             (LayoutKind::Gathered, Uses { published: true, rows: true, ..Uses::default() }),
+            (LayoutKind::Gathered, Uses { published: true, rows: true, carried: true, ..Uses::default() }),
             (LayoutKind::RankMajor, Uses { rows: true, ..Uses::default() }),
             (LayoutKind::Flat, pushed),
             (LayoutKind::ExpertPadded, pushed),
@@ -525,6 +551,11 @@ mod tests {
                 if uses.rows {
                     regions.push((map.combine(slot), rows * 14336));
                     regions.push((map.combine_weights(slot), rows * 4));
+                }
+                if uses.carried {
+                    regions.push((map.brought(slot), sent * 14336));
+                    regions.push((map.brought_weights(slot), sent * 32));
+                    regions.push((map.brought_scales(slot), sent * 92));
                 }
             }
             regions.retain(|(_, bytes)| *bytes > 0);

@@ -376,6 +376,9 @@ impl Stream {
     pub fn none() -> Stream {
         Stream(std::ptr::null_mut())
     }
+    pub fn raw(self) -> *mut std::ffi::c_void {
+        self.0
+    }
 }
 
 /// One call's use of a slot.
@@ -552,6 +555,8 @@ pub struct Combine<'a> {
     pub tokens: u32,
     /// Gathered without ids: every rank has a result for every token.
     pub everyone: bool,
+    /// Every rank's tokens, as this rank was told.
+    pub rank_tokens: Option<&'a [i32]>,
     /// The experts' rows; `None` if they stand in the combine rows already.
     pub send: Option<Rows>,
     pub send_type: Float,
@@ -606,6 +611,58 @@ impl Drop for Block {
             free(self.ptr, self.bytes);
         }
     }
+}
+
+/// Bytes that collectives move, the same kinds in the same order on every rank.
+#[derive(Clone, Copy, Debug)]
+pub enum Move {
+    /// This rank's rows to all, which have every rank's, one behind the other.
+    Gather { from: u64, to: u64, row_bytes: u64 },
+    /// The words of a mailbox of this rank's to all: in place, rank after rank.
+    Words { at: u64, bytes: u64 },
+    /// To each rank the rows that are its own, of rows of all ranks, one behind the other; from each this rank's, `apart` bytes
+    /// from one rank's to the next's. `own`: this rank's too.
+    Scatter { from: u64, to: u64, row_bytes: u64, apart: u64, own: bool },
+}
+
+/// How many rows each rank has.
+#[derive(Clone, Copy, Debug)]
+pub enum Counts<'a> {
+    Equal(u32),
+    Each(&'a [i32]),
+}
+
+impl Counts<'_> {
+    pub fn of(&self, rank: u32) -> u64 {
+        match self {
+            Counts::Equal(rows) => *rows as u64,
+            Counts::Each(rows) => rows[rank as usize] as u64,
+        }
+    }
+    /// The rows of the ranks before one.
+    pub fn before(&self, rank: u32) -> u64 {
+        match self {
+            Counts::Equal(rows) => *rows as u64 * rank as u64,
+            Counts::Each(rows) => rows[..rank as usize].iter().map(|rows| *rows as u64).sum(),
+        }
+    }
+}
+
+/// What carries rows where no window reaches.
+pub trait Wire: Send + Sync {
+    /// Puts one operation of all moves on the stream, whose context is current, within the deadline.
+    fn carry(
+        &self,
+        slot: u32,
+        moves: &[Move],
+        counts: Counts,
+        stream: Stream,
+        deadline: Instant,
+    ) -> Result<()>;
+    /// Why it carries no more, where the slots' records do not say it.
+    fn failure(&self) -> Option<Error>;
+    /// Carries nothing more: what is under way ends without its peers.
+    fn cut(&self);
 }
 
 /// The ops.

@@ -851,7 +851,7 @@ static void test_features_not_in_this_build(void)
     int something;
     WITH(nccl_comm, &something, A2A_UNSUPPORTED, "nccl_comm");
     WITH(backend, A2A_BACKEND_NIXL_ELASTIC, A2A_UNSUPPORTED, "nixl_elastic");
-    WITH(transport, A2A_TRANSPORT_NCCL, A2A_UNSUPPORTED, "nccl");
+    WITH(transport, A2A_TRANSPORT_NCCL, A2A_UNSUPPORTED, "device is cpu");
     WITH(transport, A2A_TRANSPORT_NIXL, A2A_UNSUPPORTED, "nixl");
     WITH(max_ranks, 2, A2A_UNSUPPORTED, "max_ranks");
 

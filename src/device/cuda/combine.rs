@@ -4,7 +4,7 @@ use super::driver::Launch;
 use super::module::Kernels;
 use super::params::{MeetParams, ReduceParams, StageParams, flag};
 use super::{Cuda, threads, within};
-use crate::device::{Combine, Device, Float, Region, Target, Weighting};
+use crate::device::{Combine, Device, Float, Region, Rows, Target, Weighting};
 use crate::error::{Error, Result};
 
 /// Threads of a block, as the kernels have it.
@@ -54,9 +54,15 @@ impl Cuda {
         }
     }
 
+    /// The experts' rows, if they are copied to where peers can read them.
+    fn staged_rows(&self, c: &Combine) -> Option<Rows> {
+        c.send.filter(|_| !self.is_carried() || self.copies_results(c))
+    }
+
     /// Copies the experts' rows to where peers can read them, unless they were written there.
     pub(super) fn launch_stage(&self, c: &Combine) -> Result<()> {
-        if c.send.is_none() && c.row_weights.is_none() {
+        let rows = self.staged_rows(c);
+        if rows.is_none() && c.row_weights.is_none() {
             return Ok(());
         }
         let slot = c.call.slot;
@@ -80,8 +86,8 @@ impl Cuda {
             seat: self.seat(&c.call, c.grid.bound, false),
             kept_counts: self.kept_counts(c.memory),
             starts: self.block_starts(c.memory),
-            rows: c.send.map_or(0, |rows| rows.ptr as u64),
-            stride: c.send.map_or(0, |rows| rows.stride as u64),
+            rows: rows.map_or(0, |rows| rows.ptr as u64),
+            stride: rows.map_or(0, |rows| rows.stride as u64),
             to_rows: self.map.combine(slot),
             weights: c.row_weights.map_or(0, |rows| rows.ptr as u64),
             weights_stride: c.row_weights.map_or(0, |rows| rows.stride as u64),
@@ -103,9 +109,9 @@ impl Cuda {
     }
 
     pub(super) fn meet_params(&self, c: &Combine, sends: bool, waits: bool) -> MeetParams {
-        let staged = sends && (c.send.is_some() || c.row_weights.is_some());
+        let staged = sends && (self.staged_rows(c).is_some() || c.row_weights.is_some());
         let weights = if c.row_weights.is_some() { c.weight_bytes() as u64 } else { 0 };
-        let rows = if c.send.is_some() { Self::result_bytes(c) } else { 0 };
+        let rows = if self.staged_rows(c).is_some() { Self::result_bytes(c) } else { 0 };
         let shape = [c.hidden, c.send_type as u32, c.has_row_weights as u32, 0];
         MeetParams {
             seat: self.seat(&c.call, c.grid.bound, false),
@@ -134,8 +140,9 @@ impl Cuda {
             flags: if sends { flag::SENDS } else { 0 }
                 | if waits { flag::MEET_WAITS } else { 0 }
                 | if c.everyone { flag::EVERYONE } else { 0 }
-                | if staged { flag::STAGED } else { 0 },
-            reserved: 0,
+                | if staged { flag::STAGED } else { 0 }
+                | if self.is_carried() { flag::MEET_CARRIED } else { 0 },
+            slot: c.call.slot,
         }
     }
 
@@ -148,12 +155,19 @@ impl Cuda {
 
     /// The first half on its own.
     pub(super) fn launch_send(&self, c: &Combine) -> Result<()> {
-        self.launch_meet(c, &self.meet_params(c, true, false))
+        self.launch_meet(c, &self.meet_params(c, true, false))?;
+        match &self.wire {
+            Some(wire) => self.carry_results(wire, c),
+            None => Ok(()),
+        }
     }
 
     /// What is left of both halves: flags, the wait, the sums.
     pub(super) fn launch_sums(&self, c: &Combine) -> Result<()> {
-        let mut meet = self.meet_params(c, !c.split, true);
+        if self.is_carried() && !c.split {
+            self.launch_send(c)?;
+        }
+        let mut meet = self.meet_params(c, !c.split && !self.is_carried(), true);
         let (Some(out), true) = (&c.out, c.tokens > 0) else {
             meet.flags |= flag::SETTLES;
             return self.launch_meet(c, &meet);
@@ -165,7 +179,10 @@ impl Cuda {
         // So many blocks of a token may wait by themselves, beside those of every slot and of every rank on this device; a
         // thread that sums two vectors takes less time than a kernel before it.
         let waiting = self.waiting_blocks.saturating_sub(1) / c.tokens;
-        let itself = meet.flags & flag::STAGED == 0 && waiting >= splits.div_ceil(2) && c.call.max_sms == 0;
+        let itself = meet.flags & flag::STAGED == 0
+            && !self.is_carried()
+            && waiting >= splits.div_ceil(2)
+            && c.call.max_sms == 0;
         if itself {
             splits = splits.min(waiting);
         }
@@ -186,8 +203,11 @@ impl Cuda {
             pair_rows: self.list(c.memory, self.routing.expert_rows),
             weights,
             weights_stride,
-            from_rows: self.map.combine(slot),
-            from_weights: self.map.combine_weights(slot),
+            from_rows: if self.is_carried() { self.map.brought(slot) } else { self.map.combine(slot) },
+            from_weights: match self.is_carried() {
+                true => self.map.brought_weights(slot),
+                false => self.map.combine_weights(slot),
+            },
             out: out.ptr as u64,
             out_stride: out.stride as u64,
             out_weights: c.out_weights.map_or(0, |rows| rows.ptr as u64),
@@ -201,7 +221,9 @@ impl Cuda {
             flags: if self.is_gathered() { flag::REDUCE_GATHERED } else { 0 }
                 | if c.everyone { flag::REDUCE_EVERYONE } else { 0 }
                 | if self.is_flat() { flag::REDUCE_PACKED } else { 0 }
-                | if c.accumulate { flag::ACCUMULATE } else { 0 },
+                | if c.accumulate { flag::ACCUMULATE } else { 0 }
+                | if self.is_carried() { flag::REDUCE_BROUGHT } else { 0 },
+            own: if self.is_carried() { self.own_results(c) } else { 0 },
         };
         // One more meets for all.
         let blocks = blocks + itself as u64;

@@ -154,6 +154,9 @@ impl Cuda {
     pub(super) fn receive_params(&self, d: &Dispatch) -> Result<Receive> {
         let slot = d.call.slot;
         let mut flags = if self.map.sizes.uses.published { flag::GATHERS } else { 0 };
+        if self.is_carried() {
+            flags |= flag::CARRIED;
+        }
         let mut receive = Receive {
             status: self.small(d.status, slot, Region::Status),
             rank_counts: self.small(d.rank_counts, slot, Region::RankCounts),
@@ -164,6 +167,7 @@ impl Cuda {
             rows: if d.call.host_waits { self.pinned.address() + self.rows_word(slot) as u64 } else { 0 },
             tokens: d.send.tokens,
             digest: digest(&d.send.shape.words(), d.reuse),
+            slot,
             ..Receive::default()
         };
         receive.shape.copy_from_slice(&d.send.shape.words());
@@ -289,7 +293,8 @@ impl Cuda {
     }
 
     pub(super) fn launch_open(&self, d: &Dispatch) -> Result<()> {
-        let params = OpenParams { seat: self.seat(&d.call, d.grid.bound, d.reuse) };
+        let flags = if self.is_carried() { flag::ALONE } else { 0 };
+        let params = OpenParams { seat: self.seat(&d.call, d.grid.bound, d.reuse), flags, reserved: 0 };
         let shape = Launch { grid: 1, block: OPEN_THREADS, ..Launch::default() };
         // SAFETY: the group's windows.
         unsafe { self.launch(&self.station.kernels.open, shape, &d.call, &params) }
@@ -314,7 +319,8 @@ impl Cuda {
             true => self.map.published(slot, plane),
             false => self.map.received(slot, plane),
         };
-        let vectors = bytes[TOKENS] / 16;
+        // Collectives take the rows, but for what is beside them.
+        let vectors = if self.is_carried() { 0 } else { bytes[TOKENS] / 16 };
         let piece = piece(tokens, vectors, self.station.sms() / self.sharing.max(1));
         let (from, stride) = self.source(d, TOKENS);
         let mut params = PushParams {
@@ -338,6 +344,9 @@ impl Cuda {
             ..PushParams::default()
         };
         for (plane, &bytes) in bytes.iter().enumerate().skip(SCALES).filter(|(_, bytes)| **bytes > 0) {
+            if self.is_carried() && self.goes_as_it_is(d, plane).is_some() {
+                continue;
+            }
             let (from, stride) = self.source(d, plane);
             let pitch = match d.columns && !publishes {
                 true => d.grid.bound.next_multiple_of(COLUMN_PAD as u32),
@@ -375,6 +384,8 @@ impl Cuda {
     pub(super) fn launch_land(&self, d: &Dispatch) -> Result<()> {
         let slot = d.call.slot;
         let gathers = self.map.sizes.uses.published;
+        // Each rank's rows in its own window.
+        let apart = gathers && !self.is_carried();
         let bytes = d.send.shape.plane_bytes;
         let wide = d.ids_out_are_64;
         let pairs = d.grid.layout.by_expert();
@@ -382,7 +393,7 @@ impl Cuda {
             seat: self.seat(&d.call, d.grid.bound, d.reuse),
             owners: self.owners,
             kept_counts: self.kept_counts(d.memory),
-            ids_region: if gathers { self.map.published(slot, IDS) } else { self.map.received(slot, IDS) },
+            ids_region: if apart { self.map.published(slot, IDS) } else { self.map.received(slot, IDS) },
             // The counts of pairs are known without looking at ids.
             expert_counts: if pairs { 0 } else { self.small(d.expert_counts, slot, Region::ExpertCounts) },
             expert_stats: d.expert_stats.filter(|_| !pairs).map_or(0, |rows| rows.ptr as u64),
@@ -392,6 +403,7 @@ impl Cuda {
             topk: d.grid.topk,
             outs: 0,
             flags: if gathers { flag::GATHERED } else { 0 }
+                | if apart || !gathers { 0 } else { flag::TOGETHER }
                 | if d.zero_padding { flag::ZERO_PADDING } else { 0 }
                 | if wide { flag::WIDE_IDS } else { 0 },
             splits: 1,
@@ -400,9 +412,13 @@ impl Cuda {
         };
         for plane in 0..PLANES {
             let row_bytes = d.row_bytes(plane) as u64;
-            let from = if gathers { self.map.published(slot, plane) } else { self.map.received(slot, plane) };
-            let mut kind = kind_of(plane);
             let by_column = plane == SCALES && d.columns;
+            let from = match apart {
+                true => self.map.published(slot, plane),
+                false if self.is_carried() && by_column => self.map.brought_scales(slot),
+                false => self.map.received(slot, plane),
+            };
+            let mut kind = kind_of(plane);
             let received = self.own(self.map.received(slot, plane));
             let local = self.experts.count(self.rank);
             let (_, _, view_pitch) = column_shape(&d.grid, local, d.capacity as u64);
@@ -420,6 +436,9 @@ impl Cuda {
                 Target::Into(rows) => (rows.ptr as u64, rows.stride as u64, 0, 0),
                 Target::Columns(c) => (c.ptr as u64, 0, c.column_stride as u64 / 4, c.block_stride as u64),
             };
+            if self.is_carried() && plane != SOURCE && pitch == 0 && to == self.brought_to(d, plane) {
+                continue;
+            }
             if !gathers && matches!(d.recv[plane], Target::View) {
                 kind |= kind::IN_PLACE;
             }

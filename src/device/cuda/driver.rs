@@ -371,6 +371,10 @@ impl Drop for Stream {
 pub struct RawStream(sys::CUstream);
 
 impl RawStream {
+    pub fn handle(self) -> *mut c_void {
+        self.0.cast()
+    }
+
     /// # Safety
     /// NULL, which is the legacy default stream, or a stream that lives as long as the value and its copies are used.
     pub unsafe fn new(raw: *mut c_void) -> RawStream {
@@ -440,6 +444,15 @@ impl RawStream {
         };
         // SAFETY: the caller's promise.
         check("cuMemcpy2DAsync", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.0) })
+    }
+
+    /// If all work that was put into the stream has ended.
+    pub fn is_idle(self) -> Result<bool> {
+        // SAFETY: a stream, by `new`.
+        match unsafe { sys::cuStreamQuery(self.0) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            asked => check("cuStreamQuery", asked).map(|()| true),
+        }
     }
 
     /// Waits for the work that is in the stream now.

@@ -5,6 +5,7 @@
 //! meeting and a sum. What decides (sequence, state, epoch) lives in device memory, where a replayed graph finds it;
 //! what the host keeps of a slot is good for sentences, and only as long as nothing on it was captured.
 
+mod carried;
 mod combine;
 mod contiguous;
 mod dispatch;
@@ -31,7 +32,7 @@ use super::order::State;
 use super::protocol::{DESTROYED, WITHOUT};
 use super::{
     Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Region, Standing, Stats,
-    Stream as CallersStream, Target,
+    Stream as CallersStream, Target, Wire,
 };
 use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result, Status};
@@ -132,6 +133,7 @@ pub struct Ground {
     pair_blocks: [u32; 4],
     stream_blocks: u32,
     sharing: u32,
+    wire: Option<Arc<dyn Wire>>,
 }
 
 /// Grids that a device runs at a time, by CUDA's table of compute capabilities: a waiting kernel takes one of them.
@@ -155,16 +157,21 @@ impl Ground {
         let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let pair_blocks = pairs::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let stream_blocks = fifo::waiting_blocks(&station.kernels, station.sms(), sharing, slots, ranks)?;
-        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing })
+        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire: None })
+    }
+    /// Rows and words are carried, in the place of windows that peers address.
+    pub fn carried_by(&mut self, wire: Arc<dyn Wire>) {
+        self.wire = Some(wire);
     }
     pub fn context(&self) -> &Arc<Context> {
         &self.station.context
     }
 }
 
-/// Control, then two records a slot, then a word a slot for hosts that wait, then what a rank that leaves writes.
+/// Control, then two records a slot, then a word a slot for hosts that wait, then two a slot that tell of collectives, then
+/// what a rank that leaves writes.
 fn pinned_bytes(slots: u32) -> usize {
-    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8) + 16
+    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8 + 16) + 16
 }
 
 /// Private device memory of a comm, routings apart.
@@ -257,6 +264,8 @@ pub struct Cuda {
     /// Goes after what it keeps too, and before the windows: the last one waits for what may still use any of them.
     attic: Arc<Attic>,
     bases: Bases,
+    /// What carries rows and words, where windows do not reach.
+    wire: Option<Arc<dyn Wire>>,
     station: Arc<Station>,
 }
 
@@ -294,7 +303,7 @@ impl Cuda {
         ground: Ground,
         attic: Arc<Attic>,
     ) -> Result<Cuda> {
-        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing } = ground;
+        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire } = ground;
         let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
         if by_pairs && pair_blocks.iter().any(|blocks| *blocks < 2) {
             return Err(Error::unsupported(format!(
@@ -367,6 +376,7 @@ impl Cuda {
             experts,
             attic,
             bases,
+            wire,
             health,
             station,
             private,
@@ -526,6 +536,14 @@ impl Cuda {
         Self::record_offset(self.map.sizes.slots) + slot as usize * 8
     }
 
+    /// Of a slot: the step whose collective has begun, and the one whose has ended.
+    fn flight_words(&self, slot: u32) -> usize {
+        self.rows_word(self.map.sizes.slots) + slot as usize * 16
+    }
+    fn slot_of(&self, slot: u32) -> u64 {
+        self.private.address() + self.slot_at(slot)
+    }
+
     fn seat(&self, call: &Call, bound: u32, replays: bool) -> Seat {
         let private = self.private.address();
         let mut near = [0; NEAR_RANKS];
@@ -631,6 +649,12 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // Kernels that wait end at the abort.
         self.health.abort();
+        // Communicators go with the comm, and so what uses them must have ended: who watches them ends what does not.
+        if self.wire.is_some()
+            && let Err(error) = self.station.context.synchronize()
+        {
+            log(Level::Debug, || format!("rank {}: a comm's last work: {error}", self.rank));
+        }
         let left = (self.pinned.clone(), self.private.clone(), self.scratch.clone(), self.spare.clone());
         lock(&self.attic.items).push((self.station.clone(), Box::new(left)));
     }
@@ -818,7 +842,7 @@ impl Device for Cuda {
         if let Some(error) = self.too_many_sms() {
             return Some(error);
         }
-        self.first_failure()
+        self.first_failure().or_else(|| self.wire.as_ref()?.failure())
     }
     fn stats(&self) -> &Stats {
         let mut bytes = [0u8; size_of::<Shared>()];
@@ -909,6 +933,48 @@ impl Device for Cuda {
     }
 }
 
+/// What a thread that watches collectives sees of them, and does to kernels behind them.
+pub struct Lookout {
+    pinned: Arc<Pinned>,
+    slots: u32,
+}
+
+impl Lookout {
+    fn control(&self) -> *mut Control {
+        self.pinned.as_ptr().cast()
+    }
+    /// The step whose operation has begun on a slot and not ended; bit 0: its combine.
+    pub fn in_flight(&self, slot: u32) -> Option<u64> {
+        let at = Cuda::record_offset(self.slots) + (self.slots * 8 + slot * 16) as usize;
+        // SAFETY: words of the pinned memory, which kernels write whole; the end is read before the beginning, so that one
+        // which ends meanwhile is not taken for one in flight.
+        let [ended, begun] = [8, 0].map(|word| unsafe {
+            (*self.pinned.as_ptr().add(at + word).cast::<std::sync::atomic::AtomicU64>())
+                .load(Ordering::Acquire)
+        });
+        (begun != ended).then_some(begun)
+    }
+    /// How long the step's operation may take.
+    pub fn deadline(&self, step: u64) -> Duration {
+        let control = self.control();
+        // SAFETY: the pinned memory begins with a Control; the host writes these words whole.
+        let nanoseconds = unsafe {
+            if step >> 1 <= 1 {
+                (&raw const (*control).first_step_ns).read_volatile()
+            } else {
+                (&raw const (*control).step_ns).read_volatile()
+            }
+        };
+        Duration::from_nanos(nanoseconds)
+    }
+    /// From now on nothing counts of what the slot's operations bring.
+    pub fn break_off(&self, slot: u32) {
+        // SAFETY: as above; an atomic for both sides.
+        let word = unsafe { &*(&raw const (*self.control()).broken).cast::<std::sync::atomic::AtomicU64>() };
+        word.fetch_or(1 << slot, Ordering::SeqCst);
+    }
+}
+
 /// As many blocks as a call may use multiprocessors, since each may be on one of its own.
 fn within(call: &Call, blocks: u32) -> u32 {
     if call.max_sms > 0 { blocks.min(call.max_sms) } else { blocks }
@@ -920,6 +986,10 @@ fn threads(call: &Call, few: u32, most: u32) -> u32 {
 }
 
 impl Cuda {
+    pub fn lookout(&self) -> Lookout {
+        Lookout { pinned: self.pinned.clone(), slots: self.map.sizes.slots }
+    }
+
     /// A dispatch, or either half of it.
     fn launch_halves(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
         if self.is_streamed() {
@@ -928,6 +998,8 @@ impl Cuda {
             self.launch_pairs(d, sends, waits)
         } else if self.is_packed() {
             self.launch_packed(d, sends, waits)
+        } else if let Some(wire) = &self.wire {
+            self.launch_carried(wire, d, sends, waits)
         } else if sends {
             self.launch_dispatch(d, waits)
         } else {

@@ -20,7 +20,7 @@ pub const MOST_COUNTED: u32 = 512;
 
 const SEAT: usize = 80 + 8 * NEAR_RANKS;
 const ROUTE: usize = 152;
-const RECEIVE: usize = 392;
+const RECEIVE: usize = 400;
 const SIDE: usize = 48;
 const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
 const PLACE: usize = SEAT + ROUTE + 64;
@@ -56,8 +56,8 @@ macro_rules! twins {
 
 twins! {
     /// Pinned, one a comm, written by the host.
-    Control: 24 + 4 * MAX_RANKS, dead at 24 => {
-        aborted: u32, reserved: u32, first_step_ns: u64, step_ns: u64, dead: [u32; MAX_RANKS],
+    Control: 32 + 4 * MAX_RANKS, dead at 32 => {
+        aborted: u32, reserved: u32, first_step_ns: u64, step_ns: u64, broken: u64, dead: [u32; MAX_RANKS],
     }
     /// Pinned, two a slot, written by kernels: why it is closed; what its state did not allow.
     Record: 64 + MAX_RANKS / 8, lost at 64 => {
@@ -94,12 +94,12 @@ twins! {
     Side: SIDE, pitch at 40 => {
         from: Address, stride: u64, to: u64, bank: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32,
     }
-    Receive: RECEIVE, told_more at 384 => {
+    Receive: RECEIVE, slot at 392 => {
         status: Address, rank_counts: Address, kept_counts: Address, expert_counts: Address, local: u32, flags: u32,
         wire_bytes: u64, rows: Address, digest: u32, tokens: u32, shape: [u32; SHAPE_WORDS], told: [i32; TOLD_RANKS],
-        told_more: Address,
+        told_more: Address, slot: u32, reserved: u32,
     }
-    OpenParams: SEAT, seat at 0 => { seat: Seat }
+    OpenParams: SEAT + 8, flags at SEAT => { seat: Seat, flags: u32, reserved: u32 }
     RouteParams: ROUTE + 16, flags at ROUTE + 12 => { route: Route, slot: Address, ranks: u32, flags: u32 }
     PushParams: PUSH, side at SEAT + ROUTE + 120 => {
         seat: Seat, route: Route, tokens: Address, token_stride: u64, to_tokens: u64, to_ids: u64, to_weights: u64,
@@ -155,13 +155,13 @@ twins! {
     }
     MeetParams: MEET, flags at MEET - 8 => {
         seat: Seat, status: Address, rows_for: Address, kept_counts: Address, summary: Address, result_bytes: u64,
-        staged_bytes: u64, weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, reserved: u32,
+        staged_bytes: u64, weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, slot: u32,
     }
-    ReduceParams: MEET + 176, flags at MEET + 172 => {
+    ReduceParams: MEET + 184, own at MEET + 176 => {
         meet: MeetParams, owners: Owners, target_ranks: Address, target_rows: Address, kept_counts: Address, ids: Address,
         pair_rows: Address, weights: Address, weights_stride: u64, from_rows: u64, from_weights: u64, out: Address, out_stride: u64, out_weights: Address,
         out_weights_stride: u64, row_bytes: u64, tokens: u32, fanout: u32, topk: u32, vectors: u32, splits: u32,
-        flags: u32,
+        flags: u32, own: Address,
     }
     Offer: OFFER, ready at OFFER - 4 => {
         route: Route, rows: Address, stride: u64, rows_for: Address, room: u32, limit: u32, vectors: u32, piece: u32,
@@ -182,6 +182,7 @@ twins! {
         rows_for: Address, ids: Address, out: Address, out_stride: u64, out_weights: Address, out_weights_stride: u64,
         tokens: u32, fanout: u32, topk: u32, flags: u32, weights_at: u32, reserved: u32,
     }
+    MarkParams: 16, to at 8 => { slot: Address, to: Address }
     TellParams: 16 + 4 * TELL, values at 16 => { to: Address, first: u32, count: u32, values: [i32; TELL] }
     QuantParams: 48, flags at 44 => {
         from: Address, stride: u64, to: Address, scales: Address, tokens: u32, hidden: u32, scale_bytes: u32,
@@ -206,6 +207,9 @@ pub mod flag {
     pub const UNIFORM: u32 = 1;
     pub const TOLD: u32 = 2;
     pub const GATHERS: u32 = 4;
+    pub const CARRIED: u32 = 8;
+
+    pub const ALONE: u32 = 1;
 
     pub const FOLLOWS: u32 = 1;
     pub const PUBLISHES: u32 = 2;
@@ -232,6 +236,7 @@ pub mod flag {
     pub const GATHERED: u32 = 1;
     pub const ZERO_PADDING: u32 = 2;
     pub const WIDE_IDS: u32 = 4;
+    pub const TOGETHER: u32 = 8;
 
     pub const SENDS: u32 = 1;
     pub const MEET_WAITS: u32 = 2;
@@ -239,6 +244,7 @@ pub mod flag {
     pub const STAGED: u32 = 8;
     pub const SETTLES: u32 = 16;
     pub const THROUGH_FIFOS: u32 = 32;
+    pub const MEET_CARRIED: u32 = 64;
 
     pub const HAS_CHOICES: u32 = 1;
 
@@ -246,6 +252,7 @@ pub mod flag {
     pub const REDUCE_EVERYONE: u32 = 2;
     pub const ACCUMULATE: u32 = 4;
     pub const REDUCE_PACKED: u32 = 8;
+    pub const REDUCE_BROUGHT: u32 = 16;
 
     pub const UE8M0: u32 = 4;
 }

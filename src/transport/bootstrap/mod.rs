@@ -5,7 +5,7 @@
 //! peer -> root  connect                 (Unix abstract name, or TCP)
 //! root -> peer  CHALLENGE nonce
 //! peer -> root  JOIN      rank, size, version, config, nonce, and the proof over all of it
-//! root -> peer  WELCOME   name of the descriptor socket, proof                           once all have joined
+//! root -> peer  WELCOME   name of the descriptor socket, what rank 0 made for all, proof  once all have joined
 //! peer -> root  descriptors, over a second, Unix connection                              once its window is made
 //! root -> peer  descriptors of all ranks, over the same, each answered by a byte
 //! peer -> root  READY                                                                    once all are mapped
@@ -20,6 +20,8 @@
 //! Survivors of a loss meet again (`recover`) by the same words, wherever the first of them listens.
 //!
 //! Where the caller brings an all-gather, that goes first (`allgather`): it finds the differences and carries the id.
+
+#![forbid(unsafe_code)]
 
 mod allgather;
 mod peer;
@@ -100,6 +102,8 @@ pub struct Gathered {
     pub fds: Vec<Vec<OwnedFd>>,
     /// The group's, which its members meet under again.
     pub key: [u8; 16],
+    /// What rank 0 made for all.
+    pub gift: Vec<u8>,
     /// To tell the others whether this rank could use them.
     finish: Finish,
 }
@@ -110,11 +114,15 @@ enum Finish {
     Root { root: root::Root },
 }
 
-/// Meets the other ranks. `own` makes this rank's descriptors once all have agreed.
-pub fn gather(config: &Config, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
+/// Meets the other ranks. `gift` makes, on rank 0, what all get; `own` this rank's descriptors, once all have agreed.
+pub fn gather(
+    config: &Config,
+    gift: impl FnOnce() -> Result<Vec<u8>>,
+    own: impl FnOnce() -> Result<Vec<OwnedFd>>,
+) -> Result<Gathered> {
     let meeting = &config.meeting;
     if config.num_ranks == 1 {
-        return Ok(Gathered { fds: vec![own()?], key: random()?, finish: Finish::Alone });
+        return Ok(Gathered { fds: vec![own()?], key: random()?, gift: gift()?, finish: Finish::Alone });
     }
     let id = match &meeting.bootstrap {
         Bootstrap::UniqueId(id) => id.clone(),
@@ -135,7 +143,7 @@ pub fn gather(config: &Config, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Re
         // The caller's collective has its own idea of time.
         party.deadline = Deadline::after_ms(meeting.timeout_ms);
     }
-    if config.rank == 0 { root::gather(party, own) } else { peer::gather(party, own) }
+    if config.rank == 0 { root::gather(party, gift, own) } else { peer::gather(party, own) }
 }
 
 /// Rank 0 may not be there yet, or wait for ranks that are: a rank with nothing to offer does not wait for long.

@@ -42,12 +42,12 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
     let fields = peer.party.fields.iter().flat_map(|(_, value)| value.to_le_bytes()).collect();
     peer.say_hello(Kind::Join, fields)?;
     fault::at(Point::CreateJoined);
-    let (name, _) = peer.await_welcome()?;
+    let (name, gift) = peer.await_welcome()?;
     fault::at(Point::CreateWelcomed);
     let all: Vec<u32> = (0..peer.party.num_ranks).collect();
     let fds = peer.share(&name, &all, own)?;
     let key = peer.party.id.key;
-    Ok(Gathered { fds, key, finish: Finish::Peer { peer } })
+    Ok(Gathered { fds, key, gift, finish: Finish::Peer { peer } })
 }
 
 impl Peer {

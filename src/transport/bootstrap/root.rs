@@ -206,7 +206,11 @@ pub fn decline(party: &Party, error: &Error) -> Result<()> {
     Ok(())
 }
 
-pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
+pub fn gather(
+    party: Party,
+    gift: impl FnOnce() -> Result<Vec<u8>>,
+    own: impl FnOnce() -> Result<Vec<OwnedFd>>,
+) -> Result<Gathered> {
     let mut root = Root::new(party.clone());
     let mut lobby = Lobby::open(&party)?;
     fault::at(Point::CreateListening);
@@ -221,8 +225,9 @@ pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Resul
     }
     drop(lobby);
     fault::at(Point::CreateComplete);
-    let fds = root.share(|_| Vec::new(), own)?;
-    Ok(Gathered { fds, key: party.id.key, finish: Finish::Root { root } })
+    let gift = gift().map_err(|e| root.fail(e))?;
+    let fds = root.share(|_| gift.clone(), own)?;
+    Ok(Gathered { fds, key: party.id.key, gift, finish: Finish::Root { root } })
 }
 
 impl Root {

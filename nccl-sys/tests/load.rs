@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_int};
 use std::path::PathBuf;
 use std::process::Command;
 
-use nccl_sys::{LoadError, Nccl, OLDEST, ncclConfig_t, ncclSuccess, ncclUniqueId};
+use nccl_sys::{LoadError, Nccl, OLDEST, ncclSuccess, ncclUniqueId};
 
 const FUNCTIONS: [&str; 19] = [
     "ncclGetErrorString",
@@ -106,23 +106,10 @@ fn a_missing_one_says_what_to_install() {
     assert!(said.contains("A2A_NCCL_LIB is"), "{said:?}");
 }
 
-#[test]
-fn the_process_has_one() {
-    let (first, second) = (Nccl::get(), Nccl::get());
-    match (first, second) {
-        (Ok(first), Ok(second)) => assert!(std::ptr::eq(first, second)),
-        (Err(first), Err(second)) => assert!(std::ptr::eq(first, second)),
-        _ => panic!("the second call says otherwise than the first"),
-    }
-}
-
 /// Without a GPU a real NCCL tells its version, makes ids and explains its results.
 #[test]
+#[ignore = "needs a real NCCL, which A2A_NCCL_LIB names"]
 fn a_real_one_answers() {
-    if std::env::var_os("A2A_NCCL_LIB").is_none() {
-        println!("skipped: A2A_NCCL_LIB names no NCCL");
-        return;
-    }
     let nccl = Nccl::get().unwrap_or_else(|e| panic!("{e}"));
     let mut ids = [ncclUniqueId { internal: [0; 128] }; 2];
     // SAFETY: valid out-pointers, and a result of the library's.
@@ -134,5 +121,4 @@ fn a_real_one_answers() {
         assert!(said.starts_with("invalid argument"), "{said:?}");
     }
     assert_ne!(ids[0].internal, ids[1].internal);
-    assert_eq!(ncclConfig_t::default().blocking, c_int::MIN);
 }

@@ -396,7 +396,8 @@ impl Comm {
         }
         if self.plan.transport == TransportKind::Nccl && send.rank_tokens.is_none() && flags & UNIFORM == 0 {
             return invalid(
-                "rank_tokens is NULL and flags has no A2A_DISPATCH_UNIFORM: with transport nccl every rank must know how many                  tokens each has"
+                "rank_tokens is NULL and flags has no A2A_DISPATCH_UNIFORM: with transport nccl every rank must know how many \
+                 tokens each has"
                     .into(),
             );
         }

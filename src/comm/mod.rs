@@ -60,7 +60,7 @@ pub struct Comm {
     key: [u8; 16],
     windows: Mapped,
     past: Mutex<Past>,
-    /// Ends with the comm, in this order: peers learn of it, then the thread stops.
+    /// Ends with the comm, in this order: peers learn of it, then the threads stop.
     alive: Mutex<Option<(Lifeline, Watchdog, Option<nccl::Watch>)>>,
     /// Held by the call in flight.
     in_call: Mutex<()>,

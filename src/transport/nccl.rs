@@ -99,37 +99,42 @@ impl Communicators {
             ending: (0..slots).map(|_| AtomicBool::new(false)).collect(),
             failure: OnceLock::new(),
         };
+        // Who gives up does not wait for the peers' farewell.
+        all.make(slots, unique, deadline).inspect_err(|_| all.cut())?;
+        Ok(all)
+    }
+
+    fn make(&mut self, slots: u32, id: ncclUniqueId, deadline: Instant) -> Result<()> {
+        let (nccl, rank, ranks) = (self.nccl, self.rank as i32, self.ranks as i32);
         for slot in 0..slots {
             let mut config = ncclConfig_t::default();
             config.blocking = 0;
             // NCCL writes it when it gets there, which may be after this call has given up.
             let raw: &mut ncclComm_t = Box::leak(Box::new(std::ptr::null_mut()));
-            let first = all.slots.first().map(|first| lock(first).0);
+            let first = self.slots.first().map(|first| lock(first).0);
             let (what, made, asks) = match first {
                 None => {
                     // SAFETY: valid pointers; the id is rank 0's.
-                    let made = unsafe {
-                        (nccl.ncclCommInitRankConfig)(raw, ranks as i32, unique, rank as i32, &mut config)
-                    };
+                    let made = unsafe { (nccl.ncclCommInitRankConfig)(raw, ranks, id, rank, &mut config) };
                     ("ncclCommInitRankConfig", made, *raw)
                 }
                 // A communicator that is split off is not there before that is done: its parent tells.
                 Some(first) => {
                     // SAFETY: as above; a communicator of this rank's.
-                    let made = unsafe { (nccl.ncclCommSplit)(first, 0, rank as i32, raw, &mut config) };
+                    let made = unsafe { (nccl.ncclCommSplit)(first, 0, rank, raw, &mut config) };
                     ("ncclCommSplit", made, first)
                 }
             };
-            let settled = check(nccl, what, made).and_then(|()| all.settle(what, slot, asks, deadline));
+            let settled = check(nccl, what, made).and_then(|()| self.settle(what, slot, asks, deadline));
             // Whatever became of it is ended with the others.
-            all.slots.push(Mutex::new(Handle(*raw)));
+            self.slots.push(Mutex::new(Handle(*raw)));
             settled?;
             // SAFETY: made above, and NCCL is done with it.
             drop(unsafe { Box::from_raw(raw) });
-            let comm = lock(&all.slots[slot as usize]).0;
-            all.settle(what, slot, comm, deadline)?;
+            let comm = lock(&self.slots[slot as usize]).0;
+            self.settle(what, slot, comm, deadline)?;
         }
-        Ok(all)
+        Ok(())
     }
 
     /// Waits for what NCCL does in the background.

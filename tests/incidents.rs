@@ -840,7 +840,16 @@ impl Case {
         let when = proxy.end()?;
         let mut told: Vec<(usize, Outcome)> = EVERYBODY.into_iter().zip(outcomes).collect();
         let (_, own) = told.remove(victim);
+        // What is reset before connect() has returned was no connection: the rank goes on looking for rank 0, in vain.
+        let never_was = kind == 1 && own.is(A2A_TIMEOUT, &["rank 0 did not listen within"]).is_ok();
         match cut {
+            Cut::Reset if never_was => {
+                in_time(
+                    "a rank whose connection never was (1 s is the deadline)",
+                    own.took,
+                    SETUP + PROMISE,
+                )?;
+            }
             Cut::Reset => {
                 own.is(A2A_PEER_LOST, &["rank 0 closed the connection"])?;
                 in_time("a rank whose connection is reset", own.ended.saturating_sub(when), PROMISE)?;

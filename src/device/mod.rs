@@ -650,7 +650,8 @@ impl Counts<'_> {
 
 /// What carries rows where no window reaches.
 pub trait Wire: Send + Sync {
-    /// Puts one operation of all moves on the stream, whose context is current, within the deadline.
+    /// Puts one operation of all moves on the stream, whose context is current. Where peers have to connect for it, it waits for
+    /// them, no longer than the deadline.
     fn carry(
         &self,
         slot: u32,

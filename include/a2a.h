@@ -63,6 +63,14 @@
 #define A2A_COMBINE_NO_WEIGHTS 2
 
 /**
+ * Combine flag, the same on all ranks: with A2A_TRANSPORT_NCCL the sum may be NCCL's (ncclReduceScatter where all ranks have as
+ * many tokens, else ncclReduce), in the element type of the rows and in an order that is NCCL's to choose: bits then differ from
+ * those of other transports. Rows of every rank are summed, so experts write zeroes for tokens that are none of theirs. With
+ * row_weights, and in windows, it changes nothing.
+ */
+#define A2A_COMBINE_NCCL_SUM 4
+
+/**
  * Bit of `status[0]`: an expert id was outside [-1, num_experts); it counted as -1.
  */
 #define A2A_STEP_BAD_ID 1
@@ -198,8 +206,8 @@ typedef int32_t a2a_bootstrap_t;
 /**
  * The caller's all-gather for bootstrap, a collective over exactly the ranks of the group: concatenates `bytes` bytes
  * from `send` of every rank, rank ascending, into `recv` (num_ranks * bytes, host memory). `bytes` is the same on all
- * ranks. Returns 0 on success. Called once by a2a_create with num_ranks > 1, on its thread; how long it waits is its own
- * affair. What it carries holds the key of the group: whoever can read it can join.
+ * ranks. Returns 0 on success. Called once by a2a_create with num_ranks > 1 (three times if ranks are on several hosts), on its
+ * thread; how long it waits is its own affair. What it carries holds the key of the group: whoever can read it can join.
  */
 typedef int32_t (*a2a_allgather_fn)(const void *send, void *recv, size_t bytes, void *user);
 
@@ -358,7 +366,7 @@ typedef struct a2a_config_t {
      */
     int32_t fifo_rows;
     /**
-     * The group's name; unused (all zero) when num_ranks is 1, and all zero with A2A_BOOTSTRAP_ALLGATHER.
+     * The group's name; unused (all zero) when num_ranks is 1, all zero with A2A_BOOTSTRAP_ALLGATHER, and may be with nccl_comm.
      */
     struct a2a_unique_id_t unique_id;
     /**
@@ -370,7 +378,9 @@ typedef struct a2a_config_t {
      */
     void *allgather_user;
     /**
-     * An existing ncclComm_t to use. Not in this build: must be NULL.
+     * The caller's ncclComm_t of exactly these ranks and this device, or NULL. With it A2A_TRANSPORT_AUTO is NCCL. Communicators
+     * are split off it, a collective on it: nobody else uses it during a2a_create. It stays the caller's, and is never ended here;
+     * after a create that failed with TIMEOUT a call on it may still wait. unique_id may then be all zero: ranks meet over it.
      */
     void *nccl_comm;
 } a2a_config_t;
@@ -627,7 +637,7 @@ typedef struct a2a_dispatch_in_t {
     const struct a2a_tensor_t *extras[A2A_MAX_EXTRAS];
     /**
      * [num_ranks] every rank's T, host memory, read during the call; NULL = not known. Makes GATHERED outputs
-     * exactly sized. A2A_TRANSPORT_NCCL needs it, or A2A_DISPATCH_UNIFORM.
+     * exactly sized. A2A_TRANSPORT_NCCL needs it, or A2A_DISPATCH_UNIFORM or A2A_DISPATCH_REUSE.
      */
     const int32_t *rank_tokens;
     /**
@@ -1022,7 +1032,7 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_BACKEND_UNKNOWN -1
 
 /**
- * The library chooses.
+ * The library chooses: windows; NCCL where ranks are on several hosts, and where nccl_comm is set.
  */
 #define A2A_TRANSPORT_AUTO 0
 
@@ -1032,10 +1042,11 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_TRANSPORT_WINDOW 1
 
 /**
- * NCCL collectives, for A2A_BACKEND_ALLGATHER_REDUCESCATTER on CUDA memory, one GPU a rank. Every dispatch needs
- * rank_tokens or A2A_DISPATCH_UNIFORM; all ranks make their calls in one order, whatever the slots; a2a_recover is
- * UNSUPPORTED, and a captured graph is not to be replayed after a loss. NCCL 2.19 or later is opened at run time: by the name in
- * the environment's A2A_NCCL_LIB, else libnccl.so.2.
+ * NCCL collectives, for A2A_BACKEND_ALLGATHER_REDUCESCATTER on CUDA memory, one GPU a rank, on one host or several. Every dispatch
+ * needs rank_tokens or A2A_DISPATCH_UNIFORM (one with A2A_DISPATCH_REUSE has what it replays had); all ranks make their calls in
+ * one order, whatever the slots; a2a_recover is UNSUPPORTED, and a captured graph is not to be replayed after a loss. NCCL 2.19 or
+ * later is opened at run time: by the name in the environment's A2A_NCCL_LIB, else libnccl.so.2. max_sms of the config bounds its
+ * kernels too, that of a call does not.
  */
 #define A2A_TRANSPORT_NCCL 2
 
@@ -1199,8 +1210,8 @@ a2a_status_t a2a_get_unique_id(struct a2a_unique_id_t *id);
 
 /**
  * Makes the name of a group from an address and a key that all ranks already know: no exchange is needed, every
- * rank makes the same id. Rank 0 listens on the address during a2a_create. Window transports still need every
- * rank on one host.
+ * rank makes the same id. Rank 0 listens on the address during a2a_create. Windows reach no further than one host; over NCCL
+ * ranks may be on several.
  *
  * address: "host:port", NUL-terminated, at most 80 bytes; an IPv6 host stands in brackets. key: NUL-terminated,
  * not empty, at most 4096 bytes; a secret. id: out, not NULL. Threads: any. Errors: INVALID_ARGUMENT.
@@ -1248,7 +1259,8 @@ a2a_status_t a2a_query_memory(const struct a2a_config_t *config, struct a2a_memo
  * which it waits up to a second.
  *
  * config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
- * one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of
+ * one process, processes, or both, all on one host; over A2A_TRANSPORT_NCCL, or A2A_TRANSPORT_AUTO where a config allows that one,
+ * on several, which a connection to rank 0 then holds together as long as the comm lives. Threads: any; ranks of one process must call from threads of
  * their own. Capture: refused. Errors: INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, MISMATCH (the
  * ranks' configs differ), TIMEOUT (a rank did not come), PEER_LOST (a rank left or was refused memory).
  */

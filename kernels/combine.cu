@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(kStageThreads, 1) a2a_stage(const _
 
 extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __grid_constant__ MeetParams p) {
   __shared__ Meeting meeting;
-  if (p.flags & kStaged) ptx::wait_prerequisites();
+  if (p.flags & kStaged || p.marks != nullptr && p.flags & kMeetWaits) ptx::wait_prerequisites();
   const OnSm on_sm(p.seat);
   // What sums waits for this kernel's end, so the rest is left to it.
   const bool went = meet(p, meeting);
@@ -139,6 +139,28 @@ __device__ __forceinline__ const uint8_t* brought(const ReduceParams& p, uint32_
   return window_of(seat, seat.rank) + p.from_rows + (static_cast<uint64_t>(rank) * seat.bound + token) * p.row_bytes;
 }
 
+// The token's results of the ranks that own one of its experts, rank ascending: found by its ids, for nobody had to know where its
+// row went. A warp calls it.
+__device__ __forceinline__ void find_brought(const ReduceParams& p, uint32_t token, const uint8_t** rows, Targets& targets) {
+  const uint32_t lane = threadIdx.x % 32, ranks = p.meet.seat.ranks;
+  const int32_t id = lane < p.topk ? p.ids[static_cast<uint64_t>(token) * p.topk + lane] : -1;
+  const uint32_t owner = id >= 0 ? owner_of(p.owners, id) : kNone;
+  uint32_t count = 0, rank = kNone;
+#pragma unroll 1
+  for (uint32_t base = 0; base < ranks; base += 32) {
+    const uint32_t bits = __reduce_or_sync(~0u, owner - base < 32 ? 1u << (owner - base) : 0u);
+#pragma unroll 1
+    for (uint32_t rest = bits; rest != 0; rest &= rest - 1, ++count) {
+      if (lane == count) rank = base + __ffs(rest) - 1;
+    }
+  }
+  if (rank != kNone) {
+    targets.rank[lane] = rank, targets.row[lane] = token;
+    rows[lane] = brought(p, rank, token);
+  }
+  if (lane == 0) targets.count = count;
+}
+
 // Sums a part of a token's results. `few`: the block waits for itself, behind one that meets. `pairs`: results are weighted, one
 // for each choice. A block calls it; `rows` and `targets` are its shared memory.
 template <class From, class To, bool few, bool pairs>
@@ -168,6 +190,8 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
       }
       if (lane == 0) targets.count = __popc(found);
     }
+  } else if (p.flags & kReduceSummed) {
+    if (threadIdx.x == 0) rows[0] = p.own + token * p.row_bytes, targets.count = 1;
   } else if (everyone) {
     for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += blockDim.x) {
       uint32_t number = rank;
@@ -179,6 +203,8 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
       rows[number] = window_of(seat, rank) + p.from_rows + (base + token) * p.row_bytes;
       if (p.flags & kReduceBrought) rows[number] = brought(p, rank, token);
     }
+  } else if (p.flags & kReduceBrought) {
+    if (threadIdx.x < 32) find_brought(p, token, rows, targets);
   } else if (threadIdx.x < 32) {
     const uint64_t at = static_cast<uint64_t>(token) * p.fanout + lane;
     const int32_t rank = lane < p.fanout ? p.target_ranks[at] : -1;
@@ -186,15 +212,15 @@ __device__ __forceinline__ void sum_part(const ReduceParams& p, uint32_t unit, c
     if (rank >= 0) {
       targets.rank[lane] = rank, targets.row[lane] = row;
       rows[lane] = window_of(seat, rank) + p.from_rows + (base + row) * p.row_bytes;
-      if (p.flags & kReduceBrought) rows[lane] = brought(p, rank, token);
     }
     const uint32_t found = __ballot_sync(~0u, rank >= 0);
     if (lane == 0) targets.count = __popc(found);
   }
   __syncthreads();
-  const uint32_t n = everyone ? present(seat) : targets.count;
+  const uint32_t n = everyone && !(p.flags & kReduceSummed) ? present(seat) : targets.count;
   bool whole;
   if constexpr (few) {
+    if (p.flags & kReduceBrought) ptx::wait_prerequisites();
     whole = await_flags(seat);
   } else {
     ptx::wait_prerequisites();
@@ -230,6 +256,7 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
   if constexpr (few) {
     __shared__ Meeting meeting;
     if (blockIdx.x != 0) return sum_part<From, To, few, pairs>(p, blockIdx.x - 1, rows, targets);
+    if (p.flags & kReduceBrought) ptx::wait_prerequisites();
     if (meet(p.meet, meeting)) settle(p.meet);
   } else {
     // Blocks are as many as there are parts, or fewer.

@@ -82,7 +82,8 @@ __device__ __forceinline__ Job<n> take_job(const PushParams& p, uint32_t token, 
   return job;
 }
 
-// Where a token goes that is the first of this rank's, or comes behind few: by a warp, from the ids.
+// Where a token goes that is the first of this rank's, or comes behind few, or whose row's place is not asked for: by a warp,
+// from the ids.
 __device__ __forceinline__ Places find_places(const PushParams& p, uint32_t token) {
   const Route& route = p.route;
   Places places{0, nullptr, 0, -1};
@@ -93,7 +94,7 @@ __device__ __forceinline__ Places find_places(const PushParams& p, uint32_t toke
       if (threadIdx.x % 32 == places.count) places.rank = base + __ffs(rest) - 1;
     }
 #pragma unroll 1
-    for (uint32_t earlier = 0; earlier < token; ++earlier) {
+    for (uint32_t earlier = 0; earlier < token && route.target_rows != nullptr; ++earlier) {
       const uint32_t theirs = ranks_by_lanes(route, earlier, base), bit = places.rank - base;
       if (places.rank >= 0 && bit < kAtOnce) places.row += theirs >> bit & 1;
     }
@@ -168,11 +169,6 @@ __device__ __forceinline__ void do_job(const PushParams& p, const Job<n>& job, c
   store_beside<false>(p, job.token, job.id, job.weight, job.bad, to);
 }
 
-// Where a published row lies: in the own window, at the token's number.
-__device__ __forceinline__ Places own_place(const PushParams& p, uint32_t token) {
-  return Places{1, window_of(p.seat, p.seat.rank), token, static_cast<int32_t>(p.seat.rank)};
-}
-
 // Blocks are tokens, then those that write padding; a token's jobs past a block's warps are in the next part of the grid.
 // Places take a2a_route a while; the first blocks do not wait for it.
 extern "C" __global__ void __launch_bounds__(kMoveThreads, 4) a2a_push(const __grid_constant__ PushParams p) {
@@ -199,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(kMoveThreads, 4) a2a_push(const __g
   const bool publishes = p.flags & kPublishes;
   Places places;
   if (counts) {
-    places = count_places(p, token, shared.counting);
+    places = route.target_rows == nullptr ? find_places(p, token) : count_places(p, token, shared.counting);
     // a2a_route keeps all of them.
     if (job.beside && part < p.jobs && at.opens() && !(p.flags & kRouted)) keep_places(route, token, places);
   } else if (!publishes && part < p.jobs) {
@@ -216,6 +212,11 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   const Seat& seat = p.seat;
   const OnSm on_sm(seat);
   const uint32_t tid = threadIdx.x;
+  // A collective goes before.
+  if (p.receive.marks != nullptr && p.flags & kWaits) {
+    ptx::wait_prerequisites();
+    ptx::launch_dependents();
+  }
   const Standing at = standing_of(*seat.slot);
   const ulonglong2 first = look_early(seat);
   if (p.flags & kRaises && tid >= kFinishThreads - 32 && at.opens()) tell_shape(seat, p.receive, at.epoch + 1, at.absent);

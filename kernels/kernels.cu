@@ -17,6 +17,6 @@
 
 #include "quant.cu"
 
-#include "mark.cu"
+#include "carried.cu"
 
 #include "poison.cu"

@@ -118,6 +118,7 @@ __device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_
 extern "C" __global__ void __launch_bounds__(kLandThreads, 1) a2a_land(const __grid_constant__ LandParams p) {
   __shared__ uint32_t where[2];
   const OnSm on_sm(p.seat);
+  if (p.flags & kTogether) ptx::wait_prerequisites();
   if (p.seat.slot->whole == 0) return;
 #pragma unroll 1
   for (uint64_t unit = blockIdx.x; unit < p.rows * p.splits; unit += gridDim.x) {

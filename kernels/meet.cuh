@@ -15,11 +15,17 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
   const bool sends = p.flags & kSends, waits = p.flags & kMeetWaits;
   // The first look is on its way while the slot is looked at.
   uint64_t early = 0;
+  uint32_t broken = 0;
   const auto look = [&](uint32_t source) {
     return ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
   };
   const Roles role = roles_of(seat.ranks);
   if (waits && role.looks && role.looker < seat.ranks) early = look(role.looker);
+  if (p.marks != nullptr) {
+    if (waits) broken = ptx::ld_relaxed_sys(&slot.broken);
+    if (tid == 0 && waits) mark_end(slot, p.marks);
+    if (tid == 0 && sends) mark_begin(seat, p.marks);
+  }
   const bool goes =
       at.closed == 0 & at.state == (sends ? kDispatched : kCombineSent) & at.routing == seat.routing;
   if (!goes) {
@@ -42,10 +48,16 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     const auto tell = [&](uint8_t* box) {
       *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
       ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
-      ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
+      // A collective begins when the kernel has ended.
+      if (p.marks != nullptr) {
+        *mail64(box, kCombineFlag) = pack(epoch, p.digest);
+      } else {
+        ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
+      }
     };
+    const uint32_t windows = p.marks != nullptr ? 1 : seat.ranks;
 #pragma unroll 1
-    for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) tell(mailbox(seat, peer, seat.rank));
+    for (uint32_t peer = tid % 32; peer < windows && sends; peer += 32) tell(mailbox(seat, peer, seat.rank));
     if (at.absent && sends) {
       for_absent(seat, tid % 32, 32, [&](uint32_t rank) { tell(mailbox(seat, seat.rank, rank)); });
     }
@@ -69,7 +81,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     if (tid == 0) slot.state = kCombineSent;
     return true;
   }
-  if (p.flags & kMeetCarried && lose_if_broken(seat, wait, meeting, p.slot)) {
+  if (p.marks != nullptr && lose_if_broken(seat, wait, meeting, broken)) {
     if (tid == 0) slot.whole = 0;
     void_status(seat, p.status);
     return false;
@@ -127,7 +139,8 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
   // Those that go through FIFOs count where they come from.
   const bool sends = p.flags & kThroughFifos;
   const int32_t* moved = sends ? p.kept_counts : p.rows_for;
-  if (!(p.flags & kEveryone)) {
+  // Messages bring every rank's rows.
+  if (!(p.flags & kEveryone) && p.marks == nullptr) {
     rows = 0, mine = moved[seat.rank];
     for (uint32_t peer = 0; peer < seat.ranks; ++peer) rows += moved[peer];
   }

@@ -36,6 +36,11 @@ __device__ __forceinline__ Places read_places(const PushParams& p, uint32_t toke
                 rank >= 0 ? window_of(p.seat, rank) : nullptr, row, rank};
 }
 
+// Where a published row lies: in the own window, at the token's number.
+__device__ __forceinline__ Places own_place(const PushParams& p, uint32_t token) {
+  return Places{1, window_of(p.seat, p.seat.rank), token, static_cast<int32_t>(p.seat.rank)};
+}
+
 // Stores what is beside a token's row to every place. A warp calls it; a choice a lane. `pairs`: rows are (token, expert)
 // pairs, some of which may be left out, and what follows from the expert goes to the token's row in a bank, the lane's
 // `bank_row`.

@@ -249,23 +249,31 @@ __device__ __forceinline__ bool find_disagreement(const Seat& seat, const Wait& 
   return true;
 }
 
-// Every other way a wait can end without its flags, and why, into `meeting`. The cause is read before the flag is looked at
-// once more: a rank that left, died or went on *after* its flag is no loss.
-__device__ __forceinline__ Trouble find_cause(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
-  const uint64_t none = ~0ull;
+// Nobody is marked in `meeting` yet. True if the comm was aborted: the host knows why, and later kernels of the slot end at once.
+__device__ __forceinline__ bool begin_looking(const Seat& seat, Meeting& meeting) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    meeting.best = none;
+    meeting.best = ~0ull;
     meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
   }
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
   __syncthreads();
-  if (meeting.aborted) {
-    // The host knows why; later kernels of the slot end at once.
-    if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
-    return Trouble::kAborted;
-  }
+  if (meeting.aborted && threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
+  return meeting.aborted != 0;
+}
+
+// How long a call of the comm may take by now.
+__device__ __forceinline__ uint64_t budget_of(const Seat& seat) {
+  const bool first_step = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
+  return ptx::ld_relaxed_sys(first_step ? &seat.control->first_step_ns : &seat.control->step_ns);
+}
+
+// Every other way a wait can end without its flags, and why, into `meeting`. The cause is read before the flag is looked at
+// once more: a rank that left, died or went on *after* its flag is no loss.
+__device__ __forceinline__ Trouble find_cause(const Seat& seat, const Wait& wait, Meeting& meeting, uint64_t started) {
+  const uint64_t none = ~0ull;
+  if (begin_looking(seat, meeting)) return Trouble::kAborted;
 
   // Somebody else gave up on the step or an earlier one; a loss of a later step leaves this one to its own flags.
   uint64_t key = none, word = 0;
@@ -342,8 +350,7 @@ __device__ __forceinline__ Trouble find_cause(const Seat& seat, const Wait& wait
     }
     return Trouble::kLoss;
   }
-  const bool first_step = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
-  const uint64_t budget = ptx::ld_relaxed_sys(first_step ? &seat.control->first_step_ns : &seat.control->step_ns);
+  const uint64_t budget = budget_of(seat);
   const bool late = __syncthreads_or(threadIdx.x == 0 && ptx::globaltimer() - started >= budget);
   if (!late) return Trouble::kNone;
 #pragma unroll 1
@@ -378,23 +385,25 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   return trouble == Trouble::kNone;
 }
 
+// Tells the host that the slot's next operation may begin to wait for the peers: an operation's word is its number, twice,
+// + 1 before the comm's first step is done. One thread.
+__device__ __forceinline__ void mark_begin(const Seat& seat, uint64_t* marks) {
+  Slot& slot = *seat.slot;
+  const bool first = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
+  slot.operation = static_cast<uint64_t>((slot.operation >> 1) + 1) << 1 | first;
+  ptx::st_relaxed_sys(marks, slot.operation);
+}
+// The operation that began last has come to its end. One thread.
+__device__ __forceinline__ void mark_end(const Slot& slot, uint64_t* marks) {
+  ptx::st_relaxed_sys(marks + 1, slot.operation);
+}
+
 // Where collectives carry the flags, the host ends one that does not come to its end, and nothing of the step counts then,
-// whatever part of it has come: gives the step up, if so. A whole block calls it.
-__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, Meeting& meeting, uint32_t slot) {
-  const uint64_t broken = ptx::ld_acquire_sys(&seat.control->broken);
-  if (!__syncthreads_or(broken >> slot & 1)) return false;
-  if (threadIdx.x == 0) {
-    meeting.best = ~0ull;
-    meeting.aborted = ptx::ld_acquire_sys(&seat.control->aborted);
-  }
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < kMaxRanks / 32; i += blockDim.x) meeting.lost[i] = 0;
-  __syncthreads();
-  if (meeting.aborted) {
-    if (threadIdx.x == 0) ptx::cas_relaxed_gpu(&seat.slot->closed, 0, kAborted);
-    __syncthreads();
-    return true;
-  }
+// whatever part of it has come: gives the step up, if so. `broken`: what the slot said of that since the collective. A whole
+// block calls it.
+__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, Meeting& meeting, uint32_t broken) {
+  if (!__syncthreads_or(broken != 0)) return false;
+  if (begin_looking(seat, meeting)) return true;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     if (ptx::ld_acquire_sys(&seat.control->dead[peer]) == 0) continue;
@@ -410,13 +419,11 @@ __device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wai
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const bool first_step = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
-    const uint64_t budget = ptx::ld_relaxed_sys(first_step ? &seat.control->first_step_ns : &seat.control->step_ns);
     const uint32_t peer = gone ? meeting.best : seat.rank == 0 ? 1 : 0;
     if (gone) {
-      meeting.loss = {kPeerLost, kCauseGone, peer, 3, seat.rank, wait.epoch, 0, 0};
+      meeting.loss = {kPeerLost, kCauseGone, peer, 5, seat.rank, wait.epoch, 0, 0};
     } else {
-      meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, 0, budget};
+      meeting.loss = {kTimeout, kCauseLate, peer, 0, seat.rank, wait.epoch, 0, budget_of(seat)};
     }
   }
   lose(seat, wait, meeting);

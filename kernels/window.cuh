@@ -62,7 +62,8 @@ enum Cause : uint32_t {
   kCauseBound = 1,         // expected, seen: max_tokens here and there
   kCauseElsewhere = 2,     // expected, seen: operations; aux: steps ahead
   kCauseGaveUp = 3,        // origin: the rank that gave up first
-  kCauseGone = 4,          // detail: 1 destroyed its comm, 2 aborted, 3 its process ended, 4 went on without this rank
+  kCauseGone = 4,          // detail: 1 destroyed its comm, 2 aborted, 3 its process ended, 4 went on without this rank,
+                           // 5 one of the first three, where no window tells which
   kCauseLate = 5,          // aux: the deadline in ns
   kCauseDispatchShape = 6, // detail: the word
   kCauseCombineShape = 7,  // detail: the word
@@ -77,11 +78,9 @@ struct Control {
   uint32_t reserved;
   uint64_t first_step_ns;
   uint64_t step_ns;
-  // By bit: slots whose collectives the host has ended, so that nothing of what they carried counts.
-  uint64_t broken;
   uint32_t dead[kMaxRanks];
 };
-static_assert(sizeof(Control) == 32 + 4 * kMaxRanks);
+static_assert(sizeof(Control) == 24 + 4 * kMaxRanks);
 
 // Pinned, two a slot: why it is closed; what its state did not allow.
 struct Record {
@@ -125,11 +124,14 @@ struct Slot {
   unsigned long long taken;
   // Blocks of the kernel at work that have stored all that they had to.
   uint32_t arrived;
-  uint32_t reserved;
+  // The host has ended a collective of the slot's: nothing of what it carried counts. Written by the host.
+  uint32_t broken;
+  // Of the collective that began last, as the host is told it (wait.cuh, mark_begin).
+  uint64_t operation;
   uint32_t lost[kMaxRanks / 32];
 };
 constexpr uint32_t kInPlace = 1, kInBanks = 2, kAddedUp = 4;
-static_assert(sizeof(Slot) == 72 + kMaxRanks / 8);
+static_assert(sizeof(Slot) == 80 + kMaxRanks / 8);
 
 constexpr uint32_t kSms = 256;
 
@@ -286,8 +288,7 @@ struct Receive {
   // [local experts], to be zeroed for the kernel that counts, or null.
   int32_t* expert_counts;
   uint32_t local;
-  // 1: every rank has this rank's number of tokens; 2: told is set; 4: rows are published, not pushed; 8: flags come by
-  // collectives.
+  // 1: every rank has this rank's number of tokens; 2: told is set; 4: rows are published, not pushed.
   uint32_t flags;
   // The rows of a dispatch as a copy moves them; bytes of all planes.
   uint64_t wire_bytes;
@@ -300,19 +301,19 @@ struct Receive {
   int32_t told[kToldRanks];
   // [ranks], for more ranks than `told` has room for, or null.
   const int32_t* told_more;
-  // Its number, for `broken`.
-  uint32_t slot;
-  uint32_t reserved;
+  // Where collectives carry rows and flags, in the place of windows that peers address, words of the pinned memory: the
+  // operation of the slot that began last, and that ended last. Else null.
+  uint64_t* marks;
 };
-constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4, kCarried = 8;
+constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;
 // In `rows`: the step is void because a rank (bits 32 to 62) would receive too many rows (bits 0 to 31).
 constexpr uint64_t kTooMany = 1ull << 63;
 static_assert(sizeof(Receive) == 64 + 64 + 256 + 16);
 
-// a2a_mark: which step's collective has begun, or has ended, to a word of the pinned memory.
+// a2a_mark: that a collective has ended whose second half comes later.
 struct MarkParams {
   const Slot* slot;
-  uint64_t* to;
+  uint64_t* marks;
 };
 static_assert(sizeof(MarkParams) == 16);
 
@@ -576,7 +577,8 @@ struct LandParams {
   uint32_t block;
   uint32_t topk;
   uint32_t outs;
-  // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64; 8: gathered rows lie together, in this rank's own window
+  // 1: gathered; 2: zeroes padding; 4: ids are wanted as int64; 8: gathered rows lie together, in this rank's own window, and
+  // the kernel may be there before the one that it follows is done
   uint32_t flags;
   uint32_t splits;
   uint32_t blocks;
@@ -628,13 +630,14 @@ struct MeetParams {
   uint32_t digest;
   uint32_t tokens;
   // 1: sends; 2: waits; 4: every rank has a result for every token; 8: follows a2a_stage; 16: nothing sums behind it; 32:
-  // results go through FIFOs; 64: flags come by collectives
+  // results go through FIFOs
   uint32_t flags;
-  uint32_t slot;
+  uint32_t reserved;
+  // As in Receive.
+  uint64_t* marks;
 };
-constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32,
-                   kMeetCarried = 64;
-static_assert(sizeof(MeetParams) == sizeof(Seat) + 88);
+constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32;
+static_assert(sizeof(MeetParams) == sizeof(Seat) + 96);
 
 // a2a_reduce_*, a2a_weigh_*: each token's results, summed, or weighted and summed.
 struct ReduceParams {
@@ -664,12 +667,13 @@ struct ReduceParams {
   uint32_t vectors;
   uint32_t splits;
   // 1: gathered; 2: every rank has a result; 4: adds what stands in out; 8: rows are those of one list; 16: results were
-  // brought into this rank's own window, `bound` rows of each rank
+  // brought into this rank's own window, `bound` rows of each rank; 32: their sums were
   uint32_t flags;
-  // Where this rank's own results for its tokens are, if those were brought.
+  // Where this rank's own results for its tokens are, if those were brought; or the sums.
   const uint8_t* own;
 };
-constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4, kReducePacked = 8, kReduceBrought = 16;
+constexpr uint32_t kReduceGathered = 1, kReduceEveryone = 2, kAccumulate = 4, kReducePacked = 8, kReduceBrought = 16,
+                   kReduceSummed = 32;
 static_assert(sizeof(ReduceParams) == sizeof(MeetParams) + 40 + 112 + 24 + 8);
 
 // What a rank has on offer, to be sent through FIFOs: rows of a dispatch, or results.

@@ -331,19 +331,23 @@ pub fn resolve(address: &str) -> Result<Vec<std::net::SocketAddr>> {
     Ok(found)
 }
 
-/// The caller's all-gather: what this rank says, and room for what all say; returns 0 on success.
+/// An all-gather of the caller's, or over what is the caller's: what this rank says, and room for what all say.
 #[derive(Clone)]
 pub struct Allgather(Arc<AllgatherFn>);
-type AllgatherFn = dyn Fn(&[u8], &mut [u8]) -> i32 + Send + Sync;
+type AllgatherFn = dyn Fn(&[u8], &mut [u8]) -> Result<()> + Send + Sync;
 
 impl Allgather {
-    pub fn new(call: impl Fn(&[u8], &mut [u8]) -> i32 + Send + Sync + 'static) -> Allgather {
+    pub fn new(call: impl Fn(&[u8], &mut [u8]) -> Result<()> + Send + Sync + 'static) -> Allgather {
         Allgather(Arc::new(call))
     }
-    pub fn call(&self, mine: &[u8], all: &mut [u8]) -> i32 {
+    pub fn call(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
         (self.0)(mine, all)
     }
 }
+
+/// The caller's `ncclComm_t`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallersComm(pub usize);
 
 impl std::fmt::Debug for Allgather {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -410,8 +414,8 @@ pub struct Config {
     /// 0: none.
     pub memory_limit: u64,
     pub meeting: Meeting,
-    /// The caller gave an NCCL communicator.
-    pub has_nccl_comm: bool,
+    /// Ours are split off it.
+    pub nccl_comm: Option<CallersComm>,
     /// What this rank's plan came to: AUTO may depend on what a rank can afford, and all must come to the same.
     pub chosen: Option<(BackendKind, LayoutKind)>,
 }
@@ -467,6 +471,7 @@ impl Config {
             ("max_recv_rows", self.max_recv_rows),
             ("fifo_rows", self.fifo_rows as u64),
             ("flags", u64::from(self.meeting.remote)),
+            ("nccl_comm (0 NULL, 1 set)", u64::from(self.nccl_comm.is_some())),
         ];
         const EXTRAS: [&str; MAX_EXTRAS] = [
             "extra_row_bytes[0]",

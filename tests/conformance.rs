@@ -8,7 +8,8 @@
 //!
 //! A2A_TEST_DEVICE=cuda (or cuda:N, cuda:rank) runs it all on CUDA memory, one test at a time. What the library refuses
 //! there, or what only means something on the CPU, is ignored with its reason. With A2A_TEST_TRANSPORT=nccl beside it the cells
-//! of `allgather` run over NCCL, which takes a GPU for each rank.
+//! of `allgather` run over NCCL, which takes a GPU for each rank; with A2A_TEST_TRANSPORT=hosts so do those of processes, each of
+//! which says that it is a host of its own.
 
 use std::alloc::{GlobalAlloc, Layout as AllocLayout, System};
 use std::collections::BTreeSet;
@@ -82,7 +83,7 @@ const QUANTS: [Option<(Scale, bool)>; 8] = [
 ];
 
 fn over_nccl() -> bool {
-    std::env::var("A2A_TEST_TRANSPORT").is_ok_and(|transport| transport == "nccl")
+    std::env::var("A2A_TEST_TRANSPORT").is_ok_and(|transport| transport == "nccl" || transport == "hosts")
 }
 
 impl Backend {
@@ -133,7 +134,8 @@ impl Backend {
             Backend::HtFlat | Backend::HtContiguous => self.layout_code(),
             _ => A2A_LAYOUT_AUTO,
         };
-        if self == Backend::Gather && over_nccl() {
+        // Of ranks that are on several hosts AUTO does the same.
+        if self == Backend::Gather && over_nccl() && !are_apart() {
             config.transport = A2A_TRANSPORT_NCCL;
         }
     }
@@ -1781,7 +1783,12 @@ impl Cell {
     fn create(&self, seat: &Seat) -> Result<Comm, String> {
         let owner = self.owners();
         let config = self.config(seat, &owner);
-        let need = query_memory(&config)?;
+        let mut carried = self.config(seat, &owner);
+        if are_apart() && self.backend == Backend::Gather {
+            // What AUTO comes to is not known before the ranks have met.
+            carried.transport = A2A_TRANSPORT_NCCL;
+        }
+        let need = query_memory(&carried)?;
         let comm = Comm::create(&config)?;
         let info = comm.info()?;
         let local = oracle::local_experts(&self.owner, seat.rank);

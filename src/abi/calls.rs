@@ -66,8 +66,8 @@ pub unsafe extern "C" fn a2a_get_unique_id(id: *mut a2a_unique_id_t) -> a2a_stat
 }
 
 /// Makes the name of a group from an address and a key that all ranks already know: no exchange is needed, every
-/// rank makes the same id. Rank 0 listens on the address during a2a_create. Window transports still need every
-/// rank on one host.
+/// rank makes the same id. Rank 0 listens on the address during a2a_create. Windows reach no further than one host; over NCCL
+/// ranks may be on several.
 ///
 /// address: "host:port", NUL-terminated, at most 80 bytes; an IPv6 host stands in brackets. key: NUL-terminated,
 /// not empty, at most 4096 bytes; a secret. id: out, not NULL. Threads: any. Errors: INVALID_ARGUMENT.
@@ -166,7 +166,8 @@ pub unsafe extern "C" fn a2a_query_memory(
 /// which it waits up to a second.
 ///
 /// config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
-/// one process, processes, or both, all on one host. Threads: any; ranks of one process must call from threads of
+/// one process, processes, or both, all on one host; over A2A_TRANSPORT_NCCL, or A2A_TRANSPORT_AUTO where a config allows that one,
+/// on several, which a connection to rank 0 then holds together as long as the comm lives. Threads: any; ranks of one process must call from threads of
 /// their own. Capture: refused. Errors: INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, MISMATCH (the
 /// ranks' configs differ), TIMEOUT (a rank did not come), PEER_LOST (a rank left or was refused memory).
 #[unsafe(no_mangle)]

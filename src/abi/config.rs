@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::types::*;
 use crate::comm::Comm;
 use crate::config::{
-    Allgather, BackendKind, Bootstrap, BootstrapKind, Config, DeviceKind, Dtype, Experts, LayoutKind,
-    MAX_EXTRAS, MAX_RANKS, MAX_ROWS, MAX_SLOTS, MAX_TIMEOUT_MS, MAX_TOPK, Meeting, OverflowKind,
+    Allgather, BackendKind, Bootstrap, BootstrapKind, CallersComm, Config, DeviceKind, Dtype, Experts,
+    LayoutKind, MAX_EXTRAS, MAX_RANKS, MAX_ROWS, MAX_SLOTS, MAX_TIMEOUT_MS, MAX_TOPK, Meeting, OverflowKind,
     PlacementKind, QuantKind, ROW_ALIGN, ScaleLayout, TransportKind, UniqueId,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 
 fn range(rank: i32, name: &str, value: i64, low: i64, high: i64) -> Result<i64> {
     if (low..=high).contains(&value) {
@@ -57,7 +57,10 @@ pub unsafe fn meeting(raw: &a2a_config_t) -> Result<Meeting> {
             let user = User(raw.allgather_user);
             Bootstrap::Allgather(Allgather::new(move |mine, all| {
                 // SAFETY: forwarded from the caller; `all` has room for num_ranks times what `mine` has.
-                unsafe { call(mine.as_ptr().cast(), all.as_mut_ptr().cast(), mine.len(), user.get()) }
+                match unsafe { call(mine.as_ptr().cast(), all.as_mut_ptr().cast(), mine.len(), user.get()) } {
+                    0 => Ok(()),
+                    code => Err(Error::new(Status::System, format!("allgather returned {code}"))),
+                }
             }))
         }
     };
@@ -173,7 +176,11 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         },
         device_ordinal: range("device_ordinal", raw.device_ordinal as i64, 0, max)? as i32,
         backend: BackendKind::from_code(rank, raw.backend)?,
-        transport: TransportKind::from_code(rank, raw.transport)?,
+        transport: match TransportKind::from_code(rank, raw.transport)? {
+            // Who hands over a communicator means it.
+            TransportKind::Auto if !raw.nccl_comm.is_null() => TransportKind::Nccl,
+            transport => transport,
+        },
         layout: LayoutKind::from_code(rank, raw.layout)?,
         experts,
         placement,
@@ -205,7 +212,7 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         timeout_ms: positive("timeout_ms", raw.timeout_ms, 30_000, MAX_TIMEOUT_MS)?,
         memory_limit: raw.memory_limit,
         meeting,
-        has_nccl_comm: !raw.nccl_comm.is_null(),
+        nccl_comm: (!raw.nccl_comm.is_null()).then_some(CallersComm(raw.nccl_comm as usize)),
         chosen: None,
     };
     for (name, bytes) in [

@@ -63,14 +63,15 @@ pub const A2A_BACKEND_UNKNOWN: a2a_backend_t = -1;
 
 /// What carries the bytes. 0 lets the library choose.
 pub type a2a_transport_t = i32;
-/// The library chooses.
+/// The library chooses: windows; NCCL where ranks are on several hosts, and where nccl_comm is set.
 pub const A2A_TRANSPORT_AUTO: a2a_transport_t = 0;
 /// Memory that every rank addresses directly: shared memory, or CUDA memory over NVLink.
 pub const A2A_TRANSPORT_WINDOW: a2a_transport_t = 1;
-/// NCCL collectives, for A2A_BACKEND_ALLGATHER_REDUCESCATTER on CUDA memory, one GPU a rank. Every dispatch needs
-/// rank_tokens or A2A_DISPATCH_UNIFORM; all ranks make their calls in one order, whatever the slots; a2a_recover is
-/// UNSUPPORTED, and a captured graph is not to be replayed after a loss. NCCL 2.19 or later is opened at run time: by the name in
-/// the environment's A2A_NCCL_LIB, else libnccl.so.2.
+/// NCCL collectives, for A2A_BACKEND_ALLGATHER_REDUCESCATTER on CUDA memory, one GPU a rank, on one host or several. Every dispatch
+/// needs rank_tokens or A2A_DISPATCH_UNIFORM (one with A2A_DISPATCH_REUSE has what it replays had); all ranks make their calls in
+/// one order, whatever the slots; a2a_recover is UNSUPPORTED, and a captured graph is not to be replayed after a loss. NCCL 2.19 or
+/// later is opened at run time: by the name in the environment's A2A_NCCL_LIB, else libnccl.so.2. max_sms of the config bounds its
+/// kernels too, that of a call does not.
 pub const A2A_TRANSPORT_NCCL: a2a_transport_t = 2;
 /// NIXL (UCX: shared memory, TCP, InfiniBand, RoCE).
 pub const A2A_TRANSPORT_NIXL: a2a_transport_t = 3;
@@ -178,6 +179,11 @@ pub const A2A_DISPATCH_REUSE: u64 = 8;
 pub const A2A_COMBINE_ACCUMULATE: u64 = 1;
 /// Combine flag, EXPERT_* layouts: sum without weights.
 pub const A2A_COMBINE_NO_WEIGHTS: u64 = 2;
+/// Combine flag, the same on all ranks: with A2A_TRANSPORT_NCCL the sum may be NCCL's (ncclReduceScatter where all ranks have as
+/// many tokens, else ncclReduce), in the element type of the rows and in an order that is NCCL's to choose: bits then differ from
+/// those of other transports. Rows of every rank are summed, so experts write zeroes for tokens that are none of theirs. With
+/// row_weights, and in windows, it changes nothing.
+pub const A2A_COMBINE_NCCL_SUM: u64 = 4;
 
 /// Bit of `status[0]`: an expert id was outside [-1, num_experts); it counted as -1.
 pub const A2A_STEP_BAD_ID: i32 = 1;
@@ -275,8 +281,8 @@ pub struct a2a_unique_id_t {
 
 /// The caller's all-gather for bootstrap, a collective over exactly the ranks of the group: concatenates `bytes` bytes
 /// from `send` of every rank, rank ascending, into `recv` (num_ranks * bytes, host memory). `bytes` is the same on all
-/// ranks. Returns 0 on success. Called once by a2a_create with num_ranks > 1, on its thread; how long it waits is its own
-/// affair. What it carries holds the key of the group: whoever can read it can join.
+/// ranks. Returns 0 on success. Called once by a2a_create with num_ranks > 1 (three times if ranks are on several hosts), on its
+/// thread; how long it waits is its own affair. What it carries holds the key of the group: whoever can read it can join.
 pub type a2a_allgather_fn = Option<
     unsafe extern "C" fn(send: *const c_void, recv: *mut c_void, bytes: usize, user: *mut c_void) -> i32,
 >;
@@ -368,13 +374,15 @@ pub struct a2a_config_t {
     /// (same) Rows that each FIFO of NVLINK_TWO_SIDED holds, 2 to 65536; 0 = the library's choice. Other backends have
     /// none.
     pub fifo_rows: i32,
-    /// The group's name; unused (all zero) when num_ranks is 1, and all zero with A2A_BOOTSTRAP_ALLGATHER.
+    /// The group's name; unused (all zero) when num_ranks is 1, all zero with A2A_BOOTSTRAP_ALLGATHER, and may be with nccl_comm.
     pub unique_id: a2a_unique_id_t,
     /// The all-gather of A2A_BOOTSTRAP_ALLGATHER; NULL otherwise.
     pub allgather: a2a_allgather_fn,
     /// Passed to allgather; must be NULL without it.
     pub allgather_user: *mut c_void,
-    /// An existing ncclComm_t to use. Not in this build: must be NULL.
+    /// The caller's ncclComm_t of exactly these ranks and this device, or NULL. With it A2A_TRANSPORT_AUTO is NCCL. Communicators
+    /// are split off it, a collective on it: nobody else uses it during a2a_create. It stays the caller's, and is never ended here;
+    /// after a create that failed with TIMEOUT a call on it may still wait. unique_id may then be all zero: ranks meet over it.
     pub nccl_comm: *mut c_void,
 }
 
@@ -555,7 +563,7 @@ pub struct a2a_dispatch_in_t {
     /// [T, *] or [T] each, any element type. Entry i needs extra_row_bytes[i]. May be absent.
     pub extras: [*const a2a_tensor_t; A2A_MAX_EXTRAS],
     /// [num_ranks] every rank's T, host memory, read during the call; NULL = not known. Makes GATHERED outputs
-    /// exactly sized. A2A_TRANSPORT_NCCL needs it, or A2A_DISPATCH_UNIFORM.
+    /// exactly sized. A2A_TRANSPORT_NCCL needs it, or A2A_DISPATCH_UNIFORM or A2A_DISPATCH_REUSE.
     pub rank_tokens: *const i32,
     /// M: the bound on T in this step, the same on every rank; 0 = max_tokens.
     pub max_tokens: i32,

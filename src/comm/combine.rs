@@ -4,13 +4,14 @@ use super::history::What;
 use super::routing::{Routing, Sent};
 use super::tensor::{Element, Output, Tensor, View};
 use super::{Comm, lock};
-use crate::config::{Dtype, ROW_ALIGN};
+use crate::config::{Dtype, ROW_ALIGN, TransportKind};
 use crate::device::{Call, Combine, Device, Float, Half, Region, Rows, Stream, Target, Weighting};
 use crate::error::{Error, Result};
 
 /// Combine flags, as the ABI numbers them.
 const ACCUMULATE: u64 = 1;
 const NO_WEIGHTS: u64 = 2;
+const NCCL_SUM: u64 = 4;
 
 /// What the experts computed.
 #[derive(Clone, Copy, Debug)]
@@ -125,8 +126,8 @@ impl Comm {
                 self.plan.layout.name()
             )));
         }
-        if flags & !(ACCUMULATE | NO_WEIGHTS) != 0 {
-            return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x3")));
+        if flags & !(ACCUMULATE | NO_WEIGHTS | NCCL_SUM) != 0 {
+            return Err(self.invalid(format!("flags is {flags:#x}, known bits are 0x7")));
         }
         let due = if send.is_some() { Half::CombineSend } else { Half::CombineRecv };
         self.check_due(device, &call, due, recv.map(|recv| &recv.status))?;
@@ -139,6 +140,9 @@ impl Comm {
             Some(f) => (f.hidden, Some(f.float), f.weighting, f.row_weights.is_some()),
             None => (sent.hidden, sent.send_type, sent.weighting, sent.has_row_weights),
         };
+        // Values that go back beside the rows are not summed.
+        let may_sum = flags & NCCL_SUM != 0 && !has_row_weights && self.plan.transport == TransportKind::Nccl;
+        let wire_sums = if fresh.is_some() { may_sum } else { sent.wire_sums };
         let (mut out, mut out_weights) = (None, None);
         let mut out_type = Float::F32;
         let mut status = Target::Nothing;
@@ -185,6 +189,7 @@ impl Comm {
             out_type,
             out_weights,
             accumulate: flags & ACCUMULATE != 0,
+            wire_sums,
             status,
         };
         let mut outcome = Ok(());
@@ -194,6 +199,7 @@ impl Comm {
                 sent.send_type = send_type;
                 sent.weighting = weighting;
                 sent.has_row_weights = has_row_weights;
+                sent.wire_sums = wire_sums;
                 self.backend.combine_send(device, &c)
             });
         }

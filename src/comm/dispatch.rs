@@ -167,10 +167,22 @@ impl Comm {
             None => Wanted::default(),
         };
 
-        let mut d = Dispatch {
+        let (grid, capacity) = (next.grid, next.capacity);
+        // The list keeps its allocation from dispatch to dispatch.
+        let mut told = std::mem::take(&mut sent.rank_tokens);
+        match send.map(|send| send.rank_tokens) {
+            Some(Some(list)) => {
+                told.clear();
+                told.extend_from_slice(list);
+            }
+            // What is replayed over NCCL has the tokens that it had.
+            Some(None) if !(flags & REUSE != 0 && self.is_carried()) => told.clear(),
+            _ => {}
+        }
+        let d = Dispatch {
             call,
             memory: &routing.memory,
-            grid: next.grid,
+            grid,
             overflow: self.config.overflow,
             split: send.is_none() || recv.is_none(),
             reuse: flags & REUSE != 0,
@@ -181,7 +193,7 @@ impl Comm {
                 }
             },
             ids_are_64: fresh.as_ref().is_some_and(|fresh| fresh.ids_are_64),
-            rank_tokens: send.and_then(|send| send.rank_tokens),
+            rank_tokens: (!told.is_empty()).then_some(&told[..]),
             uniform: flags & UNIFORM != 0,
             recv: wanted.planes,
             ids_out_are_64: wanted.ids_are_64,
@@ -191,33 +203,32 @@ impl Comm {
             rank_counts: wanted.rank_counts,
             status: wanted.status,
             expert_stats: wanted.expert_stats,
-            capacity: next.capacity,
+            capacity,
             zero_padding: flags & ZERO_PADDING != 0,
         };
-        if let (Some(send), Some(fresh)) = (send, fresh) {
+        let mut views = DispatchViews { num_rows: -1, ..DispatchViews::default() };
+        let mut outcome = Ok(());
+        if let Some(fresh) = fresh {
             let mut renewed = fresh.sent;
             renewed.flags = flags;
-            self.step(device, &call, Half::DispatchSend, d.status, |device| {
-                // The list keeps its allocation from dispatch to dispatch.
-                renewed.rank_tokens = std::mem::take(&mut sent.rank_tokens);
-                renewed.rank_tokens.clear();
-                renewed.rank_tokens.extend_from_slice(send.rank_tokens.unwrap_or_default());
+            outcome = self.step(device, &call, Half::DispatchSend, d.status, |device| {
                 *sent = renewed;
                 self.backend.dispatch_send(device, &d)
-            })?;
+            });
         }
-        let mut views = DispatchViews { num_rows: -1, ..DispatchViews::default() };
-        if let Some(recv) = recv {
-            d.rank_tokens = (!sent.rank_tokens.is_empty()).then_some(&sent.rank_tokens[..]);
-            self.step(device, &call, Half::DispatchRecv, d.status, |device| {
+        if recv.is_some() && outcome.is_ok() {
+            outcome = self.step(device, &call, Half::DispatchRecv, d.status, |device| {
                 self.backend.dispatch_recv(device, &d)
-            })?;
-            if flags & HOST_COUNTS != 0 {
-                views.num_rows = device.received_rows(&d)? as i64;
+            });
+            if flags & HOST_COUNTS != 0 && outcome.is_ok() {
+                outcome = device.received_rows(&d).map(|rows| views.num_rows = rows as i64);
             }
-            let (capacity, blocks) = (d.capacity, d.grid.block().is_some());
+        }
+        sent.rank_tokens = told;
+        outcome?;
+        if let Some(recv) = recv {
             sent.received = true;
-            if views.num_rows >= 0 && !blocks {
+            if views.num_rows >= 0 && grid.block().is_none() {
                 // Now the host knows what it could only bound before.
                 sent.capacity = views.num_rows as u32;
             }
@@ -371,7 +382,8 @@ impl Comm {
         sent.grid = Grid { bound, topk, ..self.plan.map.sizes.grid };
 
         let mut rows = sent.grid.capacity(self.local());
-        if let Some(told) = send.rank_tokens {
+        let told = send.rank_tokens.or_else(|| self.remembered(flags, last));
+        if let Some(told) = told {
             if told[config.rank as usize] as i64 != tokens as i64 {
                 return invalid(format!(
                     "rank_tokens[{}] is {}, tokens has {tokens} rows",
@@ -394,7 +406,7 @@ impl Comm {
         } else if gathers && flags & UNIFORM != 0 {
             rows = members.len() as u64 * tokens as u64;
         }
-        if self.plan.transport == TransportKind::Nccl && send.rank_tokens.is_none() && flags & UNIFORM == 0 {
+        if self.is_carried() && told.is_none() && flags & UNIFORM == 0 {
             return invalid(
                 "rank_tokens is NULL and flags has no A2A_DISPATCH_UNIFORM: with transport nccl every rank must know how many \
                  tokens each has"
@@ -405,6 +417,17 @@ impl Comm {
         let send = Outbound { shape: sent.shape, tokens: sent.tokens, planes: send.planes(), quant };
         let ids_are_64 = wide;
         Ok(Fresh { sent, send, ids_are_64 })
+    }
+
+    /// If rows travel by collectives, for which everybody's tokens must be known.
+    fn is_carried(&self) -> bool {
+        self.plan.transport == TransportKind::Nccl
+    }
+
+    /// Everybody's tokens, of a dispatch that is replayed.
+    fn remembered<'a>(&self, flags: u64, last: &'a Sent) -> Option<&'a [i32]> {
+        let known = flags & REUSE != 0 && self.is_carried() && !last.rank_tokens.is_empty();
+        known.then_some(&last.rank_tokens[..])
     }
 
     /// How tokens are quantised on their way; `None` if they travel as they are.

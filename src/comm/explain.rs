@@ -127,8 +127,17 @@ fn check_fields(config: &Config) -> Result<()> {
     if config.max_ranks != config.num_ranks {
         return refuse("max_ranks", config.max_ranks.to_string(), "num_ranks (no backend here is elastic)");
     }
-    if config.has_nccl_comm {
-        return refuse("nccl_comm", "set".into(), "NULL");
+    if config.nccl_comm.is_some()
+        && (config.device, config.transport) != (DeviceKind::Cuda, TransportKind::Nccl)
+    {
+        return Err(Error::unsupported(format!(
+            "rank {}: nccl_comm is set, device is {} ({}), transport is {} ({}): it carries GPU memory over nccl (2)",
+            config.rank,
+            config.device.name(),
+            config.device as i32,
+            config.transport.name(),
+            config.transport as i32
+        )));
     }
     match config.transport {
         TransportKind::Auto | TransportKind::Window => {}
@@ -353,6 +362,20 @@ fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
         sizes.fifo_rows = rows.clamp(2, 1024) as u32;
     }
     sizes
+}
+
+/// If ranks may be on several hosts: what windows do not reach, NCCL carries.
+pub fn may_be_apart(config: &Config) -> bool {
+    config.device == DeviceKind::Cuda
+        && match config.transport {
+            TransportKind::Auto => plan(&apart(config)).is_ok(),
+            transport => transport == TransportKind::Nccl,
+        }
+}
+
+/// What the config comes to where ranks are on several hosts.
+pub fn apart(config: &Config) -> Config {
+    Config { transport: TransportKind::Nccl, ..config.clone() }
 }
 
 /// The JSON of a2a_explain.

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{self, Backend};
-use crate::config::{Config, DeviceKind, MAX_TIMEOUT_MS, TransportKind};
+use crate::config::{Bootstrap, CallersComm, Config, DeviceKind, MAX_TIMEOUT_MS, TransportKind};
 use crate::device::cuda::{self, Cuda};
 use crate::device::grid::Grid;
 use crate::device::host::Host;
@@ -31,7 +31,8 @@ use crate::log::{Level, log};
 use crate::memory::vmm::{self, VmmWindow};
 use crate::memory::{Mapped, WindowFd, Windows};
 use crate::transport::bootstrap;
-use crate::transport::nccl::{self, Communicators};
+use crate::transport::bootstrap::{Reach, Tied};
+use crate::transport::nccl::{self, Communicators, Origin};
 
 pub use crate::transport::bootstrap::{decline, new_unique_id};
 pub use combine::{CombineRecv, CombineSend};
@@ -60,8 +61,7 @@ pub struct Comm {
     key: [u8; 16],
     windows: Mapped,
     past: Mutex<Past>,
-    /// Ends with the comm, in this order: peers learn of it, then the threads stop.
-    alive: Mutex<Option<(Lifeline, Watchdog, Option<nccl::Watch>)>>,
+    alive: Mutex<Option<Alive>>,
     /// Held by the call in flight.
     in_call: Mutex<()>,
     /// Why the comm as a whole has failed.
@@ -74,6 +74,13 @@ pub struct Comm {
     history: History,
 }
 
+/// Ends with the comm, in this order: peers learn of it, then the threads stop.
+struct Alive {
+    lifeline: Option<(Lifeline, Option<Tied>)>,
+    _watchdog: Watchdog,
+    _watch: Option<nccl::Watch>,
+}
+
 static NEXT_COMM: AtomicU64 = AtomicU64::new(1);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -83,38 +90,51 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Comm {
     pub fn create(mut config: Config) -> Result<Arc<Comm>> {
+        let callers = meet_over_callers(&mut config)?;
         let plan = explain::plan(&config).inspect_err(|error| decline(&config.meeting, error))?;
         config.chosen = Some((plan.backend, plan.layout));
-        let Some(backend) = backend::of(plan.backend) else {
-            return Err(Error::internal("a backend was chosen that is not built"));
-        };
-        let (rank, bytes) = (config.rank, plan.memory().window);
+        let rank = config.rank;
         let health = Arc::new(Health::new(config.num_ranks));
 
         let mut own = None;
-        let carried = plan.transport == TransportKind::Nccl;
         let started = Instant::now();
-        let gift = || if carried { nccl::new_id() } else { Ok(Vec::new()) };
-        let mut gathered = bootstrap::gather(&config, gift, || {
+        let reach = if explain::may_be_apart(&config) { Reach::Hosts } else { Reach::OneHost };
+        let is_carried = plan.transport == TransportKind::Nccl;
+        let gift = |apart: bool| match (is_carried || apart) && callers.is_none() {
+            true => nccl::new_id(),
+            false => Ok(Vec::new()),
+        };
+        let mut gathered = bootstrap::gather(&config, reach, gift, |apart| {
             // Refused here and not before, so that the other ranks hear of it.
-            explain::affordable(&config)?;
+            let config = if apart { explain::apart(&config) } else { config.clone() };
+            let plan = explain::affordable(&config)?;
             let (lifeline, mut fds) = Lifeline::new(rank)?;
-            let (window, fd) = OwnWindow::create(&config, bytes, &fds)?;
+            let (window, fd) = OwnWindow::create(&config, plan.memory().window, &fds)?;
             fds.insert(0, fd);
-            own = Some((lifeline, window));
+            own = Some((lifeline, window, config, plan));
             Ok(fds)
         })?;
-        let Some((lifeline, window)) = own else { return Err(Error::internal("no window was made")) };
+        let Some((lifeline, window, config, plan)) = own else {
+            return Err(Error::internal("no window was made"));
+        };
+        let Some(backend) = backend::of(plan.backend) else {
+            return Err(Error::internal("a backend was chosen that is not built"));
+        };
+        let bytes = plan.memory().window;
         let fds = std::mem::take(&mut gathered.fds);
         let key = gathered.key;
-        let id =
-            carried.then(|| (&gathered.gift[..], started + Duration::from_millis(config.meeting.timeout_ms)));
-        let built = build(&config, &plan, &health, window, fds, id);
-        let Built { device, windows, watchdog, watch } = match built {
+        let origin = match callers {
+            Some(callers) => Origin::Caller(callers),
+            None => Origin::Id(&gathered.gift),
+        };
+        let deadline = started + Duration::from_millis(config.meeting.timeout_ms);
+        let carried = (plan.transport == TransportKind::Nccl).then_some((origin, deadline));
+        let built = build(&config, &plan, &health, window, fds, carried);
+        let (Built { device, windows, watchdog, watch }, ties) = match built {
             Ok(built) => {
                 fault::at(Point::CreateMapped);
-                gathered.finish(Ok(()))?;
-                built
+                let ties = gathered.finish(Ok(()))?;
+                (built, ties.map(|ties| ties.watch(health.clone())).transpose()?)
             }
             Err(error) => {
                 // The others are told; their answer changes nothing about our own reason.
@@ -139,7 +159,11 @@ impl Comm {
             key,
             windows,
             past: Mutex::default(),
-            alive: Mutex::new(Some((lifeline, watchdog, watch))),
+            alive: Mutex::new(Some(Alive {
+                lifeline: Some((lifeline, ties)),
+                _watchdog: watchdog,
+                _watch: watch,
+            })),
             in_call: Mutex::new(()),
             failure: Mutex::new(None),
             first_step_timeout_ms: AtomicU64::new(config.first_step_timeout_ms),
@@ -236,6 +260,13 @@ impl Comm {
         self.health.abort();
         if let Ok(device) = self.device() {
             device.leave(true);
+        }
+        // No window tells the peers. Who holds the lock ends the comm, and with it the lifeline.
+        if self.plan.transport == TransportKind::Nccl
+            && let Ok(mut alive) = self.alive.try_lock()
+            && let Some(alive) = &mut *alive
+        {
+            alive.lifeline = None;
         }
     }
 
@@ -498,6 +529,25 @@ impl Drop for Comm {
     }
 }
 
+/// The caller's communicator, if it is one of these ranks; they meet over it if there is no other way.
+fn meet_over_callers(config: &mut Config) -> Result<Option<CallersComm>> {
+    let Some(callers) = config.nccl_comm else { return Ok(None) };
+    // What else speaks against it is found by the plan.
+    let is_carried = (config.device, config.transport) == (DeviceKind::Cuda, TransportKind::Nccl);
+    if !is_carried || cuda::probe().is_err() || nccl::probe().is_err() {
+        return Ok(None);
+    }
+    let seat = (config.rank, config.num_ranks, config.device_ordinal);
+    let fits = nccl::check_fits(callers, seat).map_err(|e| e.context(format!("rank {}", config.rank)));
+    if matches!(config.meeting.bootstrap, Bootstrap::Nothing) && config.num_ranks > 1 && fits.is_ok() {
+        let timeout = Duration::from_millis(config.meeting.timeout_ms);
+        let allgather = nccl::allgather(callers, config.device_ordinal, timeout);
+        config.meeting.bootstrap = Bootstrap::Allgather(allgather);
+    }
+    fits.inspect_err(|error| decline(&config.meeting, error))?;
+    Ok(Some(callers))
+}
+
 /// This rank's window before the others have theirs, and what it lies on.
 enum OwnWindow {
     /// A descriptor is all of it.
@@ -542,12 +592,17 @@ fn build(
     health: &Arc<Health>,
     own: OwnWindow,
     fds: Vec<Vec<OwnedFd>>,
-    id: Option<(&[u8], Instant)>,
+    carried: Option<(Origin<'_>, Instant)>,
 ) -> Result<Built> {
     let (rank, bytes) = (config.rank, plan.memory().window);
     let mut windows = Vec::with_capacity(fds.len());
     let mut watched = Vec::with_capacity(fds.len());
     for (peer, mut fds) in fds.into_iter().enumerate() {
+        // A rank on another host has none to give; what tells of its end is kept elsewhere.
+        if fds.is_empty() && carried.is_some() {
+            watched.push(fds);
+            continue;
+        }
         if fds.len() < 2 {
             return Err(Error::new(
                 Status::PeerLost,
@@ -568,24 +623,31 @@ fn build(
             (Arc::new(host), Mapped::Host(windows))
         }
         OwnWindow::Cuda(mut ground, window) => {
-            let attic = vmm::attic(watched[0][0].as_fd())?;
-            let (windows, wire) = match id {
+            let deadline = carried.as_ref().map(|(_, deadline)| *deadline);
+            let (windows, wire) = match carried {
                 None => {
                     let lifelines = watched.iter().map(|fds| fds[0].as_fd());
                     (vmm::Windows::map(window, windows.into_iter().zip(lifelines).collect())?, None)
                 }
-                Some((id, deadline)) => {
+                Some((origin, deadline)) => {
                     let context = ground.context().clone();
                     let _entered = context.enter()?;
-                    let group = (rank, config.num_ranks, config.num_slots);
-                    let wire = Communicators::create(group, id, deadline);
+                    let group = nccl::Group {
+                        rank,
+                        ranks: config.num_ranks,
+                        slots: config.num_slots,
+                        max_sms: config.max_sms,
+                    };
+                    let wire = Communicators::create(group, origin, deadline);
                     let wire = Arc::new(wire.map_err(|e| e.context(format!("rank {rank}")))?);
                     ground.carried_by(wire.clone());
                     (vmm::Windows::alone(window, config.num_ranks), Some(wire))
                 }
             };
+            // What is left behind is the group's where windows are, and a rank's own where they are not.
+            let attic = vmm::attic(watched[if wire.is_some() { rank as usize } else { 0 }][0].as_fd())?;
             let cuda = Cuda::new(rank, map, experts, windows.bases(), health.clone(), *ground, attic)?;
-            if let Some((wire, (_, deadline))) = wire.zip(id) {
+            if let Some((wire, deadline)) = wire.zip(deadline) {
                 cuda.warm_up(deadline)?;
                 watch = Some(nccl::Watch::start(wire, cuda.lookout(), health.clone())?);
             }

@@ -32,6 +32,7 @@ pub(super) struct Sent {
     pub hidden: u32,
     pub weighting: Weighting,
     pub has_row_weights: bool,
+    pub wire_sums: bool,
 }
 
 impl Sent {
@@ -53,6 +54,7 @@ impl Sent {
             hidden: 0,
             weighting: Weighting::None,
             has_row_weights: false,
+            wire_sums: false,
         }
     }
 }

@@ -99,6 +99,7 @@ pub fn why_gone(word: u32) -> Option<&'static str> {
         1 => Some("destroyed its comm"),
         2 => Some("aborted"),
         4 => Some("went on without this rank (a2a_recover)"),
+        5 => Some("destroyed or aborted its comm, or its process ended"),
         _ => Some("its process ended"),
     }
 }
@@ -116,10 +117,11 @@ pub fn operation_name(operation: u32) -> &'static str {
 
 /// A word of the shape that combine compares.
 pub fn result_word(word: usize) -> &'static str {
-    const WORDS: [&str; 3] = [
+    const WORDS: [&str; 4] = [
         "the hidden size of the experts' rows",
         "the element type of the experts' rows (0 bf16, 1 f16, 2 f32)",
         "the presence of row_weights (0 absent, 1 present)",
+        "A2A_COMBINE_NCCL_SUM (0 not set, 1 set)",
     ];
     WORDS[word]
 }

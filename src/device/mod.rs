@@ -573,6 +573,8 @@ pub struct Combine<'a> {
     /// [T, K] float32: where the values that came back go.
     pub out_weights: Option<Rows>,
     pub accumulate: bool,
+    /// What carries the rows may sum them, in its own way.
+    pub wire_sums: bool,
     pub status: Target,
 }
 
@@ -620,9 +622,13 @@ pub enum Move {
     Gather { from: u64, to: u64, row_bytes: u64 },
     /// The words of a mailbox of this rank's to all: in place, rank after rank.
     Words { at: u64, bytes: u64 },
+    /// The same, by a message to each.
+    Tell { at: u64, bytes: u64 },
     /// To each rank the rows that are its own, of rows of all ranks, one behind the other; from each this rank's, `apart` bytes
     /// from one rank's to the next's. `own`: this rank's too.
     Scatter { from: u64, to: u64, row_bytes: u64, apart: u64, own: bool },
+    /// To each rank the sums of the rows that are its own, of everybody's rows of all ranks, one behind the other.
+    Sum { from: u64, to: u64, row_bytes: u64, float: Float },
 }
 
 /// How many rows each rank has.
@@ -639,11 +645,46 @@ impl Counts<'_> {
             Counts::Each(rows) => rows[rank as usize] as u64,
         }
     }
+    /// The rows of each, if they are as many.
+    pub fn equal(&self) -> Option<u64> {
+        match self {
+            Counts::Equal(rows) => Some(*rows as u64),
+            Counts::Each(rows) => rows.iter().all(|count| *count == rows[0]).then(|| rows[0] as u64),
+        }
+    }
+    /// The most that any has.
+    pub fn most(&self) -> u64 {
+        match self {
+            Counts::Equal(rows) => *rows as u64,
+            Counts::Each(rows) => rows.iter().copied().max().unwrap_or(0) as u64,
+        }
+    }
+    pub fn own(&self) -> OwnCounts {
+        match self {
+            Counts::Equal(rows) => OwnCounts::Equal(*rows),
+            Counts::Each(rows) => OwnCounts::Each(rows.to_vec()),
+        }
+    }
     /// The rows of the ranks before one.
     pub fn before(&self, rank: u32) -> u64 {
         match self {
             Counts::Equal(rows) => *rows as u64 * rank as u64,
             Counts::Each(rows) => rows[..rank as usize].iter().map(|rows| *rows as u64).sum(),
+        }
+    }
+}
+
+/// The same, for who outlasts the call.
+pub enum OwnCounts {
+    Equal(u32),
+    Each(Vec<i32>),
+}
+
+impl OwnCounts {
+    pub fn lent(&self) -> Counts<'_> {
+        match self {
+            OwnCounts::Equal(rows) => Counts::Equal(*rows),
+            OwnCounts::Each(rows) => Counts::Each(rows),
         }
     }
 }

@@ -1033,6 +1033,11 @@ pub fn choose_device(device: &str) -> Result<(), String> {
     use_device(device, &Vec::from_iter(0..A2A_MAX_RANKS as usize))
 }
 
+/// Each process says that it is a host of its own.
+pub fn are_apart() -> bool {
+    std::env::var("A2A_TEST_TRANSPORT").is_ok_and(|transport| transport == "hosts")
+}
+
 /// As A2A_TEST_DEVICE says; without it, on the CPU.
 pub fn choose_device_of_environment() -> Result<(), String> {
     std::env::var(DEVICE).map_or(Ok(()), |device| choose_device(&device))
@@ -1113,6 +1118,10 @@ fn start(ranks: &[usize], seat: &Seat, job: SharedJob) -> Vec<Rank> {
                     let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| text.to_string()));
                     Err(format!("panicked: {}", text.unwrap_or_default()))
                 });
+                let turn = MEETINGS.lock().unwrap().get(&seat.id.0.bytes).cloned();
+                if let Some(turn) = turn.filter(|_| result.is_err()) {
+                    turn.fail();
+                }
                 // Nobody listens any more once the time is up.
                 let _ = done.send(result);
             };
@@ -1191,24 +1200,35 @@ pub fn launch(
 /// A barrier for ranks that are threads: a rank that failed does not keep the others waiting for ever.
 pub struct Turn {
     ranks: usize,
-    arrived: Mutex<usize>,
+    /// `None` once a rank has failed, which comes no more.
+    arrived: Mutex<Option<usize>>,
     changed: Condvar,
 }
 
 impl Turn {
     pub fn new(ranks: usize) -> Turn {
-        Turn { ranks, arrived: Mutex::new(0), changed: Condvar::new() }
+        Turn { ranks, arrived: Mutex::new(Some(0)), changed: Condvar::new() }
+    }
+
+    fn fail(&self) {
+        *self.arrived.lock().unwrap() = None;
+        self.changed.notify_all();
     }
 
     /// Returns when every rank has called it as often as this one.
     pub fn wait(&self) -> Result<(), String> {
         let mut arrived = self.arrived.lock().unwrap();
-        *arrived += 1;
+        let failed = || Err("another rank has failed".into());
+        let Some(count) = &mut *arrived else { return failed() };
+        *count += 1;
         self.changed.notify_all();
-        let due = arrived.next_multiple_of(self.ranks);
+        let due = count.next_multiple_of(self.ranks);
         let limit = Duration::from_secs(30);
-        let (_arrived, late) =
-            self.changed.wait_timeout_while(arrived, limit, |arrived| *arrived < due).unwrap();
+        let waits = |arrived: &mut Option<usize>| arrived.is_some_and(|count| count < due);
+        let (arrived, late) = self.changed.wait_timeout_while(arrived, limit, waits).unwrap();
+        if arrived.is_none() {
+            return failed();
+        }
         if late.timed_out() { Err("another rank did not come to its turn".into()) } else { Ok(()) }
     }
 }
@@ -1240,6 +1260,11 @@ impl Worker {
             Some(device) => command.env(DEVICE, device),
             None => command.env_remove(DEVICE),
         };
+        if are_apart() {
+            // For NCCL too, which then takes no shared memory.
+            let host = format!("{}-{}", seat.id.to_hex(), list[0]);
+            command.env("A2A_HOST_ID", &host).env("NCCL_HOSTID", &host);
+        }
         let mut child = command.spawn().expect("a child process");
         let (send, lines) = channel();
         let stdout = BufReader::new(child.stdout.take().expect("piped"));

@@ -23,6 +23,11 @@ const AT_ONCE: Duration = Duration::from_millis(500);
 /// A process has a context, a comm and a step behind it after this.
 const START: Duration = Duration::from_secs(90);
 
+/// The ranks of a test that would have so many: over NCCL two, since each has a GPU of its own.
+fn group(ranks: usize) -> usize {
+    if over_nccl() { 2 } else { ranks }
+}
+
 type PerBackend = fn(Backend) -> Result<(), String>;
 
 /// Adds the tests to the others.
@@ -50,14 +55,24 @@ pub fn add(add: &mut impl FnMut(String, Left, Run)) {
                     let needed = name == "more_than_2_gib" && !backend.keeps_rows();
                     needed.then(|| "no rows in a slot for a copy to read".into())
                 };
+                let not_ours = || {
+                    let counts = name == "memory_is_what_was_said" && over_nccl();
+                    counts.then(|| "NCCL takes memory of its own".into())
+                };
                 let small_gpu = || if name == "more_than_2_gib" { too_small() } else { None };
                 let heedless = || (name == "few_multiprocessors").then(|| heeds_sms(backend).err()).flatten();
-                backend.refused_here().or_else(no_rows).or_else(small_gpu).or_else(heedless)
+                backend.refused_here().or_else(no_rows).or_else(not_ours).or_else(small_gpu).or_else(heedless)
             };
             let name = format!("gpu/{name}/{}", backend.name());
             add(name, Box::new(left), Box::new(move || run(backend)));
         }
     }
+    let over_nccl_alone = || {
+        let reason = || "its ranks meet over NCCL (A2A_TEST_TRANSPORT=nccl)".to_string();
+        Backend::Gather.refused_here().or_else(|| (!over_nccl()).then(reason))
+    };
+    add("gpu/nccl_sums".into(), Box::new(|| Backend::Gather.refused_here()), Box::new(nccl_sums));
+    add("gpu/callers_communicator".into(), Box::new(over_nccl_alone), Box::new(callers_communicator));
 }
 
 fn within(what: &str, took: Duration, limit: Duration) -> Result<(), String> {
@@ -84,7 +99,7 @@ impl Form {
     /// A step of the small group: the ranks' T differ, one has the bound's.
     pub fn small(world: usize) -> Form {
         let tokens = (0..world).map(|rank| M - rank % 3 * 5).collect();
-        Form { tokens, experts: EXPERTS, hidden: HIDDEN, topk: K, owns: false, told: false }
+        Form { tokens, experts: EXPERTS, hidden: HIDDEN, topk: K, owns: false, told: over_nccl() }
     }
 
     /// Step `number`, all ranks' inputs: some choose evenly, some one expert, some none, some a bad one.
@@ -413,6 +428,7 @@ pub fn nothing_on_record(comm: &Comm) -> Result<(), String> {
 /// A graph of dispatch, experts and combine is replayed with other tokens and another routing each time, `BATCH`
 /// times without the host in between.
 fn a_layer_replayed(backend: Backend, world: usize) -> Result<(), String> {
+    let world = group(world);
     threads(world, GPU_LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let mut layer = Layer::new(seat, backend, &comm, 0)?;
@@ -444,7 +460,7 @@ fn a_layer_replayed(backend: Backend, world: usize) -> Result<(), String> {
 
 /// A graph of a dispatch alone, replayed once, twice and ten times, each time another; then a combine that is no graph's.
 fn a_dispatch_replayed_alone(backend: Backend) -> Result<(), String> {
-    threads(4, GPU_LIMIT, move |seat| {
+    threads(group(4), GPU_LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let mut layer = Layer::new(seat, backend, &comm, 0)?;
         meet(seat)?;
@@ -476,14 +492,15 @@ fn a_dispatch_replayed_alone(backend: Backend) -> Result<(), String> {
 /// All send on both slots; odd ranks complete them in the opposite order of even ones. The host waits for nothing until
 /// the end, or, every other time, until all have sent.
 fn slots_that_cross_on_streams(backend: Backend) -> Result<(), String> {
-    threads(4, GPU_LIMIT, move |seat| {
+    threads(group(4), GPU_LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let mut layers = [Layer::new(seat, backend, &comm, 0)?, Layer::new(seat, backend, &comm, 1)?];
         meet(seat)?;
         for round in 0..20 {
             let steps = [0, 1].map(|slot| inputs(seat.world, backend, 3000 + 2 * round + slot));
             layers.iter_mut().zip(&steps).for_each(|(layer, step)| layer.put(step));
-            let order = if seat.rank.is_multiple_of(2) { [0, 1] } else { [1, 0] };
+            let same = backend.keeps_order() || seat.rank.is_multiple_of(2);
+            let order = if same { [0, 1] } else { [1, 0] };
             cuda::deferred(|| -> Result<(), String> {
                 layers.iter_mut().try_for_each(|layer| layer.dispatch(A2A_PHASE_SEND))?;
                 if round % 2 == 1 {
@@ -516,7 +533,7 @@ fn slots_that_cross_on_streams(backend: Backend) -> Result<(), String> {
 
 /// Both halves of a dispatch are called before any peer calls; what they need comes later.
 fn calls_return_before_their_peers_come(backend: Backend) -> Result<(), String> {
-    threads(3, LIMIT, move |seat| {
+    threads(group(3), LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let mut layer = Layer::new(seat, backend, &comm, 0)?;
         let step = inputs(seat.world, backend, 4000);
@@ -547,10 +564,11 @@ fn shapes_that_others_refuse(backend: Backend) -> Result<(), String> {
     const SHAPES: [(usize, usize); 4] = [(2880, 9), (3584, 16), (6144, 10), (7168, 22)];
     // Of all ranks, with what is logged.
     const TENSORS: usize = 5 << 30;
-    for world in [3, 5, 6, 7] {
+    let worlds: &[usize] = if over_nccl() { &[2] } else { &[3, 5, 6, 7] };
+    for &world in worlds {
         let form = move |(hidden, topk): (usize, usize)| {
             let tokens = (0..world).map(|rank| M - (rank * 3 + topk) % M).collect();
-            Form { tokens, experts: 3 * world + 1, hidden, topk, owns: topk % 2 == 1, told: false }
+            Form { tokens, experts: 3 * world + 1, hidden, topk, owns: topk % 2 == 1, told: over_nccl() }
         };
         threads(world, GPU_LIMIT, move |seat| {
             let mut config = small(seat, backend);
@@ -599,7 +617,7 @@ fn few_multiprocessors(backend: Backend) -> Result<(), String> {
         Backend::TwoSided => 3,
         _ => 1,
     };
-    for (world, sms) in [(4, 3), (3, fewest)] {
+    for (world, sms) in [(group(4), 3), (group(3), fewest)] {
         for owns in [false, true] {
             let form = Form { owns, ..Form::small(world) };
             threads(world, GPU_LIMIT, move |seat| {
@@ -647,7 +665,7 @@ fn voided(layer: &Layer, lost: &[usize]) -> Result<(), String> {
 
 /// Rank 1 leaves while the others' kernels wait for its rows.
 fn destroyed_while_peers_wait(backend: Backend) -> Result<(), String> {
-    threads(3, LIMIT, move |seat| {
+    threads(group(3), LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let mut layer = Layer::new(seat, backend, &comm, 0)?;
         meet(seat)?;
@@ -678,7 +696,7 @@ fn destroyed_while_peers_wait(backend: Backend) -> Result<(), String> {
 
 /// Another thread aborts rank 0's comm while its stream waits for the others.
 fn aborted_while_the_stream_waits(backend: Backend) -> Result<(), String> {
-    threads(3, LIMIT, move |seat| {
+    threads(group(3), LIMIT, move |seat| {
         let comm = Comm::create(&small(seat, backend))?;
         let mut layer = Layer::new(seat, backend, &comm, 0)?;
         meet(seat)?;
@@ -699,9 +717,10 @@ fn aborted_while_the_stream_waits(backend: Backend) -> Result<(), String> {
         meet(seat)?;
         if seat.rank != 0 {
             let begun = Instant::now();
-            // Its rows had come before it aborted, unless it waited for counts; its results will not.
+            // Its rows had come before it aborted, unless it waited for counts; its results will not. Over NCCL either may be.
             let mut last = layer.dispatch(A2A_PHASE_BOTH);
-            if !backend.waits_for_counts() {
+            let is_over = backend.waits_for_counts() || over_nccl() && last.is_err();
+            if !is_over {
                 last?;
                 layer.experts()?;
                 last = layer.combine(A2A_PHASE_BOTH);
@@ -713,12 +732,14 @@ fn aborted_while_the_stream_waits(backend: Backend) -> Result<(), String> {
     })
 }
 
-/// The others' graph runs into its deadline because rank 3 does not come. What follows on the closed slot costs no
+/// The others' graph runs into its deadline because the last rank does not come. What follows on the closed slot costs no
 /// second deadline.
 fn one_does_not_call(backend: Backend) -> Result<(), String> {
     const DEADLINE: Duration = Duration::from_secs(1);
     const LAYERS: usize = 60;
-    threads(4, LIMIT, move |seat| {
+    let (world, absent) = (group(4), group(4) - 1);
+    let name = format!("rank {absent}");
+    threads(world, LIMIT, move |seat| {
         let mut config = small(seat, backend);
         config.timeout_ms = DEADLINE.as_millis() as i64;
         let comm = Comm::create(&config)?;
@@ -728,7 +749,7 @@ fn one_does_not_call(backend: Backend) -> Result<(), String> {
         meet(seat)?;
         let graph = Graph::capture(|| layer.whole())?;
         meet(seat)?;
-        if seat.rank != 3 {
+        if seat.rank != absent {
             let begun = Instant::now();
             graph.launch(1)?;
             within("a launch", begun.elapsed(), AT_ONCE)?;
@@ -738,25 +759,29 @@ fn one_does_not_call(backend: Backend) -> Result<(), String> {
             if took < DEADLINE {
                 return Err(format!("gave up after {took:?}"));
             }
-            voided(&layer, &[3])?;
-            recorded(&comm, A2A_TIMEOUT, "rank 3")?;
+            voided(&layer, &[absent])?;
+            recorded(&comm, A2A_TIMEOUT, &name)?;
 
+            // Its communicator is gone, and what was captured with it.
+            if !over_nccl() {
+                let begun = Instant::now();
+                graph.launch(LAYERS)?;
+                cuda::synchronize()?;
+                within("replays on a closed slot", begun.elapsed(), AT_ONCE)?;
+                voided(&layer, &[absent])?;
+            }
             let begun = Instant::now();
-            graph.launch(LAYERS)?;
-            cuda::synchronize()?;
-            within("replays on a closed slot", begun.elapsed(), AT_ONCE)?;
-            voided(&layer, &[3])?;
-            let begun = Instant::now();
-            refused("a call on a closed slot", layer.dispatch(A2A_PHASE_BOTH), A2A_TIMEOUT, &["rank 3"])?;
+            refused("a call on a closed slot", layer.dispatch(A2A_PHASE_BOTH), A2A_TIMEOUT, &[&name])?;
             within("a call on a closed slot", begun.elapsed(), AT_ONCE)?;
         }
         meet(seat)?;
-        if seat.rank == 3 {
+        if seat.rank == absent {
             let begun = Instant::now();
             // The others' rows had come before they gave up, unless they waited for counts: its dispatch is whole. Their
             // results never will be.
             let mut last = layer.dispatch(A2A_PHASE_BOTH);
-            if !backend.waits_for_counts() {
+            let is_over = backend.waits_for_counts() || over_nccl() && last.is_err();
+            if !is_over {
                 last?;
                 layer.experts()?;
                 last = layer.combine(A2A_PHASE_BOTH);
@@ -765,9 +790,122 @@ fn one_does_not_call(backend: Backend) -> Result<(), String> {
                 Err(Failure { status: A2A_TIMEOUT | A2A_PEER_LOST, .. }) => {}
                 other => return Err(format!("the late rank got {other:?}")),
             }
-            within("the late rank's calls", begun.elapsed(), PROMISE)?;
+            // What ended a collective is not said to those that come to it later: they have a deadline of their own.
+            let limit = if over_nccl() { DEADLINE + PROMISE } else { PROMISE };
+            within("the late rank's calls", begun.elapsed(), limit)?;
         }
         meet(seat)
+    })
+}
+
+// ----------------------------------------------------------------------------------------------------- NCCL
+
+/// A2A_COMBINE_NCCL_SUM, of numbers whose sum is the same in any order. In windows it changes nothing.
+fn nccl_sums() -> Result<(), String> {
+    threads(group(2), LIMIT, move |seat| {
+        let comm = Comm::create(&small(seat, Backend::Gather))?;
+        let routing = comm.routing(0)?;
+        let value = |rank: usize, row: usize| ((rank + 1) * (1 + row % 5)) as f32;
+        let floats = [(BF16, Float::Bf16), (F16, Float::F16), (F32, Float::F32)];
+        for (equal, accumulates) in [(true, false), (false, false), (true, true), (false, true)] {
+            let tokens: Vec<usize> =
+                (0..seat.world).map(|rank| if equal { M } else { M - 5 * rank }).collect();
+            let first: usize = tokens[..seat.rank].iter().sum();
+            let (mine, total) = (tokens[seat.rank], tokens.iter().sum::<usize>());
+            let input = DispatchIn {
+                tokens: Some(Tensor::new(BF16, &[mine, HIDDEN])),
+                rank_tokens: Some(tokens.iter().map(|&tokens| tokens as i32).collect()),
+                ..Default::default()
+            };
+            for ((from, wire), (to, out)) in floats.into_iter().flat_map(|from| floats.map(|to| (from, to))) {
+                let bits =
+                    |float: Float, value: f32| float.round(value).to_le_bytes()[..float.bytes()].to_vec();
+                let rows = |float, value: &dyn Fn(usize) -> f32, range: std::ops::Range<usize>| {
+                    range.flat_map(|row| bits(float, value(row)).repeat(HIDDEN)).collect::<Vec<u8>>()
+                };
+                let sum = |row: usize| (0..seat.world).map(|rank| value(rank, row)).sum::<f32>();
+                let results = rows(wire, &|row| value(seat.rank, row), 0..total);
+                let before = rows(out, &|_| 3.0, 0..mine);
+                let added = if accumulates { 3.0 } else { 0.0 };
+                let want = rows(out, &|row| sum(row) + added, first..first + mine);
+                comm.dispatch(&routing, A2A_PHASE_BOTH, &input, &mut DispatchOut::default())?;
+                let results = Tensor::of(from, &[total, HIDDEN], &results);
+                let mut sums = CombineOut {
+                    tokens: Some(Tensor::of(to, &[mine, HIDDEN], &before)),
+                    ..Default::default()
+                };
+                let flags = A2A_COMBINE_NCCL_SUM | if accumulates { A2A_COMBINE_ACCUMULATE } else { 0 };
+                comm.combine(&routing, A2A_PHASE_BOTH, flags, Some(&results), &mut sums)?;
+                let got = sums.tokens.as_ref().expect("given").read();
+                if got != want {
+                    return Err(format!(
+                        "{wire:?} to {out:?}, equal {equal}, accumulated {accumulates}: other sums"
+                    ));
+                }
+            }
+        }
+        nothing_on_record(&comm)?;
+        meet(seat)
+    })
+}
+
+/// Comms are made of communicators that are split off the caller's, which ranks also meet over if they have no id; it is
+/// the caller's afterwards, and refused if it is not of these ranks.
+fn callers_communicator() -> Result<(), String> {
+    use nccl_sys::{Nccl, ncclSuccess, ncclUniqueId};
+    static ID: std::sync::Mutex<ncclUniqueId> = std::sync::Mutex::new(ncclUniqueId { internal: [0; 128] });
+    threads(group(2), LIMIT, move |seat| {
+        let nccl = Nccl::get().map_err(|why| why.to_string())?;
+        let said = |what: &str, result: i32| match result {
+            result if result == ncclSuccess => Ok(()),
+            result => Err(format!("{what} returned {result}")),
+        };
+        if seat.rank == 0 {
+            let mut id = ID.lock().unwrap();
+            // SAFETY: a valid out-pointer.
+            said("ncclGetUniqueId", unsafe { (nccl.ncclGetUniqueId)(&mut *id) })?;
+        }
+        meet(seat)?;
+        let id = *ID.lock().unwrap();
+        let mut theirs = std::ptr::null_mut();
+        let (world, rank, config) = (seat.world as i32, seat.rank as i32, &mut Default::default());
+        // SAFETY: the same id on all ranks, which all call this now.
+        let made = unsafe { (nccl.ncclCommInitRankConfig)(&mut theirs, world, id, rank, config) };
+        said("ncclCommInitRankConfig", made)?;
+
+        let mut config = small(seat, Backend::Gather);
+        config.nccl_comm = theirs.cast();
+        config.transport = A2A_TRANSPORT_AUTO;
+        for named in [true, false] {
+            if !named {
+                config.unique_id.bytes = [0; 128];
+            }
+            let comm = Comm::create(&config)?;
+            let routing = comm.routing(0)?;
+            for _ in 0..3 {
+                small_step(seat, Backend::Gather, &comm, &routing)?;
+            }
+            meet(seat)?;
+        }
+        let mut other = config;
+        other.num_ranks += 1;
+        other.num_experts = other.num_experts.max(other.num_ranks);
+        let world = format!("num_ranks is {}, and {} in nccl_comm", other.num_ranks, seat.world);
+        refused(
+            "another number of ranks",
+            Comm::create(&other).map(|_| ()),
+            A2A_INVALID_ARGUMENT,
+            &[&world],
+        )?;
+        meet(seat)?;
+        let mut count = 0;
+        // SAFETY: the communicator is still the caller's, and ends here.
+        unsafe {
+            said("ncclCommCount", (nccl.ncclCommCount)(theirs, &mut count))?;
+            said("ncclCommFinalize", (nccl.ncclCommFinalize)(theirs))?;
+            said("ncclCommDestroy", (nccl.ncclCommDestroy)(theirs))?;
+        }
+        expect("ranks of the caller's communicator", count, seat.world as i32)
     })
 }
 
@@ -824,10 +962,10 @@ fn unchecked_step(seat: &Seat, backend: Backend, comm: &Comm, routing: &Routing)
     comm.combine(routing, A2A_PHASE_BOTH, 0, Some(&rows), &mut small_sums())
 }
 
-/// One of four processes (over NCCL two, which takes a GPU for each) is killed in its steps, or (`at_rest`) while it does nothing and the others wait for it. They
+/// One of four processes is killed in its steps, or (`at_rest`) while it does nothing and the others wait for it. They
 /// are told of it in time, and the rest of them make a group that works.
 fn killed(backend: Backend, at_rest: bool) -> Result<(), String> {
-    let world = if over_nccl() { 2 } else { 4 };
+    let world = group(4);
     let victim = Rng::new(&[seed(), 310, backend as u64, u64::from(at_rest)]).below(world);
     let id = GroupId::new();
     let args = vec![backend.name().to_string(), if at_rest { victim.to_string() } else { "nobody".into() }];
@@ -937,6 +1075,7 @@ fn more_than_2_gib(backend: Backend) -> Result<(), String> {
         let input = DispatchIn {
             tokens: Some(tokens),
             topk_ids: Some(Tensor::of(I32, &[MANY, 2], &ids)),
+            flags: if over_nccl() { A2A_DISPATCH_UNIFORM } else { 0 },
             ..Default::default()
         };
         let mut output = DispatchOut { tokens: Some(Tensor::view()), ..Default::default() };

@@ -452,11 +452,11 @@ fn beside(strangers: impl FnOnce(&str) -> Result<(), String>) -> Result<(), Stri
 /// Ranks of other versions know the key and are told both versions; the group forms without them.
 pub fn another_version() -> Result<(), String> {
     beside(|address| {
-        for (protocol, version) in [(2, 7_008_009), (3, 1000), (1, 1000)] {
+        for (protocol, version) in [(3, 7_008_009), (4, 1000), (2, 1000)] {
             let mut other = Stranger::knock(address, "key")?;
             // What follows a version that is not ours is not looked at.
             let said = other.join(&[Stranger::head(protocol, 2, version), vec![9; 40]].concat())?;
-            let own = format!("{} (rendezvous protocol 2) on rank 0", env!("CARGO_PKG_VERSION"));
+            let own = format!("{} (rendezvous protocol 3) on rank 0", env!("CARGO_PKG_VERSION"));
             let (major, rest) = (version / 1_000_000, version % 1_000_000);
             let theirs = format!("{major}.{}.{} ({protocol}) on rank 2", rest / 1000, rest % 1000);
             if !said.contains(&own) || !said.contains(&theirs) {

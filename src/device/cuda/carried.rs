@@ -1,19 +1,23 @@
 //! Steps whose rows and words are carried by collectives, where windows are not addressed by peers.
 //!
-//! Kernels do what they do beside windows, half by half: the window of every rank that they know of is this rank's own, so
-//! that what they leave there for the peers lies in one place. One operation carries it to all, with the rows, and the half
-//! behind it finds every flag up, or that the host has ended the operation (`Control::broken`). Tokens go from the caller's
+//! The window of every rank that kernels know of is this rank's own, so that what they leave there for the peers lies in one
+//! place: what travels beside the tokens, and this rank's words (a2a_announce). One operation carries it to all, with the rows, and the half
+//! behind it finds every flag up, or that the host has ended the operation (`Slot::broken`). Tokens go from the caller's
 //! tensor to where they are wanted; what must be made or copied first lies in the published rows.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::driver::Launch;
-use super::params::MarkParams;
-use super::{CallersStream, Cuda};
+use super::params::{DispatchParams, MarkParams, flag};
+use super::{CallersStream, Cuda, lock, within};
 use crate::device::map::{IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Call, Combine, Counts, Dispatch, Move, Rows, Target, Wire, mail};
 use crate::error::{Error, Result, Status};
+
+/// Threads of a block of a2a_announce, and tokens that it takes: two a warp.
+const ANNOUNCE_THREADS: u32 = 512;
+const ANNOUNCE_TOKENS: u32 = 32;
 
 /// The most moves of a step: every plane but the source, and the words.
 const MOVES: usize = PLANES;
@@ -57,10 +61,34 @@ impl Cuda {
         waits: bool,
     ) -> Result<()> {
         if sends {
-            self.launch_dispatch(d, false)?;
+            if let Some((from, quant)) = d.send.quant {
+                self.quantise(d, from, quant)?;
+            }
+            self.launch_announce(d)?;
             self.carry_rows(wire, d)?;
         }
         if waits { self.launch_receive(d) } else { Ok(()) }
+    }
+
+    /// Ids, weights and what else does not go as it is, and this rank's words.
+    fn launch_announce(&self, d: &Dispatch) -> Result<()> {
+        let opens = lock(&self.slots[d.call.slot as usize]).opens;
+        // What this carries into memory must be there before any of the kernels that overlap.
+        let receive = self.receive_params(d)?;
+        if opens {
+            self.launch_open(d)?;
+        }
+        let push = self.push_params(d, opens, false)?;
+        let params = DispatchParams { push, receive, flags: flag::RAISES, reserved: 0 };
+        let blocks = d.send.tokens.div_ceil(ANNOUNCE_TOKENS).clamp(1, self.station.sms());
+        let shape = Launch {
+            grid: within(&d.call, blocks),
+            block: ANNOUNCE_THREADS,
+            after_previous: opens,
+            ..Launch::default()
+        };
+        // SAFETY: the caller's rows, which comm checked, the routing's memory, this rank's own window.
+        unsafe { self.launch(&self.station.kernels.announce, shape, &d.call, &params) }
     }
 
     /// Collective: a first operation of each kind on every slot, for which peers connect. No step has to wait for that.
@@ -146,7 +174,7 @@ impl Cuda {
                 self.goes_as_it_is(d, plane).unwrap_or_else(|| self.own(self.map.published(slot, plane)));
             moves.push(Move::Gather { from, to: self.brought_to(d, plane), row_bytes: *bytes as u64 });
         }
-        self.carry(wire, &d.call, &moves, counts(d.rank_tokens, d.send.tokens))
+        self.carry(wire, &d.call, &moves, counts(d.rank_tokens, d.send.tokens), d.split)
     }
 
     /// What this rank's kernels left for the peers.
@@ -154,23 +182,26 @@ impl Cuda {
         Move::Words { at: self.own(self.map.mailbox(call.slot, 0)), bytes: mail::BYTES }
     }
 
-    /// One operation, between marks by which the host sees how long it takes.
-    fn carry(&self, wire: &Arc<dyn Wire>, call: &Call, moves: &Moves, counts: Counts) -> Result<()> {
-        self.mark(call, 0)?;
+    /// One operation. The kernel before it told the host that it is under way, the half behind it tells that it has ended; if
+    /// that comes later, another kernel does.
+    fn carry(
+        &self,
+        wire: &Arc<dyn Wire>,
+        call: &Call,
+        moves: &Moves,
+        counts: Counts,
+        split: bool,
+    ) -> Result<()> {
         {
             let _entered = self.station.context.enter()?;
             let moves = &moves.moves[..moves.count];
             wire.carry(call.slot, moves, counts, call.stream, call.started + call.budget)
                 .map_err(|e| e.context(format!("rank {}", self.rank)))?;
         }
-        self.mark(call, 1)
-    }
-
-    fn mark(&self, call: &Call, end: usize) -> Result<()> {
-        let params = MarkParams {
-            slot: self.slot_of(call.slot),
-            to: self.pinned.address() + (self.flight_words(call.slot) + end * 8) as u64,
-        };
+        if !split {
+            return Ok(());
+        }
+        let params = MarkParams { slot: self.slot_of(call.slot), marks: self.marks(call.slot) };
         let shape = Launch { grid: 1, block: 32, ..Launch::default() };
         // SAFETY: a slot's state, and its words of the pinned memory.
         unsafe { self.launch(&self.station.kernels.mark, shape, call, &params) }
@@ -189,24 +220,42 @@ impl Cuda {
         c.send.is_some_and(|rows| c.split || !rows.is_compact())
     }
 
-    /// This rank's results for its own tokens.
+    /// What is summed first of this rank's tokens: its own results, or the sums.
     pub(super) fn own_results(&self, c: &Combine) -> u64 {
+        if c.wire_sums {
+            return self.own(self.map.brought(c.call.slot));
+        }
         let before = counts(c.rank_tokens, c.tokens).before(self.rank);
         self.results(c) + before * Self::result_bytes(c)
     }
 
+    /// The caller's output, if sums that are brought can go there as they are.
+    pub(super) fn takes_sums(&self, c: &Combine) -> Option<u64> {
+        let out = c.out.as_ref().filter(|out| c.wire_sums && !c.split && !c.accumulate && out.is_compact());
+        out.filter(|_| c.out_type == c.send_type).map(|out| out.ptr as u64)
+    }
+
     pub(super) fn carry_results(&self, wire: &Arc<dyn Wire>, c: &Combine) -> Result<()> {
         let (slot, bound) = (c.call.slot, c.grid.bound as u64);
-        let scatter = |from, to: u64, row_bytes: u64, own| {
-            let to = self.own(to);
-            Move::Scatter { from, to, row_bytes, apart: bound * row_bytes, own }
+        let (from, row_bytes) = (self.results(c), Self::result_bytes(c));
+        let brought = self.own(self.map.brought(slot));
+        // What goes by messages goes by messages alone (an H100: 20 us less where rows are many).
+        let words = match self.words(&c.call) {
+            Move::Words { at, bytes } if !c.wire_sums => Move::Tell { at, bytes },
+            words => words,
         };
-        let mut moves = Moves::new(self.words(&c.call));
-        moves.push(scatter(self.results(c), self.map.brought(slot), Self::result_bytes(c), false));
+        let mut moves = Moves::new(words);
+        moves.push(match c.wire_sums {
+            true => {
+                Move::Sum { from, to: self.takes_sums(c).unwrap_or(brought), row_bytes, float: c.send_type }
+            }
+            false => Move::Scatter { from, to: brought, row_bytes, apart: bound * row_bytes, own: false },
+        });
         if c.has_row_weights {
             let from = self.own(self.map.combine_weights(slot));
-            moves.push(scatter(from, self.map.brought_weights(slot), c.weight_bytes() as u64, true));
+            let (to, row_bytes) = (self.own(self.map.brought_weights(slot)), c.weight_bytes() as u64);
+            moves.push(Move::Scatter { from, to, row_bytes, apart: bound * row_bytes, own: true });
         }
-        self.carry(wire, &c.call, &moves, counts(c.rank_tokens, c.tokens))
+        self.carry(wire, &c.call, &moves, counts(c.rank_tokens, c.tokens), c.split)
     }
 }

@@ -112,7 +112,7 @@ impl Cuda {
         let staged = sends && (self.staged_rows(c).is_some() || c.row_weights.is_some());
         let weights = if c.row_weights.is_some() { c.weight_bytes() as u64 } else { 0 };
         let rows = if self.staged_rows(c).is_some() { Self::result_bytes(c) } else { 0 };
-        let shape = [c.hidden, c.send_type as u32, c.has_row_weights as u32, 0];
+        let shape = [c.hidden, c.send_type as u32, c.has_row_weights as u32, c.wire_sums as u32];
         MeetParams {
             seat: self.seat(&c.call, c.grid.bound, false),
             status: match c.status {
@@ -134,20 +134,21 @@ impl Cuda {
             staged_bytes: if staged { rows + weights } else { 0 },
             weight_bytes: c.weight_bytes() as u64,
             shape,
-            // Rows are multiples of 16 bytes below 2^31, so the last two bits of a hidden size are zero, and the first.
-            digest: c.hidden | shape[1] | shape[2] << 31,
+            // Rows are multiples of 16 bytes below 2^31, so the last two bits of a hidden size are zero, and the first two.
+            digest: c.hidden | shape[1] | shape[2] << 31 | shape[3] << 30,
             tokens: c.tokens,
             flags: if sends { flag::SENDS } else { 0 }
                 | if waits { flag::MEET_WAITS } else { 0 }
                 | if c.everyone { flag::EVERYONE } else { 0 }
-                | if staged { flag::STAGED } else { 0 }
-                | if self.is_carried() { flag::MEET_CARRIED } else { 0 },
-            slot: c.call.slot,
+                | if staged { flag::STAGED } else { 0 },
+            reserved: 0,
+            marks: self.marks_of(c.call.slot),
         }
     }
 
     fn launch_meet(&self, c: &Combine, params: &MeetParams) -> Result<()> {
-        let after_previous = params.flags & flag::STAGED != 0;
+        let waits = params.flags & flag::MEET_WAITS != 0;
+        let after_previous = params.flags & flag::STAGED != 0 || self.is_carried() && waits;
         let shape = Launch { grid: 1, block: MEET_THREADS, after_previous, ..Launch::default() };
         // SAFETY: the group's windows, the routing's memory, the caller's status.
         unsafe { self.launch(&self.station.kernels.meet, shape, &c.call, params) }
@@ -168,7 +169,8 @@ impl Cuda {
             self.launch_send(c)?;
         }
         let mut meet = self.meet_params(c, !c.split && !self.is_carried(), true);
-        let (Some(out), true) = (&c.out, c.tokens > 0) else {
+        let sums = c.tokens > 0 && self.takes_sums(c).is_none();
+        let (Some(out), true) = (&c.out, sums) else {
             meet.flags |= flag::SETTLES;
             return self.launch_meet(c, &meet);
         };
@@ -179,11 +181,10 @@ impl Cuda {
         // So many blocks of a token may wait by themselves, beside those of every slot and of every rank on this device; a
         // thread that sums two vectors takes less time than a kernel before it.
         let waiting = self.waiting_blocks.saturating_sub(1) / c.tokens;
-        let itself = meet.flags & flag::STAGED == 0
-            && !self.is_carried()
-            && waiting >= splits.div_ceil(2)
-            && c.call.max_sms == 0;
-        if itself {
+        // What a collective carries has come before any of them begins.
+        let may = self.is_carried() || meet.flags & flag::STAGED == 0 && waiting >= splits.div_ceil(2);
+        let itself = may && c.call.max_sms == 0;
+        if itself && !self.is_carried() {
             splits = splits.min(waiting);
         }
         // As even as they can be; a block that meets has a warp that raises flags and one that looks.
@@ -222,7 +223,8 @@ impl Cuda {
                 | if c.everyone { flag::REDUCE_EVERYONE } else { 0 }
                 | if self.is_flat() { flag::REDUCE_PACKED } else { 0 }
                 | if c.accumulate { flag::ACCUMULATE } else { 0 }
-                | if self.is_carried() { flag::REDUCE_BROUGHT } else { 0 },
+                | if self.is_carried() { flag::REDUCE_BROUGHT } else { 0 }
+                | if c.wire_sums { flag::REDUCE_SUMMED } else { 0 },
             own: if self.is_carried() { self.own_results(c) } else { 0 },
         };
         // One more meets for all.
@@ -232,7 +234,8 @@ impl Cuda {
         // Where each row of a token starts.
         let places = if Self::weighs(c) { c.grid.topk } else { self.routing.fanout };
         let shared = 8 * if c.everyone { self.ranks } else { places.max(1) };
-        let shape = Launch { grid, block, shared, after_previous: !itself, ..Launch::default() };
+        let after_previous = !itself || self.is_carried();
+        let shape = Launch { grid, block, shared, after_previous, ..Launch::default() };
         let kernel = self.station.kernels.sums(c.send_type, c.out_type, Self::weighs(c), itself);
         // SAFETY: the caller's output, which comm checked, the routing's memory, the group's windows.
         unsafe { self.launch(kernel, shape, &c.call, &params) }

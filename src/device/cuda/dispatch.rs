@@ -154,9 +154,6 @@ impl Cuda {
     pub(super) fn receive_params(&self, d: &Dispatch) -> Result<Receive> {
         let slot = d.call.slot;
         let mut flags = if self.map.sizes.uses.published { flag::GATHERS } else { 0 };
-        if self.is_carried() {
-            flags |= flag::CARRIED;
-        }
         let mut receive = Receive {
             status: self.small(d.status, slot, Region::Status),
             rank_counts: self.small(d.rank_counts, slot, Region::RankCounts),
@@ -167,7 +164,7 @@ impl Cuda {
             rows: if d.call.host_waits { self.pinned.address() + self.rows_word(slot) as u64 } else { 0 },
             tokens: d.send.tokens,
             digest: digest(&d.send.shape.words(), d.reuse),
-            slot,
+            marks: self.marks_of(slot),
             ..Receive::default()
         };
         receive.shape.copy_from_slice(&d.send.shape.words());
@@ -310,7 +307,7 @@ impl Cuda {
         unsafe { self.launch(&self.station.kernels.route, shape, &d.call, &params) }
     }
 
-    fn push_params(&self, d: &Dispatch, follows: bool, routed: bool) -> Result<PushParams> {
+    pub(super) fn push_params(&self, d: &Dispatch, follows: bool, routed: bool) -> Result<PushParams> {
         let slot = d.call.slot;
         let publishes = self.map.sizes.uses.published;
         let tokens = d.send.tokens;
@@ -374,7 +371,8 @@ impl Cuda {
             flags,
             ..FinishParams::default()
         };
-        let after_previous = flags & flag::RAISES != 0;
+        // A collective, or the push, goes before.
+        let after_previous = flags & flag::RAISES != 0 || self.is_carried();
         let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous, ..Launch::default() };
         // SAFETY: as `launch_dispatch`.
         unsafe { self.launch(&self.station.kernels.finish, shape, &d.call, &params) }
@@ -465,7 +463,7 @@ impl Cuda {
         }
         let grid = within(&d.call, self.grid(params.rows * params.splits as u64)?);
         let block = threads(&d.call, LAND_THREADS, MOST_LAND_THREADS);
-        let shape = Launch { grid, block, ..Launch::default() };
+        let shape = Launch { grid, block, after_previous: self.is_carried(), ..Launch::default() };
         // SAFETY: the caller's outputs, which comm checked, and the group's windows.
         unsafe { self.launch(&self.station.kernels.land, shape, &d.call, &params) }
     }

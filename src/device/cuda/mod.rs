@@ -536,12 +536,16 @@ impl Cuda {
         Self::record_offset(self.map.sizes.slots) + slot as usize * 8
     }
 
-    /// Of a slot: the step whose collective has begun, and the one whose has ended.
-    fn flight_words(&self, slot: u32) -> usize {
-        self.rows_word(self.map.sizes.slots) + slot as usize * 16
+    /// Of a slot: the word of the collective that began last, and of the one that ended last.
+    fn marks(&self, slot: u32) -> u64 {
+        self.pinned.address() + (self.rows_word(self.map.sizes.slots) + slot as usize * 16) as u64
     }
     fn slot_of(&self, slot: u32) -> u64 {
         self.private.address() + self.slot_at(slot)
+    }
+    /// The same, where collectives carry anything; else 0.
+    fn marks_of(&self, slot: u32) -> u64 {
+        self.wire.as_ref().map_or(0, |_| self.marks(slot))
     }
 
     fn seat(&self, call: &Call, bound: u32, replays: bool) -> Seat {
@@ -936,14 +940,21 @@ impl Device for Cuda {
 /// What a thread that watches collectives sees of them, and does to kernels behind them.
 pub struct Lookout {
     pinned: Arc<Pinned>,
+    station: Arc<Station>,
+    private: Arc<DeviceMemory>,
+    /// In private memory, of the first slot's state.
+    states: u64,
     slots: u32,
 }
+
+/// Nothing but a GPU that does nothing more keeps a copy of a word waiting for so long.
+const COPY_OF_A_WORD: Duration = Duration::from_secs(1);
 
 impl Lookout {
     fn control(&self) -> *mut Control {
         self.pinned.as_ptr().cast()
     }
-    /// The step whose operation has begun on a slot and not ended; bit 0: its combine.
+    /// The operation that has begun on a slot and not ended: its number, twice, + 1 before the comm's first step is done.
     pub fn in_flight(&self, slot: u32) -> Option<u64> {
         let at = Cuda::record_offset(self.slots) + (self.slots * 8 + slot * 16) as usize;
         // SAFETY: words of the pinned memory, which kernels write whole; the end is read before the beginning, so that one
@@ -954,12 +965,12 @@ impl Lookout {
         });
         (begun != ended).then_some(begun)
     }
-    /// How long the step's operation may take.
-    pub fn deadline(&self, step: u64) -> Duration {
+    /// How long an operation may take.
+    pub fn deadline(&self, operation: u64) -> Duration {
         let control = self.control();
         // SAFETY: the pinned memory begins with a Control; the host writes these words whole.
         let nanoseconds = unsafe {
-            if step >> 1 <= 1 {
+            if operation % 2 == 1 {
                 (&raw const (*control).first_step_ns).read_volatile()
             } else {
                 (&raw const (*control).step_ns).read_volatile()
@@ -967,11 +978,22 @@ impl Lookout {
         };
         Duration::from_nanos(nanoseconds)
     }
-    /// From now on nothing counts of what the slot's operations bring.
-    pub fn break_off(&self, slot: u32) {
-        // SAFETY: as above; an atomic for both sides.
-        let word = unsafe { &*(&raw const (*self.control()).broken).cast::<std::sync::atomic::AtomicU64>() };
-        word.fetch_or(1 << slot, Ordering::SeqCst);
+    /// From now on nothing counts of what the slot's operations bring: kernels that start after this has returned know it.
+    pub fn break_off(&self, slot: u32) -> Result<()> {
+        static BROKEN: [u8; 4] = 1u32.to_le_bytes();
+        let state = self.private.address() + self.states + slot as u64 * size_of::<Slot>() as u64;
+        let stream = &self.station.stream;
+        // SAFETY: a word of a slot's state; the source is there for good.
+        unsafe { stream.start_copy_in(state + offset_of!(Slot, broken) as u64, &BROKEN)? };
+        let _entered = self.station.context.enter()?;
+        let begun = std::time::Instant::now();
+        while !stream.raw().is_idle()? {
+            if begun.elapsed() >= COPY_OF_A_WORD {
+                return Err(Error::new(Status::Cuda, "the GPU takes no copy of a word"));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 }
 
@@ -987,7 +1009,13 @@ fn threads(call: &Call, few: u32, most: u32) -> u32 {
 
 impl Cuda {
     pub fn lookout(&self) -> Lookout {
-        Lookout { pinned: self.pinned.clone(), slots: self.map.sizes.slots }
+        Lookout {
+            pinned: self.pinned.clone(),
+            station: self.station.clone(),
+            private: self.private.clone(),
+            states: self.layout.slots,
+            slots: self.map.sizes.slots,
+        }
     }
 
     /// A dispatch, or either half of it.

@@ -30,7 +30,7 @@ const FIFOS: usize = 104;
 const STREAM: usize = FINISH + PLACE + FIFOS + OFFER + 72;
 const SETTLE: usize = SEAT + 96 + SIDE * SIDES;
 const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
-const MEET: usize = SEAT + 88;
+const MEET: usize = SEAT + 96;
 
 /// Addresses in device memory, or 0.
 pub type Address = u64;
@@ -56,8 +56,8 @@ macro_rules! twins {
 
 twins! {
     /// Pinned, one a comm, written by the host.
-    Control: 32 + 4 * MAX_RANKS, dead at 32 => {
-        aborted: u32, reserved: u32, first_step_ns: u64, step_ns: u64, broken: u64, dead: [u32; MAX_RANKS],
+    Control: 24 + 4 * MAX_RANKS, dead at 24 => {
+        aborted: u32, reserved: u32, first_step_ns: u64, step_ns: u64, dead: [u32; MAX_RANKS],
     }
     /// Pinned, two a slot, written by kernels: why it is closed; what its state did not allow.
     Record: 64 + MAX_RANKS / 8, lost at 64 => {
@@ -65,9 +65,9 @@ twins! {
         sequence: u64, expected: u64, seen: u64, aux: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a slot.
-    Slot: 72 + MAX_RANKS / 8, lost at 72 => {
+    Slot: 80 + MAX_RANKS / 8, lost at 80 => {
         state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, absent: u32, bad_ids: u32,
-        whole: u32, placed: u64, taken: u64, arrived: u32, reserved: u32, lost: [u32; MAX_RANKS / 32],
+        whole: u32, placed: u64, taken: u64, arrived: u32, broken: u32, operation: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
     Shared: 280 + 4 * SMS, absent at 148 + 4 * SMS => {
@@ -94,10 +94,10 @@ twins! {
     Side: SIDE, pitch at 40 => {
         from: Address, stride: u64, to: u64, bank: u64, bytes: u32, unit: u32, pitch: u32, reserved: u32,
     }
-    Receive: RECEIVE, slot at 392 => {
+    Receive: RECEIVE, marks at 392 => {
         status: Address, rank_counts: Address, kept_counts: Address, expert_counts: Address, local: u32, flags: u32,
         wire_bytes: u64, rows: Address, digest: u32, tokens: u32, shape: [u32; SHAPE_WORDS], told: [i32; TOLD_RANKS],
-        told_more: Address, slot: u32, reserved: u32,
+        told_more: Address, marks: Address,
     }
     OpenParams: SEAT + 8, flags at SEAT => { seat: Seat, flags: u32, reserved: u32 }
     RouteParams: ROUTE + 16, flags at ROUTE + 12 => { route: Route, slot: Address, ranks: u32, flags: u32 }
@@ -153,9 +153,10 @@ twins! {
         weights_stride: u64, to_weights: u64, vectors: u32, weight_bytes: u32, flags: u32, block: u32,
         spread: u32, units: u32,
     }
-    MeetParams: MEET, flags at MEET - 8 => {
+    MeetParams: MEET, marks at MEET - 8 => {
         seat: Seat, status: Address, rows_for: Address, kept_counts: Address, summary: Address, result_bytes: u64,
-        staged_bytes: u64, weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, slot: u32,
+        staged_bytes: u64, weight_bytes: u64, shape: [u32; 4], digest: u32, tokens: u32, flags: u32, reserved: u32,
+        marks: Address,
     }
     ReduceParams: MEET + 184, own at MEET + 176 => {
         meet: MeetParams, owners: Owners, target_ranks: Address, target_rows: Address, kept_counts: Address, ids: Address,
@@ -182,7 +183,7 @@ twins! {
         rows_for: Address, ids: Address, out: Address, out_stride: u64, out_weights: Address, out_weights_stride: u64,
         tokens: u32, fanout: u32, topk: u32, flags: u32, weights_at: u32, reserved: u32,
     }
-    MarkParams: 16, to at 8 => { slot: Address, to: Address }
+    MarkParams: 16, marks at 8 => { slot: Address, marks: Address }
     TellParams: 16 + 4 * TELL, values at 16 => { to: Address, first: u32, count: u32, values: [i32; TELL] }
     QuantParams: 48, flags at 44 => {
         from: Address, stride: u64, to: Address, scales: Address, tokens: u32, hidden: u32, scale_bytes: u32,
@@ -207,7 +208,6 @@ pub mod flag {
     pub const UNIFORM: u32 = 1;
     pub const TOLD: u32 = 2;
     pub const GATHERS: u32 = 4;
-    pub const CARRIED: u32 = 8;
 
     pub const ALONE: u32 = 1;
 
@@ -244,7 +244,6 @@ pub mod flag {
     pub const STAGED: u32 = 8;
     pub const SETTLES: u32 = 16;
     pub const THROUGH_FIFOS: u32 = 32;
-    pub const MEET_CARRIED: u32 = 64;
 
     pub const HAS_CHOICES: u32 = 1;
 
@@ -253,6 +252,7 @@ pub mod flag {
     pub const ACCUMULATE: u32 = 4;
     pub const REDUCE_PACKED: u32 = 8;
     pub const REDUCE_BROUGHT: u32 = 16;
+    pub const REDUCE_SUMMED: u32 = 32;
 
     pub const UE8M0: u32 = 4;
 }

@@ -514,11 +514,11 @@ fn tell_shape(end: &Endpoint<'_, SlotWords>, peer: u32, offset: u64, words: &[u3
     }
 }
 
-fn combine_words(c: &Combine) -> [u32; 3] {
+fn combine_words(c: &Combine) -> [u32; 4] {
     let code = match c.send_type {
         Float::Bf16 => 0,
         Float::F16 => 1,
         Float::F32 => 2,
     };
-    [c.hidden, code, c.has_row_weights as u32]
+    [c.hidden, code, c.has_row_weights as u32, c.wire_sums as u32]
 }

@@ -11,6 +11,9 @@
 //! peer -> root  READY                                                                    once all are mapped
 //! root -> peer  GO                                                                       once all are ready
 //! ```
+//! Where ranks may be on several hosts, JOIN's last number tells which, and WELCOME whether they are: then no descriptors are
+//! handed round, and the connections stay (`ties`): who breaks off is gone.
+//!
 //! At any point FAIL, with a sentence, ends it: from a peer it ends the whole group, from the root it is the group's
 //! end. A connection that proves no key is refused alone, and so is a rank of another version or size or whose place is
 //! taken: who they were stands in rank 0's sentence if the group is not complete at the deadline. Ranks that disagree on
@@ -28,17 +31,19 @@ mod peer;
 mod recover;
 mod root;
 mod socket;
+mod ties;
 mod wire;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::config::{Address, Bootstrap, Config, Meeting, UniqueId};
+use crate::config::{Address, Allgather, Bootstrap, Config, Meeting, UniqueId};
 use crate::error::{Error, Result};
 use crate::fault::{self, Point};
 use socket::Deadline;
 
 pub use recover::{Recovery, Regathered, regather};
+pub use ties::{Tied, Ties};
 
 pub fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
@@ -54,13 +59,27 @@ pub fn new_unique_id() -> Result<UniqueId> {
     Ok(UniqueId { address: Address::Local(random()?), key: random()? })
 }
 
+/// Names this host in the place of what the kernel says of it: for containers that cannot share memory all the same.
+const HOST_ID: &str = "A2A_HOST_ID";
+
 /// What this host is, as far as sharing memory goes: one kernel, one boot, one network namespace.
 fn host_identity() -> u64 {
     use sha2::{Digest, Sha256};
+    let short = |bytes: &[u8]| bytes.iter().take(8).fold(0, |n, b| n << 8 | *b as u64);
+    if let Some(name) = std::env::var_os(HOST_ID).filter(|name| !name.is_empty()) {
+        return short(&Sha256::digest(name.into_encoded_bytes()));
+    }
     let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let net = std::fs::read_link("/proc/self/ns/net").map(|p| p.into_os_string().into_encoded_bytes());
     let digest = Sha256::digest([boot, net.unwrap_or_default()].concat());
-    digest.iter().take(8).fold(0, |n, b| n << 8 | *b as u64)
+    short(&digest)
+}
+
+/// Where the ranks of a group may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    OneHost,
+    Hosts,
 }
 
 /// One rank's part in a rendezvous.
@@ -73,12 +92,17 @@ struct Party {
     remote: bool,
     /// What every rank must share, by name.
     fields: Vec<(String, u64)>,
+    reach: Reach,
+    host: u64,
     deadline: Deadline,
     /// Who the others meet at, as a sentence names it.
     root: &'static str,
     /// Why this rank must not go on, asked now and then while it waits.
     check: Arc<Check>,
 }
+
+/// The host, as a sentence names it that tells why ranks on two of them cannot meet.
+const HOST: &str = "the host (boot and network namespace, or A2A_HOST_ID; windows reach no other)";
 
 type Check = dyn Fn() -> Result<()> + Send + Sync;
 
@@ -90,6 +114,8 @@ impl Party {
             id,
             remote: meeting.remote,
             fields: Vec::new(),
+            reach: Reach::OneHost,
+            host: host_identity(),
             deadline: Deadline::after_ms(timeout_ms),
             root: "rank 0",
             check: Arc::new(|| Ok(())),
@@ -99,7 +125,10 @@ impl Party {
 
 /// Descriptors of every rank, rank ascending, this one's own included.
 pub struct Gathered {
+    /// Of this rank alone, if ranks are `apart`.
     pub fds: Vec<Vec<OwnedFd>>,
+    /// Ranks are on several hosts.
+    pub apart: bool,
     /// The group's, which its members meet under again.
     pub key: [u8; 16],
     /// What rank 0 made for all.
@@ -110,19 +139,38 @@ pub struct Gathered {
 
 enum Finish {
     Alone,
-    Peer { peer: peer::Peer },
-    Root { root: root::Root },
+    Peer {
+        peer: peer::Peer,
+    },
+    Root {
+        root: root::Root,
+    },
+    /// By the caller's all-gather alone.
+    Together {
+        allgather: Allgather,
+        ranks: (u32, u32),
+    },
 }
 
-/// Meets the other ranks. `gift` makes, on rank 0, what all get; `own` this rank's descriptors, once all have agreed.
+/// A rank's own descriptors, where no others are handed to it.
+fn alone(own: Vec<OwnedFd>, rank: u32, num_ranks: u32) -> Vec<Vec<OwnedFd>> {
+    let mut all: Vec<Vec<OwnedFd>> = (0..num_ranks).map(|_| Vec::new()).collect();
+    all[rank as usize] = own;
+    all
+}
+
+/// Meets the other ranks. `gift` makes, on rank 0, what all get (128 bytes at most); `own` this rank's descriptors, once all
+/// have agreed. Both are told if the ranks are on several hosts.
 pub fn gather(
     config: &Config,
-    gift: impl FnOnce() -> Result<Vec<u8>>,
-    own: impl FnOnce() -> Result<Vec<OwnedFd>>,
+    reach: Reach,
+    gift: impl FnOnce(bool) -> Result<Vec<u8>>,
+    own: impl FnOnce(bool) -> Result<Vec<OwnedFd>>,
 ) -> Result<Gathered> {
     let meeting = &config.meeting;
     if config.num_ranks == 1 {
-        return Ok(Gathered { fds: vec![own()?], key: random()?, gift: gift()?, finish: Finish::Alone });
+        let (fds, gift) = (vec![own(false)?], gift(false)?);
+        return Ok(Gathered { fds, apart: false, key: random()?, gift, finish: Finish::Alone });
     }
     let id = match &meeting.bootstrap {
         Bootstrap::UniqueId(id) => id.clone(),
@@ -136,10 +184,14 @@ pub fn gather(
     };
     fault::at(Point::CreateBegins);
     let mut party = Party::of(meeting, id, meeting.timeout_ms);
-    party.fields.push(("the host (boot and network namespace)".into(), host_identity()));
+    party.reach = reach;
     party.fields.extend(config.agreed().into_iter().map(|(name, value)| (name.to_string(), value)));
     if let Bootstrap::Allgather(allgather) = &meeting.bootstrap {
-        party.id = allgather::agree(allgather, &party)?;
+        let apart;
+        (party.id, apart) = allgather::agree(allgather, &party)?;
+        if apart {
+            return allgather::gather(allgather, &party, gift, own);
+        }
         // The caller's collective has its own idea of time.
         party.deadline = Deadline::after_ms(meeting.timeout_ms);
     }
@@ -167,9 +219,11 @@ pub fn decline(meeting: &Meeting, error: &Error) {
 }
 
 impl Gathered {
-    /// Ends the rendezvous: returns when every rank could use what it got, or with the reason why one could not.
-    pub fn finish(mut self, outcome: Result<()>) -> Result<()> {
-        self.finish.run(outcome)
+    /// Ends the rendezvous: returns when every rank could use what it got, or with the reason why one could not. What then
+    /// holds ranks together that are on several hosts.
+    pub fn finish(mut self, outcome: Result<()>) -> Result<Option<Ties>> {
+        self.finish.run(outcome)?;
+        Ok(if self.apart { self.finish.ties() } else { None })
     }
 }
 
@@ -182,6 +236,18 @@ impl Finish {
                 Ok(()) => root.finish(),
                 Err(error) => Err(root.fail(error)),
             },
+            Finish::Together { allgather, ranks } => {
+                let told = allgather::tell(allgather, *ranks, outcome.as_ref().map(|()| &[][..]));
+                outcome.and(told.map(|_| ()))
+            }
+        }
+    }
+
+    fn ties(self) -> Option<Ties> {
+        match self {
+            Finish::Peer { peer } => Some(peer.into_ties()),
+            Finish::Root { root } => Some(root.into_ties()),
+            Finish::Alone | Finish::Together { .. } => None,
         }
     }
 }

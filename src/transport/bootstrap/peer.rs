@@ -9,8 +9,9 @@ use super::root::FDS;
 use super::socket::{
     Deadline, SLICE, Stream, check_user, connect, connect_local, receive_fds, send_fds, wait,
 };
+use super::ties::Ties;
 use super::wire::{Hello, Kind, Line, Link, PROTOCOL, Trouble, error_bytes, sign, version_number};
-use super::{Finish, Gathered, Party, random};
+use super::{Finish, Gathered, Party, alone, random};
 use crate::error::{Error, Result, Status, is_shortage};
 use crate::fault::{self, Point};
 
@@ -35,19 +36,29 @@ pub fn decline(party: &Party, error: &Error) -> Result<()> {
     peer.expect(Kind::Fail).map(|_| ())
 }
 
-pub fn gather(party: Party, own: impl FnOnce() -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
+pub fn gather(party: Party, own: impl FnOnce(bool) -> Result<Vec<OwnedFd>>) -> Result<Gathered> {
     let mut peer = Peer::connect(party)?;
     // Rank 0 is there: its deadline, which began before this moment, decides, and its reason is the one to report.
     peer.party.deadline = Deadline::after_ms(peer.party.deadline.ms).later(ROOT_SPEAKS_FIRST);
-    let fields = peer.party.fields.iter().flat_map(|(_, value)| value.to_le_bytes()).collect();
-    peer.say_hello(Kind::Join, fields)?;
+    let numbers = peer.party.fields.iter().map(|(_, value)| *value).chain([peer.party.host]);
+    let body = numbers.flat_map(u64::to_le_bytes).collect();
+    peer.say_hello(Kind::Join, body)?;
     fault::at(Point::CreateJoined);
-    let (name, gift) = peer.await_welcome()?;
+    let (name, said) = peer.await_welcome()?;
     fault::at(Point::CreateWelcomed);
-    let all: Vec<u32> = (0..peer.party.num_ranks).collect();
-    let fds = peer.share(&name, &all, own)?;
+    let (apart, gift) = match said.split_first() {
+        Some((apart, gift)) => (*apart != 0, gift.to_vec()),
+        None => return Err(peer.error(Status::Mismatch, "rank 0 did not say where the ranks are")),
+    };
+    let (rank, ranks) = (peer.party.rank, peer.party.num_ranks);
+    let fds = if apart {
+        own(true).map(|own| alone(own, rank, ranks)).inspect_err(|error| peer.line.fail(error))?
+    } else {
+        let all: Vec<u32> = (0..ranks).collect();
+        peer.share(&name, &all, || own(false))?
+    };
     let key = peer.party.id.key;
-    Ok(Gathered { fds, key, gift, finish: Finish::Peer { peer } })
+    Ok(Gathered { fds, apart, key, gift, finish: Finish::Peer { peer } })
 }
 
 impl Peer {
@@ -60,6 +71,11 @@ impl Peer {
     pub fn on(stream: Stream, party: Party) -> Result<Peer> {
         let line = Line::new(Link::new(stream)?, party.id.key, random()?, [0; 16]);
         Ok(Peer { party, line, closed: false })
+    }
+
+    /// What is left of it once the group is formed.
+    pub fn into_ties(self) -> Ties {
+        Ties::new(self.party.rank, vec![(0, self.line)])
     }
 
     pub fn is_closed(&self) -> bool {

@@ -19,7 +19,7 @@ use super::peer::{Peer, ROOT_SPEAKS_FIRST};
 use super::root::{Lobby, Proven, Root};
 use super::socket::{Deadline, Listener, Stream, check_user, connect_local, listen_local, wait};
 use super::wire::{Key, Kind, numbers};
-use super::{Check, Finish, Party};
+use super::{Check, Finish, Party, Reach};
 use crate::config::{Address, UniqueId};
 use crate::device::members::Members;
 use crate::device::{Device, Membership, Standing};
@@ -155,6 +155,9 @@ pub fn regather(
         id: UniqueId { address: Address::Local(name), key: recovery.key },
         remote: false,
         fields: Vec::new(),
+        // Only windows are recovered.
+        reach: Reach::OneHost,
+        host: 0,
         deadline: Deadline::after_ms(recovery.timeout_ms),
         root: "who leads the recovery",
         check,

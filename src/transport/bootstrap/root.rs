@@ -7,11 +7,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use super::socket::{Deadline, Listener, SLICE, check_user, listen_local, receive_fds, send_fds, wait};
+use super::ties::Ties;
 use super::wire::{
     Hello, Kind, Line, Link, MAC_BYTES, PROTOCOL, Trouble, numbers, parse_error, verify, version_name,
     version_number,
 };
-use super::{Finish, Gathered, Party, random};
+use super::{Finish, Gathered, HOST, Party, Reach, alone, random};
 use crate::error::{Error, Result, Status, is_shortage};
 use crate::fault::{self, Point};
 use crate::log::{Level, log};
@@ -197,6 +198,8 @@ pub struct Root {
     remarks: Vec<String>,
     /// A rank that has no seat ended the group, and knows.
     ended_by_a_guest: bool,
+    /// Ranks are on several hosts, and may be.
+    apart: bool,
 }
 
 /// This rank cannot take part: whoever comes soon is told.
@@ -208,8 +211,8 @@ pub fn decline(party: &Party, error: &Error) -> Result<()> {
 
 pub fn gather(
     party: Party,
-    gift: impl FnOnce() -> Result<Vec<u8>>,
-    own: impl FnOnce() -> Result<Vec<OwnedFd>>,
+    gift: impl FnOnce(bool) -> Result<Vec<u8>>,
+    own: impl FnOnce(bool) -> Result<Vec<OwnedFd>>,
 ) -> Result<Gathered> {
     let mut root = Root::new(party.clone());
     let mut lobby = Lobby::open(&party)?;
@@ -225,16 +228,30 @@ pub fn gather(
     }
     drop(lobby);
     fault::at(Point::CreateComplete);
-    let gift = gift().map_err(|e| root.fail(e))?;
-    let fds = root.share(|_| gift.clone(), own)?;
-    Ok(Gathered { fds, key: party.id.key, gift, finish: Finish::Root { root } })
+    let apart = root.apart;
+    let gift = gift(apart).map_err(|e| root.fail(e))?;
+    let said = |_| [&[u8::from(apart)], &gift[..]].concat();
+    let fds = if apart {
+        let own = own(true).map_err(|e| root.fail(e))?;
+        root.welcome(&[0; 16], said)?;
+        alone(own, party.rank, party.num_ranks)
+    } else {
+        root.share(said, || own(false))?
+    };
+    Ok(Gathered { fds, apart, key: party.id.key, gift, finish: Finish::Root { root } })
 }
 
 impl Root {
     pub fn new(party: Party) -> Root {
         let seats = (0..party.num_ranks).map(|_| None).collect();
         let ready = vec![false; party.num_ranks as usize];
-        Root { ready, party, seats, remarks: Vec::new(), ended_by_a_guest: false }
+        Root { ready, party, seats, remarks: Vec::new(), ended_by_a_guest: false, apart: false }
+    }
+
+    /// What is left of it once the group is formed.
+    pub fn into_ties(self) -> Ties {
+        let lines = (0..).zip(self.seats).filter_map(|(rank, line)| Some((rank, line?)));
+        Ties::new(self.party.rank, lines.collect())
     }
 
     /// The ranks that have a seat.
@@ -406,8 +423,14 @@ impl Root {
             return Err(self.fail(Error::new(Status::PeerLost, parse_error(&rest).message)));
         }
         let theirs = numbers(&rest).into_iter().map(Some).chain(std::iter::repeat(None));
-        let differs = self.party.fields.iter().zip(theirs).find(|((_, mine), theirs)| Some(*mine) != *theirs);
-        if let Some(((name, mine), theirs)) = differs {
+        let host = [(HOST.to_string(), self.party.host)];
+        let mine = self.party.fields.iter().chain(&host);
+        let mut differences = mine.zip(theirs).filter(|((_, mine), theirs)| Some(*mine) != *theirs);
+        let differs = differences.next();
+        let elsewhere = differs.is_some_and(|((name, _), theirs)| name == HOST && theirs.is_some());
+        if elsewhere && self.party.reach == Reach::Hosts {
+            self.apart = true;
+        } else if let Some(((name, mine), theirs)) = differs {
             let theirs = theirs.map_or("absent".into(), |value| value.to_string());
             let text = format!("{name} is {mine} on rank 0 and {theirs} on rank {rank}");
             let error = Error::new(Status::Mismatch, text);

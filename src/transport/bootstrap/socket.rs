@@ -76,6 +76,19 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// A peer whose host falls silent is noticed: the connection is asked for life when nothing has been said for a while. As far
+    /// as the system lets it be.
+    pub fn keep_alive(&self) {
+        use rustix::net::sockopt::*;
+        let Stream::Tcp(stream) = self else { return };
+        let _ = set_socket_keepalive(stream, true)
+            .and_then(|()| set_tcp_keepidle(stream, Duration::from_secs(5)))
+            .and_then(|()| set_tcp_keepintvl(stream, Duration::from_secs(5)))
+            .and_then(|()| set_tcp_keepcnt(stream, 3));
+    }
+}
+
 impl Read for Stream {
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
         match self {

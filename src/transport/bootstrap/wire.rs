@@ -5,11 +5,12 @@
 //!
 //! ```text
 //! CHALLENGE  nonce[16]
-//! JOIN       magic[8] protocol:u32 rank:u32 num_ranks:u32 nonce[16] version:u64 | field:u64 ... | mac[32]
+//! JOIN       magic[8] protocol:u32 rank:u32 num_ranks:u32 nonce[16] version:u64 | field:u64 ... host:u64 | mac[32]
 //! DECLINE    the same up to version | status:i32 text | mac[32]
-//! WELCOME    name[16] mac[32]
+//! WELCOME    name[16] apart:u8 gift mac[32]
 //! READY, GO  nothing
 //! FAIL       status:i32 text mac[32]
+//! GONE       rank:u32 mac[32]                      to ranks on several hosts, after GO
 //! ```
 //! JOIN up to its version never changes, so that any two versions can tell each other what they are.
 
@@ -22,7 +23,7 @@ use super::socket::Stream;
 use crate::error::{Error, Result, Status};
 
 /// Of the exchange, not of the library: raised when what follows JOIN's version changes.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 const MAGIC: &[u8; 8] = b"a2a.join";
 /// A message's body is never longer: JOIN has some 40 numbers, FAIL a sentence.
 const MAX_BODY: usize = 8192;
@@ -41,12 +42,15 @@ pub enum Kind {
     Go = 5,
     Fail = 6,
     Decline = 7,
+    Gone = 8,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
         use Kind::*;
-        [Challenge, Join, Welcome, Ready, Go, Fail, Decline].into_iter().find(|kind| *kind as u8 == byte)
+        [Challenge, Join, Welcome, Ready, Go, Fail, Decline, Gone]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
     }
 }
 
@@ -231,6 +235,7 @@ pub fn purpose(kind: Kind) -> &'static str {
         Kind::Join => "join",
         Kind::Decline => "decline",
         Kind::Welcome => "welcome",
+        Kind::Gone => "gone",
         _ => "fail",
     }
 }
@@ -325,7 +330,7 @@ mod tests {
         inbox.extend([3, 9]);
         let message = parse(&mut inbox).unwrap().unwrap();
         assert_eq!((message.kind, message.body, inbox), (Kind::Go, vec![1, 2, 3], vec![9]));
-        for bad in [[0, 0, 0, 0, 0], [0, 0, 0, 0, 8], [1, 32, 0, 0, 2], [255, 255, 255, 255, 2]] {
+        for bad in [[0, 0, 0, 0, 0], [0, 0, 0, 0, 9], [1, 32, 0, 0, 2], [255, 255, 255, 255, 2]] {
             assert!(parse(&mut bad.to_vec()).is_err(), "{bad:?}");
         }
     }

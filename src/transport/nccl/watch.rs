@@ -1,0 +1,96 @@
+//! The thread that sees to it that no operation outlasts its deadline, or a peer.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::{Communicators, LOOK};
+use crate::device::Health;
+use crate::device::cuda::Lookout;
+use crate::error::{Error, Result};
+use crate::log::{Level, log};
+
+/// What a rank that has gone had sent is on its way for no longer.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+
+/// Joined on drop.
+pub struct Watch {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    pub fn start(all: Arc<Communicators>, lookout: Lookout, health: Arc<Health>) -> Result<Watch> {
+        let (stop, stopped) = channel::<()>();
+        let name = format!("a2a-nccl-{}", all.caller.rank);
+        let watch = move || {
+            let mut since: Vec<Option<(u64, Instant)>> = vec![None; all.slots.len()];
+            while matches!(stopped.recv_timeout(LOOK), Err(RecvTimeoutError::Timeout)) {
+                for (slot, since) in (0..).zip(&mut since) {
+                    look(&all, &lookout, &health, slot, since);
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(watch)
+            .map_err(|e| Error::system("the thread that watches collectives", e))?;
+        Ok(Watch { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Looks at one slot. `since`: the step whose operation was in flight at the last look, and since when.
+fn look(
+    all: &Communicators,
+    lookout: &Lookout,
+    health: &Health,
+    slot: u32,
+    since: &mut Option<(u64, Instant)>,
+) {
+    let Some(step) = lookout.in_flight(slot) else {
+        *since = None;
+        return;
+    };
+    let begun = match since {
+        Some((same, begun)) if *same == step => *begun,
+        _ => since.insert((step, Instant::now())).1,
+    };
+    let gone = (0..all.caller.ranks).any(|rank| rank != all.caller.rank && health.is_dead(rank));
+    let failed = all.async_error(slot);
+    let is_over = health.is_aborted()
+        || gone && begun.elapsed() >= LAST_WORDS
+        || begun.elapsed() >= lookout.deadline(step)
+        || failed.is_err();
+    if !is_over || all.slots[slot as usize].ending.load(Ordering::Acquire) {
+        return;
+    }
+    if let Err(error) = failed {
+        let error = error.context(format!("rank {}", all.caller.rank));
+        log(Level::Error, || error.to_string());
+        let _ = all.failure.set(error);
+    }
+    log(Level::Warn, || format!("rank {}: a collective on slot {slot} is ended", all.caller.rank));
+    // Kernels behind it know before they run.
+    if let Err(error) = lookout.break_off(slot) {
+        // What comes of the step may be wrong: nobody is to take it for a result.
+        let error = error.context(format!(
+            "rank {}: a collective on slot {slot} could not be broken off",
+            all.caller.rank
+        ));
+        log(Level::Error, || error.to_string());
+        let _ = all.failure.set(error);
+        health.abort();
+    }
+    all.end(slot);
+}

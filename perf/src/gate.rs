@@ -263,6 +263,7 @@ mod tests {
         threads(1, std::time::Duration::from_secs(60), move |seat| {
             let shape = Shape {
                 pair: pair.name.into(),
+                nccl: false,
                 ranks: 1,
                 tokens: 3,
                 hidden: 16,

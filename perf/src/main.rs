@@ -13,6 +13,7 @@ mod gpu;
 mod machine;
 mod measure;
 mod one_gpu;
+mod over_nccl;
 mod peers;
 mod plot;
 mod reference;
@@ -34,6 +35,7 @@ use shape::Device;
 const MEASURE: (&str, Job) = ("measure_shape", measure::job);
 const ONE_GPU: (&str, Job) = ("measure_on_one_gpu", one_gpu::job);
 const FLOORS: (&str, Job) = ("measure_floors", one_gpu::floors);
+const OVER_NCCL: (&str, Job) = ("measure_over_nccl", over_nccl::job);
 
 const LONG_ABOUT: &str = "\
 Measures a2a_dispatch and a2a_combine: every rank a process (or a thread) of this program, the same routing for every \
@@ -85,6 +87,7 @@ EXAMPLES
   a2a-perf --device cuda --ranks 8 --experts 256 --tokens 1,128,4096 --peers
   a2a-perf --device cuda --backends low_latency --dtype bf16,fp8 --split
   a2a-perf plot sweep.csv --directory plots
+  A2A_NCCL_LIB=libnccl.so.2 a2a-perf nccl --ranks 2
   a2a-perf --check                the whole conformance matrix
   a2a-perf --check low_latency    what has low_latency in its name
   a2a-perf --check --device cuda  all of it on CUDA memory, and what only a GPU has
@@ -132,10 +135,13 @@ enum Command {
         #[arg(long, default_value = ".")]
         directory: std::path::PathBuf,
     },
+    /// ALLGATHER_REDUCESCATTER over NCCL, beside bare NCCL calls of the same bytes, as CSV
+    Nccl(over_nccl::Beside),
 }
 
 fn main() -> ExitCode {
-    let jobs: Vec<(&str, Job)> = conformance::JOBS.into_iter().chain([MEASURE, ONE_GPU, FLOORS]).collect();
+    let jobs: Vec<(&str, Job)> =
+        conformance::JOBS.into_iter().chain([MEASURE, ONE_GPU, FLOORS, OVER_NCCL]).collect();
     conformance::common::worker(&jobs);
     let arguments = Arguments::parse();
     if let Some(filter) = &arguments.check {
@@ -148,6 +154,7 @@ fn main() -> ExitCode {
     }
     let outcome = match &arguments.command {
         Some(Command::Plot { report, directory }) => plot(report, directory).map(|()| true),
+        Some(Command::Nccl(beside)) => beside.run(&mut std::io::stdout()).map(|()| true),
         None => run(&arguments),
     };
     match outcome {

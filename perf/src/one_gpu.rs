@@ -119,7 +119,7 @@ const WHOLE: &[a2a_phase_t] = &[A2A_PHASE_BOTH];
 const SPLIT: &[a2a_phase_t] = &[A2A_PHASE_SEND, A2A_PHASE_RECV];
 
 /// One rank, with its tensors.
-struct Rank {
+pub struct Rank {
     comm: Comm,
     routing: Routing,
     gate: Gate,
@@ -133,10 +133,11 @@ struct Rank {
     output: DispatchOut,
     results: Option<Tensor>,
     sums: CombineOut,
+    pub combine_flags: u64,
 }
 
 impl Rank {
-    fn new(seat: &Seat, shape: &Shape, pair: Pair) -> Result<Rank, String> {
+    pub fn new(seat: &Seat, shape: &Shape, pair: Pair) -> Result<Rank, String> {
         let mut config = config(seat);
         (config.backend, config.layout) = (pair.backend, pair.layout);
         config.num_experts = shape.experts as i32;
@@ -144,12 +145,19 @@ impl Rank {
         config.max_tokens = shape.tokens.max(1) as i32;
         config.max_recv_rows = shape.max_recv_rows;
         config.max_sms = shape.max_sms;
+        if shape.nccl {
+            config.transport = A2A_TRANSPORT_NCCL;
+        }
         shape.kind.configure(&mut config);
         let comm = Comm::create(&config)?;
         let routing = comm.routing(0)?;
         let gate = Gate::new(seat, shape, pair, &Choices::parse(&shape.routing)?)?;
         let capacity = comm.info()?.row_capacity as usize;
-        let (input, sums) = (gate.input(), Tensor::new(shape.kind.dtype(), &[shape.tokens, shape.hidden]));
+        let (mut input, sums) =
+            (gate.input(), Tensor::new(shape.kind.dtype(), &[shape.tokens, shape.hidden]));
+        if shape.nccl {
+            input.flags = A2A_DISPATCH_UNIFORM;
+        }
         let none = |tensor: &Tensor| Tensor::new(tensor.dtype(), &[0, tensor.shape()[1]]);
         let nothing = DispatchIn {
             tokens: input.tokens.as_ref().map(none),
@@ -171,6 +179,7 @@ impl Rank {
             output: DispatchOut::default(),
             results: None,
             sums: CombineOut { tokens: Some(sums), ..Default::default() },
+            combine_flags: 0,
         };
         rank.results = rank.stages().then(|| Tensor::new(shape.kind.dtype(), &[capacity, shape.hidden]));
         Ok(rank)
@@ -182,7 +191,7 @@ impl Rank {
     }
 
     /// Asks for what an engine needs, and for the rest that the gate compares if `all`.
-    fn want(&mut self, all: bool) {
+    pub fn want(&mut self, all: bool) {
         let (shape, capacity) = (&self.shape, self.capacity);
         let own = |dtype: Dtype, columns: usize| match self.pair.keeps_rows() {
             true => Some(Tensor::view()),
@@ -204,7 +213,7 @@ impl Rank {
         };
     }
 
-    fn dispatch(&mut self, phase: a2a_phase_t, stream: Stream) -> Result<(), String> {
+    pub fn dispatch(&mut self, phase: a2a_phase_t, stream: Stream) -> Result<(), String> {
         // By the ABI only phase and flags count in RECV.
         let input = match phase {
             A2A_PHASE_RECV => DispatchIn::default().raw(phase),
@@ -234,12 +243,12 @@ impl Rank {
         Ok(())
     }
 
-    fn combine(&mut self, phase: a2a_phase_t, stream: Stream) -> Result<(), String> {
+    pub fn combine(&mut self, phase: a2a_phase_t, stream: Stream) -> Result<(), String> {
         let sends = phase != A2A_PHASE_RECV;
         if sends && !self.stages() {
             self.results = Some(self.comm.combine_buffer(&self.routing, self.shape.kind.dtype())?);
         }
-        let input = combine_in(phase, 0, self.results.as_ref().filter(|_| sends));
+        let input = combine_in(phase, self.combine_flags, self.results.as_ref().filter(|_| sends));
         let mut output = self.sums.raw();
         let (comm, routing) = (self.comm.handle(), self.routing.handle());
         // SAFETY: as in `dispatch`.
@@ -248,12 +257,38 @@ impl Rank {
     }
 
     /// What kernels found: on CUDA calls return before their work is done.
-    fn failure(&self) -> Result<(), String> {
+    pub fn failure(&self) -> Result<(), String> {
         let error = self.comm.async_error()?;
         if error.status == A2A_SUCCESS {
             return Ok(());
         }
         Err(format!("{} ({})", status_name(error.status), message(&error)))
+    }
+
+    pub fn input(&self) -> &DispatchIn {
+        &self.input
+    }
+
+    /// A dispatch, and a combine behind it.
+    pub fn pair(&mut self, stream: Stream) -> Result<(), String> {
+        self.dispatch(A2A_PHASE_BOTH, stream)?;
+        self.combine(A2A_PHASE_BOTH, stream)
+    }
+
+    /// What a dispatch brought against the oracle; its experts' results are made.
+    pub fn check_received(&mut self) -> Result<(), String> {
+        self.gate.check_received(&self.output)?;
+        let mut results = match self.stages() {
+            true => self.results.take().expect("made with the rank"),
+            false => self.comm.combine_buffer(&self.routing, self.shape.kind.dtype())?,
+        };
+        self.gate.write_results(&mut results);
+        self.results = Some(results);
+        Ok(())
+    }
+
+    pub fn check_sums(&self) -> Result<(), String> {
+        self.gate.check_sums(self.sums.tokens.as_ref().expect("wanted"))
     }
 
     /// Bytes moved between windows by dispatches, and by combines, so far; zeros where nobody counts.
@@ -338,19 +373,10 @@ impl Group {
         let before = moved(self);
         self.phase(0, |rank, stream| in_turn(phases, Rank::dispatch, rank, stream))?;
         let sent = moved(self);
-        each(&mut self.ranks, |rank| {
-            rank.gate.check_received(&rank.output)?;
-            let mut results = match rank.stages() {
-                true => rank.results.take().expect("made with the rank"),
-                false => rank.comm.combine_buffer(&rank.routing, rank.shape.kind.dtype())?,
-            };
-            rank.gate.write_results(&mut results);
-            rank.results = Some(results);
-            Ok(())
-        })?;
+        each(&mut self.ranks, Rank::check_received)?;
         self.phase(0, |rank, stream| rank.combine(A2A_PHASE_BOTH, stream))?;
         let summed = moved(self);
-        each(&mut self.ranks, |rank| rank.gate.check_sums(rank.sums.tokens.as_ref().expect("wanted")))?;
+        each(&mut self.ranks, |rank| rank.check_sums())?;
         let wire = |at: usize| {
             let grown = |from: &[[u64; 3]], to: &[[u64; 3]], what: usize| to[at][what] - from[at][what];
             let dispatched = grown(&before, &sent, 0) + grown(&before, &sent, 2);
@@ -452,7 +478,7 @@ fn measure(shape: &Shape) -> Result<Vec<Timed>, String> {
             let d = group.time(all, WHOLE, Rank::dispatch)?;
             let c = group.time(all, WHOLE, Rank::combine)?;
             // Peers cannot have sent their results before they have received: there is no pair of one rank.
-            let b = if all { Some(group.time_all(pair_of)?) } else { None };
+            let b = if all { Some(group.time_all(Rank::pair)?) } else { None };
             let s = if shape.split { Some(group.time_split(all)?) } else { None };
             if iteration >= shape.warmup {
                 sent.push(d);
@@ -472,7 +498,7 @@ fn measure(shape: &Shape) -> Result<Vec<Timed>, String> {
         leave(format!("pair{staged}"), both, dispatch + combine);
         if all && shape.graph {
             let Group { gpu, ranks, .. } = &mut group;
-            let capture = |(rank, it): (usize, &mut Rank)| gpu.capture(rank, |stream| pair_of(it, stream));
+            let capture = |(rank, it): (usize, &mut Rank)| gpu.capture(rank, |stream| it.pair(stream));
             let graphs: Vec<_> = ranks.iter_mut().enumerate().map(capture).collect::<Result<_, _>>()?;
             let replayed = repeat(shape, || {
                 let us = group.gpu.time_all(|rank, stream| graphs[rank].launch(stream))?;
@@ -496,10 +522,4 @@ type Operation = fn(&mut Rank, a2a_phase_t, Stream) -> Result<(), String>;
 /// An operation's phases, a call for each, one behind the other on the stream.
 fn in_turn(phases: &[a2a_phase_t], call: Operation, rank: &mut Rank, stream: Stream) -> Result<(), String> {
     phases.iter().try_for_each(|&phase| call(rank, phase, stream))
-}
-
-/// A dispatch, and a combine behind it.
-fn pair_of(rank: &mut Rank, stream: Stream) -> Result<(), String> {
-    rank.dispatch(A2A_PHASE_BOTH, stream)?;
-    rank.combine(A2A_PHASE_BOTH, stream)
 }

@@ -172,6 +172,8 @@ impl Kind {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Shape {
     pub pair: String,
+    /// Rows travel by NCCL's collectives.
+    pub nccl: bool,
     pub ranks: usize,
     pub tokens: usize,
     pub hidden: usize,

@@ -271,6 +271,7 @@ impl Sweep {
         let limits = !matches!(pair.name, "one_sided" | "allgather");
         Shape {
             pair: pair.name.into(),
+            nccl: false,
             ranks: self.ranks,
             tokens,
             hidden: self.hidden,

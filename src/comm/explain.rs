@@ -364,11 +364,14 @@ fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
     sizes
 }
 
-/// If ranks may be on several hosts: what windows do not reach, NCCL carries.
-pub fn may_be_apart(config: &Config) -> bool {
+/// If ranks may be on several hosts: what windows do not reach, NCCL carries. With AUTO it is not opened for nothing, where all
+/// are on one anyhow (`may_meet_others`) or a config wants what it does not carry.
+pub fn may_be_apart(config: &Config, may_meet_others: bool) -> bool {
+    let gathers = matches!(config.backend, BackendKind::Auto | BackendKind::AllgatherReducescatter)
+        && matches!(config.layout, LayoutKind::Auto | LayoutKind::Gathered);
     config.device == DeviceKind::Cuda
         && match config.transport {
-            TransportKind::Auto => plan(&apart(config)).is_ok(),
+            TransportKind::Auto => may_meet_others && gathers && plan(&apart(config)).is_ok(),
             transport => transport == TransportKind::Nccl,
         }
 }

@@ -98,7 +98,8 @@ impl Comm {
 
         let mut own = None;
         let started = Instant::now();
-        let reach = if explain::may_be_apart(&config) { Reach::Hosts } else { Reach::OneHost };
+        let others = bootstrap::may_meet_others(&config.meeting);
+        let reach = if explain::may_be_apart(&config, others) { Reach::Hosts } else { Reach::OneHost };
         let is_carried = plan.transport == TransportKind::Nccl;
         let gift = |apart: bool| match (is_carried || apart) && callers.is_none() {
             true => nccl::new_id(),

@@ -62,12 +62,22 @@ pub fn new_unique_id() -> Result<UniqueId> {
 /// Names this host in the place of what the kernel says of it: for containers that cannot share memory all the same.
 const HOST_ID: &str = "A2A_HOST_ID";
 
+/// The name, if there is one.
+fn named_host() -> Option<Vec<u8>> {
+    std::env::var_os(HOST_ID).filter(|name| !name.is_empty()).map(|name| name.into_encoded_bytes())
+}
+
+/// If a meeting may bring ranks of other hosts together.
+pub fn may_meet_others(meeting: &Meeting) -> bool {
+    meeting.remote || matches!(meeting.bootstrap, Bootstrap::Allgather(_)) || named_host().is_some()
+}
+
 /// What this host is, as far as sharing memory goes: one kernel, one boot, one network namespace.
 fn host_identity() -> u64 {
     use sha2::{Digest, Sha256};
     let short = |bytes: &[u8]| bytes.iter().take(8).fold(0, |n, b| n << 8 | *b as u64);
-    if let Some(name) = std::env::var_os(HOST_ID).filter(|name| !name.is_empty()) {
-        return short(&Sha256::digest(name.into_encoded_bytes()));
+    if let Some(name) = named_host() {
+        return short(&Sha256::digest(name));
     }
     let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let net = std::fs::read_link("/proc/self/ns/net").map(|p| p.into_os_string().into_encoded_bytes());

@@ -19,6 +19,8 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
 export CARGO_TARGET_DIR := target
+# Builds that differ in what is not the kernels' share them (build.rs).
+export A2A_KERNEL_CACHE := $(CURDIR)/target/kernels
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MAJOR   := $(firstword $(subst ., ,$(VERSION)))

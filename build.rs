@@ -4,10 +4,14 @@
 //! With device code the crate has `cfg(a2a_kernels)`, and `env!("A2A_FATBIN")` is the file to embed. Without an nvcc it
 //! has neither, which is a legitimate build for CPU memory; `A2A_REQUIRE_NVCC=1` makes that an error. An nvcc that fails
 //! always is one.
+//!
+//! Where `A2A_KERNEL_CACHE` names a directory, what was compiled is kept there, by everything that it was compiled of: builds
+//! for other profiles and features of the crate have the same kernels, which take minutes.
 
 use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, exit};
@@ -84,12 +88,60 @@ fn on_path(name: &OsStr) -> Option<PathBuf> {
 
 /// Writes the fatbin, and nvcc's version and everything that it and ptxas say to the report.
 fn compile(nvcc: &Path, fatbin: &Path, report: &Path) -> io::Result<ExitStatus> {
+    let version = Command::new(nvcc).arg("--version").output()?.stdout;
+    let mut command = command(nvcc);
+    let kept =
+        kept(&command, &version)?.map(|name| (name.with_extension("fatbin"), name.with_extension("txt")));
+    if let Some((fatbin_kept, report_kept)) = &kept
+        && fs::copy(fatbin_kept, fatbin).is_ok()
+        && fs::copy(report_kept, report).is_ok()
+    {
+        return Ok(ExitStatus::default());
+    }
     fs::write(report, "")?;
     // A file to append to, not a pipe: nvcc prints what one architecture's ptxas said by one write, which then stays
     // together although the architectures are compiled at the same time.
     let mut said = OpenOptions::new().append(true).open(report)?;
-    said.write_all(&Command::new(nvcc).arg("--version").output()?.stdout)?;
+    said.write_all(&version)?;
+    if let Ok(jobs) = env::var("NUM_JOBS") {
+        command.args(["--threads", &jobs]);
+    }
+    command.arg("-o").arg(fatbin).arg("kernels/kernels.cu");
+    let status = command.stdout(said.try_clone()?).stderr(said).status()?;
+    if let Some((fatbin_kept, report_kept)) = kept.filter(|_| status.success()) {
+        keep(report, &report_kept)?;
+        keep(fatbin, &fatbin_kept)?;
+    }
+    Ok(status)
+}
 
+/// Another build sees the whole file or none.
+fn keep(file: &Path, to: &Path) -> io::Result<()> {
+    let part = to.with_extension(format!("part-{}", std::process::id()));
+    fs::copy(file, &part)?;
+    fs::rename(part, to)
+}
+
+/// Where what this command makes of the kernels is kept, without an extension.
+fn kept(command: &Command, version: &[u8]) -> io::Result<Option<PathBuf>> {
+    println!("cargo::rerun-if-env-changed=A2A_KERNEL_CACHE");
+    let Some(cache) = env::var_os("A2A_KERNEL_CACHE").filter(|value| !value.is_empty()) else {
+        return Ok(None);
+    };
+    fs::create_dir_all(&cache)?;
+    let mut sources: Vec<PathBuf> =
+        fs::read_dir("kernels")?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>()?;
+    sources.sort();
+    let mut hash = DefaultHasher::new();
+    (command.get_program(), command.get_args().collect::<Vec<_>>(), version).hash(&mut hash);
+    for source in sources {
+        (fs::read(&source)?, source).hash(&mut hash);
+    }
+    Ok(Some(Path::new(&cache).join(format!("{:016x}", hash.finish()))))
+}
+
+/// All but who shares the work, and what it makes of what.
+fn command(nvcc: &Path) -> Command {
     let mut command = Command::new(nvcc);
     command.args(["-fatbin", "-std=c++17", "-O3"]);
     // Bits must be those of the CPU: a product is rounded before it is added. For the same reason there is no
@@ -102,12 +154,8 @@ fn compile(nvcc: &Path, fatbin: &Path, report: &Path) -> io::Result<ExitStatus> 
     }
     let oldest = ARCHITECTURES[0];
     command.arg(format!("-gencode=arch=compute_{oldest},code=compute_{oldest}"));
-    if let Ok(jobs) = env::var("NUM_JOBS") {
-        command.args(["--threads", &jobs]);
-    }
     if env::var_os("CARGO_FEATURE_JITTER").is_some() {
         command.arg("-DA2A_JITTER=1");
     }
-    command.arg("-o").arg(fatbin).arg("kernels/kernels.cu");
-    command.stdout(said.try_clone()?).stderr(said).status()
+    command
 }

@@ -4,7 +4,7 @@ use super::history::What;
 use super::routing::{Routing, Sent};
 use super::tensor::{Element, Output, Tensor, View};
 use super::{Comm, lock};
-use crate::config::{Dtype, ROW_ALIGN, TransportKind};
+use crate::config::{Dtype, ROW_ALIGN};
 use crate::device::{Call, Combine, Device, Float, Half, Region, Rows, Stream, Target, Weighting};
 use crate::error::{Error, Result};
 
@@ -141,7 +141,7 @@ impl Comm {
             None => (sent.hidden, sent.send_type, sent.weighting, sent.has_row_weights),
         };
         // Values that go back beside the rows are not summed.
-        let may_sum = flags & NCCL_SUM != 0 && !has_row_weights && self.plan.transport == TransportKind::Nccl;
+        let may_sum = flags & NCCL_SUM != 0 && !has_row_weights && self.is_carried();
         let wire_sums = if fresh.is_some() { may_sum } else { sent.wire_sums };
         let (mut out, mut out_weights) = (None, None);
         let mut out_type = Float::F32;

@@ -420,7 +420,7 @@ impl Comm {
     }
 
     /// If rows travel by collectives, for which everybody's tokens must be known.
-    fn is_carried(&self) -> bool {
+    pub(super) fn is_carried(&self) -> bool {
         self.plan.transport == TransportKind::Nccl
     }
 

@@ -263,7 +263,7 @@ impl Comm {
             device.leave(true);
         }
         // No window tells the peers. Who holds the lock ends the comm, and with it the lifeline.
-        if self.plan.transport == TransportKind::Nccl
+        if self.is_carried()
             && let Ok(mut alive) = self.alive.try_lock()
             && let Some(alive) = &mut *alive
         {

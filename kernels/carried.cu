@@ -1,44 +1,174 @@
-// Where collectives carry rows, in the place of windows that peers address: a2a_announce leaves in this rank's own window what they
-// carry of a dispatch beside the tokens, which go as they are; a2a_mark tells the host that one has ended whose second half comes
-// later.
+// Where collectives carry rows, in the place of windows that peers address. a2a_announce: what they carry of a dispatch beside the
+// tokens, which go as they are, and this rank's words; a2a_receive: what came of it; a2a_mark: tells the host that a collective has
+// ended whose second half comes later.
+//
+// Words, and beside them ids and weights if those are few, are this rank's box; a collective puts every rank's one behind the
+// other, this rank's among them.
 #include "finish.cuh"
 #include "places.cuh"
 
 namespace a2a {
 
 constexpr uint32_t kAnnounceThreads = 512;
+constexpr uint32_t kReceiveThreads = 256;
 
-// A warp a token at a time. The slot moves on, and this rank's words are said, by the block that is done last: all have then read
-// where the slot stands. What they store is there for the collective when the kernel ends.
+// If there is a word of a dispatch at the lane's place in a mailbox.
+__device__ __forceinline__ bool has_word(uint32_t lane) {
+  constexpr uint32_t kAt = 1u << kProgress / 8 | 1u << kTokens / 8 | 3u << kDispatchPair / 8;
+  return (kAt | 0xffu << kDispatchShape / 8) >> lane & 1;
+}
+static_assert(kMailBytes == 32 * 8 && kShapeWords == 16 && kReplays == kTokens + 4);
+
+// The words of a dispatch. A warp calls it.
+__device__ __forceinline__ void write_words(const Seat& seat, const Receive& receive, uint8_t* box, uint32_t epoch) {
+  const uint32_t lane = threadIdx.x % 32, shape = lane - kDispatchShape / 8;
+  uint64_t word = static_cast<uint64_t>(epoch) << 32 | (lane == kDispatchPair / 8 ? receive.tokens : receive.digest);
+  if (shape < kShapeWords / 2) {
+    word = static_cast<uint64_t>(receive.shape[2 * shape + 1]) << 32 | receive.shape[2 * shape];
+  } else if (lane == kTokens / 8) {
+    word = static_cast<uint64_t>(seat.replays) << 32 | receive.tokens;
+  } else if (lane == kProgress / 8) {
+    word = progress(epoch, seat.replays ? kReplay : kDispatch, seat.bound);
+  }
+  if (has_word(lane)) mail64(box, 0)[lane] = word;
+}
+
+// A warp a token at a time. The slot moves on by the block that is done last: all have then read where it stands. What they store
+// is there for the collective when the kernel ends.
 extern "C" __global__ void __launch_bounds__(kAnnounceThreads, 1)
-    a2a_announce(const __grid_constant__ DispatchParams q) {
+    a2a_announce(const __grid_constant__ AnnounceParams q) {
   constexpr uint32_t kWarps = kAnnounceThreads / 32;
-  __shared__ Ending end;
   __shared__ bool is_last;
   const PushParams& p = q.push;
   const Seat& seat = p.seat;
+  // Launched while the kernel before it ends, whoever's it is.
+  ptx::wait_prerequisites();
   const OnSm on_sm(seat);
   const uint32_t tid = threadIdx.x, warp = tid / 32;
-  // The host is told first, for that takes longest.
-  if (blockIdx.x == 0 && tid == kAnnounceThreads - 1) mark_begin(seat, q.receive.marks);
-  const Standing at = standing_of(*seat.slot, p.flags & kFollows);
+  Slot& slot = *seat.slot;
+  if (blockIdx.x == 0 && tid == kAnnounceThreads - 64) mark_begin(seat, q.receive.marks);
+  const Standing at = standing_of(slot);
 #pragma unroll 1
   for (uint32_t token = blockIdx.x * kWarps + warp; token < p.route.tokens; token += gridDim.x * kWarps) {
     int32_t id;
     float weight;
     const bool bad = read_choice(p.route, token, id, weight);
-    if (!at.opens()) continue;
-    store_beside<false>(p, token, id, weight, bad, own_place(p, token));
+    if (at.opens()) store_beside<false>(p, token, id, weight, bad, own_place(p, token));
   }
-  if (blockIdx.x == 0 && warp == kWarps - 1 && at.opens()) tell_shape(seat, q.receive, at.epoch + 1, at.absent);
-  __syncthreads();
-  if (tid == 0) {
-    is_last = gridDim.x == 1 || atomicAdd(&seat.slot->arrived, 1) == gridDim.x - 1;
-    if (is_last) seat.slot->arrived = 0;
+  if (blockIdx.x == 0 && warp == kWarps - 1 && at.opens()) {
+    write_words(seat, q.receive, window_of(seat, seat.rank) + q.box, at.epoch + 1);
   }
   __syncthreads();
-  if (!is_last) return;
-  Finish(seat, q.receive, q.flags, nullptr, at, end).run([] {}, make_ulonglong2(0, 0));
+  if (gridDim.x > 1) {
+    if (tid == 0) is_last = atomicAdd(&slot.arrived, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!is_last) return;
+  }
+  if (tid != 0) return;
+  slot.arrived = 0, slot.whole = 0;
+  if (at.opens()) {
+    slot.state = kDispatchSent, slot.epoch = at.epoch + 1, slot.sequence = at.sequence + 1, slot.routing = seat.routing;
+    count_sent(seat, q.receive, nullptr, q.receive.wire_bytes, kRowsPushed);
+  } else if (at.closed == 0) {
+    refuse_order(seat, kDispatch, at.state);
+  }
+}
+
+// Ids and weights out of every rank's box. The block calls it.
+template <class Unit>
+__device__ __forceinline__ void unpack(const ReceiveParams& p, const uint8_t* boxes) {
+  constexpr uint32_t kAtOnce = 4;
+  const uint32_t units = p.beside_bytes / sizeof(Unit), all = p.seat.ranks * units;
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x; first < all; first += kAtOnce * kReceiveThreads) {
+    Unit ids[kAtOnce], weights[kAtOnce];
+#pragma unroll
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      const uint32_t i = first + j * kReceiveThreads, source = i / units;
+      if (i >= all) break;
+      const uint8_t* box = boxes + source * p.box_bytes;
+      ids[j] = reinterpret_cast<const Unit*>(box + kMailBytes)[i - source * units];
+      weights[j] = reinterpret_cast<const Unit*>(box + p.weights_at)[i - source * units];
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      const uint32_t i = first + j * kReceiveThreads;
+      if (i >= all) break;
+      reinterpret_cast<Unit*>(p.ids)[i] = ids[j];
+      reinterpret_cast<Unit*>(p.weights)[i] = weights[j];
+    }
+  }
+}
+
+// What is not as it should be is looked at as where ranks address each other's windows: it finds out what. Apart, because code that
+// does not run takes time where it lies in between.
+__device__ __noinline__ void receive_slowly(const ReceiveParams& p, const uint8_t* boxes, Ending& end) {
+  const Seat& seat = p.seat;
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (uint32_t source = threadIdx.x / 32; source < seat.ranks; source += blockDim.x / 32) {
+    const auto* words = reinterpret_cast<const uint64_t*>(boxes + source * p.box_bytes);
+    if (has_word(lane)) mail64(mailbox(seat, seat.rank, source), 0)[lane] = words[lane];
+  }
+  __syncthreads();
+  const Standing at = standing_of(*seat.slot);
+  Finish(seat, p.receive, kWaits, nullptr, at, end).run([] {}, look_early(seat));
+}
+
+// By one block, behind the collective, which waited: everything has come that will.
+extern "C" __global__ void __launch_bounds__(kReceiveThreads, 1)
+    a2a_receive(const __grid_constant__ ReceiveParams p) {
+  __shared__ Ending end;
+  const Seat& seat = p.seat;
+  const Receive& receive = p.receive;
+  ptx::wait_prerequisites();
+  ptx::launch_dependents();
+  const OnSm on_sm(seat);
+  const uint32_t tid = threadIdx.x;
+  Slot& slot = *seat.slot;
+  const uint8_t* boxes = window_of(seat, seat.rank) + p.boxes;
+  // One load waits for none of the others: what a warp stores of what it has read holds up all that it reads behind that.
+  const Standing at = standing_of(slot);
+  const uint32_t bad = tid == 0 ? slot.bad_ids : 0;
+  bool fine = true;
+  if (tid == kReceiveThreads - 32) {
+    fine = ptx::ld_relaxed_sys(&slot.broken) == 0;
+    mark_end(slot, receive.marks);
+  }
+#pragma unroll 1
+  for (uint32_t source = tid; source < seat.ranks; source += kReceiveThreads) {
+    const uint8_t* box = boxes + source * p.box_bytes;
+    const auto pair = *reinterpret_cast<const ulonglong2*>(box + kDispatchPair);
+    const uint32_t tokens = *reinterpret_cast<const uint32_t*>(box + kTokens);
+    fine &= reached(pair.x, at.epoch) & reached(pair.y, at.epoch) & static_cast<uint32_t>(pair.y) == receive.digest;
+    // Where collectives carry rows, the host was told.
+    fine &= tokens == told_tokens(receive, source);
+    receive.kept_counts[source] = tokens;
+    if (receive.rank_counts != nullptr) receive.rank_counts[source] = tokens;
+    if (receive.status != nullptr) receive.status[4 + source] = 0;
+  }
+#pragma unroll 1
+  for (uint32_t i = tid; receive.expert_counts != nullptr && i < receive.local; i += kReceiveThreads) {
+    receive.expert_counts[i] = 0;
+  }
+  if (p.vectors != 0) {
+    unpack<int4>(p, boxes);
+  } else {
+    unpack<uint32_t>(p, boxes);
+  }
+  fine &= at.receives(seat.routing);
+  if (!__syncthreads_and(fine)) return receive_slowly(p, boxes, end);
+  if (tid != 0) return;
+  if (receive.status != nullptr) {
+    receive.status[0] = bad != 0 ? kStepBadId : 0;
+    receive.status[1] = bad, receive.status[2] = 0, receive.status[3] = p.rows;
+  }
+  if (receive.rows != nullptr) *receive.rows = p.rows;
+  slot.state = kDispatched, slot.whole = 1, slot.bad_ids = 0;
+  // A second dispatch completes the first step of a comm that never combines.
+  if (at.sequence > 1) seat.shared->first_step_done = 1;
+  ptx::add_relaxed_gpu(&seat.shared->counters[kHops], 1);
+  ptx::add_relaxed_gpu(&seat.shared->counters[kRowsGathered], p.rows);
 }
 
 extern "C" __global__ void __launch_bounds__(32) a2a_mark(const __grid_constant__ MarkParams p) {

@@ -62,10 +62,12 @@ extern "C" __global__ void __launch_bounds__(kStageThreads, 1) a2a_stage(const _
 
 extern "C" __global__ void __launch_bounds__(kMeetThreads, 4) a2a_meet(const __grid_constant__ MeetParams p) {
   __shared__ Meeting meeting;
-  if (p.flags & kStaged || p.marks != nullptr && p.flags & kMeetWaits) ptx::wait_prerequisites();
+  const bool carried = p.marks != nullptr;
+  if (p.flags & kStaged || carried) ptx::wait_prerequisites();
   const OnSm on_sm(p.seat);
+  if (carried && p.flags & kSends) return announce_results(p);
   // What sums waits for this kernel's end, so the rest is left to it.
-  const bool went = meet(p, meeting);
+  const bool went = carried ? meet_behind_collective(p, meeting) : meet(p, meeting);
   if (went && p.flags & kSettles) settle(p);
 }
 
@@ -256,8 +258,10 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
   if constexpr (few) {
     __shared__ Meeting meeting;
     if (blockIdx.x != 0) return sum_part<From, To, few, pairs>(p, blockIdx.x - 1, rows, targets);
-    if (p.flags & kReduceBrought) ptx::wait_prerequisites();
-    if (meet(p.meet, meeting)) settle(p.meet);
+    const bool carried = p.flags & kReduceBrought;
+    if (carried) ptx::wait_prerequisites();
+    const bool went = carried ? meet_behind_collective(p.meet, meeting) : meet(p.meet, meeting);
+    if (went) settle(p.meet);
   } else {
     // Blocks are as many as there are parts, or fewer.
 #pragma unroll 1

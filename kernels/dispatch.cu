@@ -212,11 +212,6 @@ extern "C" __global__ void __launch_bounds__(kFinishThreads, 4) a2a_finish(const
   const Seat& seat = p.seat;
   const OnSm on_sm(seat);
   const uint32_t tid = threadIdx.x;
-  // A collective goes before.
-  if (p.receive.marks != nullptr && p.flags & kWaits) {
-    ptx::wait_prerequisites();
-    ptx::launch_dependents();
-  }
   const Standing at = standing_of(*seat.slot);
   const ulonglong2 first = look_early(seat);
   if (p.flags & kRaises && tid >= kFinishThreads - 32 && at.opens()) tell_shape(seat, p.receive, at.epoch + 1, at.absent);

@@ -19,9 +19,8 @@ __device__ __forceinline__ void tell_shape(const Seat& seat, const Receive& rece
     ptx::st_relaxed_sys(mail64(box, kDispatchPair) + 1, pack(epoch, receive.digest));
     ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, operation, seat.bound));
   };
-  const uint32_t windows = receive.marks != nullptr ? 1 : seat.ranks;
 #pragma unroll 1
-  for (uint32_t peer = threadIdx.x % 32; peer < windows; peer += 32) tell(mailbox(seat, peer, seat.rank));
+  for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) tell(mailbox(seat, peer, seat.rank));
   if (absent) for_absent(seat, threadIdx.x % 32, 32, [&](uint32_t rank) { tell(mailbox(seat, seat.rank, rank)); });
 }
 
@@ -171,8 +170,6 @@ struct Finish {
   const Roles role;
   // What this rank's flags carry beside the rows; how they are counted that are sent; what a row takes of the link.
   uint32_t mark = 0;
-  // The host has ended the collective. It is on its way while other things are done.
-  uint32_t broken = 0;
   uint32_t moved = kRowsPushed;
   uint64_t row_bytes;
 
@@ -191,9 +188,6 @@ struct Finish {
         wait{seat.replays ? kReplay : kDispatch, epoch, sequence, true, kDispatchPair},
         role(roles_of(seat.ranks)),
         row_bytes(receive.wire_bytes) {
-    if (receive.marks == nullptr) return;
-    if (waits) broken = ptx::ld_relaxed_sys(&seat.slot->broken);
-    if (threadIdx.x == 0 && waits) mark_end(*seat.slot, receive.marks);
   }
 
   __device__ __forceinline__ bool first_raiser() const { return threadIdx.x == blockDim.x - 32; }
@@ -232,13 +226,6 @@ struct Finish {
   }
 
   __device__ __forceinline__ void raise() const {
-    if (receive.marks != nullptr) {
-      // One mailbox is all there is, and a collective carries it that begins when the kernel has ended.
-      if (threadIdx.x % 32 == 0) {
-        *mail64(mailbox(seat, seat.rank, seat.rank), kDispatchPair) = pack(epoch, receive.tokens);
-      }
-      return;
-    }
 #pragma unroll 1
     for (uint32_t peer = threadIdx.x % 32; peer < seat.ranks; peer += 32) {
       ptx::st_release_sys(mail64(mailbox(seat, peer, seat.rank), kDispatchPair), pack(epoch, rows_for(peer) | mark));
@@ -346,7 +333,7 @@ struct Finish {
     for (uint32_t i = tid; totals == nullptr && receive.expert_counts != nullptr && i < receive.local; i += blockDim.x) {
       receive.expert_counts[i] = 0;
     }
-    bool lost = receive.marks != nullptr && lose_if_broken(seat, wait, end.meeting, broken);
+    bool lost = receive.marks != nullptr && lose_if_broken(seat, wait, end.meeting);
     for (bool is_new = true; !lost; is_new = false) {
       const bool here = !role.looks || look_for_flags(first, is_new);
       if (__syncthreads_and(here)) break;

@@ -15,17 +15,11 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
   const bool sends = p.flags & kSends, waits = p.flags & kMeetWaits;
   // The first look is on its way while the slot is looked at.
   uint64_t early = 0;
-  uint32_t broken = 0;
   const auto look = [&](uint32_t source) {
     return ptx::ld_acquire_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
   };
   const Roles role = roles_of(seat.ranks);
   if (waits && role.looks && role.looker < seat.ranks) early = look(role.looker);
-  if (p.marks != nullptr) {
-    if (waits) broken = ptx::ld_relaxed_sys(&slot.broken);
-    if (tid == 0 && waits) mark_end(slot, p.marks);
-    if (tid == 0 && sends) mark_begin(seat, p.marks);
-  }
   const bool goes =
       at.closed == 0 & at.state == (sends ? kDispatched : kCombineSent) & at.routing == seat.routing;
   if (!goes) {
@@ -48,16 +42,10 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     const auto tell = [&](uint8_t* box) {
       *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
       ptx::st_relaxed_sys(mail64(box, kProgress), progress(epoch, kCombine, seat.bound));
-      // A collective begins when the kernel has ended.
-      if (p.marks != nullptr) {
-        *mail64(box, kCombineFlag) = pack(epoch, p.digest);
-      } else {
-        ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
-      }
+      ptx::st_release_sys(mail64(box, kCombineFlag), pack(epoch, p.digest));
     };
-    const uint32_t windows = p.marks != nullptr ? 1 : seat.ranks;
 #pragma unroll 1
-    for (uint32_t peer = tid % 32; peer < windows && sends; peer += 32) tell(mailbox(seat, peer, seat.rank));
+    for (uint32_t peer = tid % 32; peer < seat.ranks && sends; peer += 32) tell(mailbox(seat, peer, seat.rank));
     if (at.absent && sends) {
       for_absent(seat, tid % 32, 32, [&](uint32_t rank) { tell(mailbox(seat, seat.rank, rank)); });
     }
@@ -81,7 +69,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     if (tid == 0) slot.state = kCombineSent;
     return true;
   }
-  if (p.marks != nullptr && lose_if_broken(seat, wait, meeting, broken)) {
+  if (p.marks != nullptr && lose_if_broken(seat, wait, meeting)) {
     if (tid == 0) slot.whole = 0;
     void_status(seat, p.status);
     return false;
@@ -120,6 +108,52 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
   return true;
 }
 
+// Where collectives carry the flags: this rank's, to be carried behind the kernel. By one block.
+__device__ __forceinline__ void announce_results(const MeetParams& p) {
+  const Seat& seat = p.seat;
+  Slot& slot = *seat.slot;
+  if (threadIdx.x == 32) mark_begin(seat, p.marks);
+  if (threadIdx.x != 0) return;
+  const Standing at = standing_of(slot);
+  if (!(at.closed == 0 & at.state == kDispatched & at.routing == seat.routing)) {
+    if (at.closed == 0) refuse_order(seat, kCombine, at.state);
+    slot.whole = 0;
+    return;
+  }
+  uint8_t* box = mailbox(seat, seat.rank, seat.rank);
+  *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
+  *mail64(box, kProgress) = progress(at.epoch, kCombine, seat.bound);
+  *mail64(box, kCombineFlag) = pack(at.epoch, p.digest);
+  slot.state = kCombineSent;
+}
+
+// What is not as it should be is looked at by who waits elsewhere too: it finds out what. Apart, because code that does not run
+// takes time where it lies in between.
+__device__ __noinline__ bool meet_slowly(const MeetParams& p, Meeting& meeting) { return meet(p, meeting); }
+
+// The same as `meet` behind the collective, which waited: everything has come that will. By one block.
+__device__ __forceinline__ bool meet_behind_collective(const MeetParams& p, Meeting& meeting) {
+  const Seat& seat = p.seat;
+  Slot& slot = *seat.slot;
+  const uint32_t tid = threadIdx.x;
+  // One load waits for none of the others: what a warp stores of what it has read holds up all that it reads behind that.
+  const Standing at = standing_of(slot);
+  bool fine = true;
+  if (tid == blockDim.x - 32) {
+    fine = ptx::ld_relaxed_sys(&slot.broken) == 0;
+    mark_end(slot, p.marks);
+  }
+#pragma unroll 1
+  for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
+    const uint64_t flag = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));
+    fine &= reached(flag, at.epoch) & static_cast<uint32_t>(flag) == p.digest;
+  }
+  fine &= at.closed == 0 & at.state == kCombineSent & at.routing == seat.routing;
+  if (!__syncthreads_and(fine)) return meet_slowly(p, meeting);
+  if (tid == 0) slot.whole = 1, slot.state = kIdle;
+  return true;
+}
+
 // Ranks that take part.
 __device__ __forceinline__ uint32_t present(const Seat& seat) {
   uint32_t ranks = seat.ranks;
@@ -135,7 +169,8 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
   write_status(p.status, seat.ranks, make_int4(missing != 0 ? kStepDropped : 0, 0, missing, 0), nullptr);
   if (threadIdx.x != 0) return;
   seat.shared->first_step_done = 1;
-  uint64_t rows = static_cast<uint64_t>(p.tokens) * present(seat), mine = p.tokens;
+  // Collectives carry rows of all.
+  uint64_t rows = static_cast<uint64_t>(p.tokens) * (p.marks != nullptr ? seat.ranks : present(seat)), mine = p.tokens;
   // Those that go through FIFOs count where they come from.
   const bool sends = p.flags & kThroughFifos;
   const int32_t* moved = sends ? p.kept_counts : p.rows_for;

@@ -186,15 +186,16 @@ __device__ __forceinline__ bool read_choice(const Route& route, uint32_t token, 
   id = -1, weight = 1.0f;
   if (lane >= route.topk) return false;
   const uint64_t at = static_cast<uint64_t>(token) * route.topk + lane;
-  if (route.flags & kHasIds) {
-    id = read_id(route, token, lane, bad);
-  } else {
-    id = route.ids[at];
-  }
+  // The weight is on its way when the id is waited for.
   if (route.flags & kHasWeights) {
     weight = __ldg(reinterpret_cast<const float*>(route.weights_in + token * route.weights_stride) + lane);
   } else if (!(route.flags & kHasIds)) {
     weight = route.weights[at];
+  }
+  if (route.flags & kHasIds) {
+    id = read_id(route, token, lane, bad);
+  } else {
+    id = route.ids[at];
   }
   return bad;
 }

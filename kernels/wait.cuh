@@ -385,8 +385,8 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   return trouble == Trouble::kNone;
 }
 
-// Tells the host that the slot's next operation may begin to wait for the peers: an operation's word is its number, twice,
-// + 1 before the comm's first step is done. One thread.
+// Tells the host, which looks now and then, that the slot's next operation may begin to wait for the peers: an operation's word
+// is its number, twice, + 1 before the comm's first step is done. One thread.
 __device__ __forceinline__ void mark_begin(const Seat& seat, uint64_t* marks) {
   Slot& slot = *seat.slot;
   const bool first = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
@@ -399,10 +399,9 @@ __device__ __forceinline__ void mark_end(const Slot& slot, uint64_t* marks) {
 }
 
 // Where collectives carry the flags, the host ends one that does not come to its end, and nothing of the step counts then,
-// whatever part of it has come: gives the step up, if so. `broken`: what the slot said of that since the collective. A whole
-// block calls it.
-__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, Meeting& meeting, uint32_t broken) {
-  if (!__syncthreads_or(broken != 0)) return false;
+// whatever part of it has come: gives the step up, if so. A whole block calls it.
+__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, Meeting& meeting) {
+  if (!__syncthreads_or(ptx::ld_relaxed_sys(&seat.slot->broken) != 0)) return false;
   if (begin_looking(seat, meeting)) return true;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {

@@ -301,7 +301,7 @@ struct Receive {
   int32_t told[kToldRanks];
   // [ranks], for more ranks than `told` has room for, or null.
   const int32_t* told_more;
-  // Where collectives carry rows and flags, in the place of windows that peers address, words of the pinned memory: the
+  // Where collectives carry rows and flags, in the place of windows that peers address, words that the host looks at: the
   // operation of the slot that began last, and that ended last. Else null.
   uint64_t* marks;
 };
@@ -400,6 +400,36 @@ struct DispatchParams {
   uint32_t reserved;
 };
 static_assert(sizeof(DispatchParams) == sizeof(PushParams) + sizeof(Receive) + 8);
+
+// a2a_announce: what a collective carries of a dispatch beside the tokens.
+struct AnnounceParams {
+  PushParams push;
+  Receive receive;
+  // Of this rank's words, in its own window.
+  uint64_t box;
+};
+static_assert(sizeof(AnnounceParams) == sizeof(PushParams) + sizeof(Receive) + 8);
+
+// a2a_receive: what came of it.
+struct ReceiveParams {
+  Seat seat;
+  Receive receive;
+  // Of every rank's words, in the own window, so many bytes apart.
+  uint64_t boxes;
+  uint64_t box_bytes;
+  // [ranks, beside_bytes]: where ids and weights go that are in the boxes, as int32 and float32.
+  uint8_t* ids;
+  uint8_t* weights;
+  // Bytes of a rank's ids, which are behind its words, and of its weights; 0: they are elsewhere.
+  uint32_t beside_bytes;
+  // From a box to its weights.
+  uint32_t weights_at;
+  // Of all ranks.
+  uint32_t rows;
+  // 1: those bytes, and where they go, are multiples of 16.
+  uint32_t vectors;
+};
+static_assert(sizeof(ReceiveParams) == sizeof(Seat) + sizeof(Receive) + 48);
 
 // Everybody's rows by expert, or by rank: [ranks, keys] words {epoch, rows} in every window, a source's `stride` bytes apart.
 struct Counts {

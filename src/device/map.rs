@@ -4,7 +4,7 @@
 //! ```text
 //! window   gone words | slot 0 | slot 1 | ...
 //! slot     mailboxes | loss masks | counts | small outputs | words of FIFOs' entries
-//!          | published rows | banks | received rows | combine rows, combine weights | brought results, weights | FIFOs
+//!          | published rows | banks | received rows | combine rows, combine weights | brought results, weights | boxes | FIFOs
 //! ```
 //! A mailbox (`mail`) is what one source rank writes into another's window. Which regions of rows exist is the strategy's to
 //! say (`Uses`). A step packs its own rows from a region's start.
@@ -82,6 +82,9 @@ pub struct Sizes {
     /// On CUDA: pieces of a row in a FIFO, at most, each of which is told of by itself.
     pub fifo_pieces: u32,
 }
+
+/// What ids and weights of a step may be, of all ranks together, for collectives to carry them in boxes, behind the words.
+pub const BOXED_BYTES: u64 = 32 << 10;
 
 /// Rows of a column of scales are padded to a multiple of this.
 pub const COLUMN_PAD: u64 = 4;
@@ -166,6 +169,7 @@ pub struct Map {
     brought: u64,
     brought_weights: u64,
     brought_scales: u64,
+    boxes: u64,
     fifos: u64,
     entry_bytes: u64,
 }
@@ -217,6 +221,7 @@ impl Map {
         let results = at.take(brought(sizes.combine_bytes));
         let weights = at.take(brought(sizes.combine_weight_bytes()));
         let scales = at.take(brought(if sizes.columns { sizes.plane_bytes[SCALES] as u64 } else { 0 }));
+        let boxes = at.take(Some(if uses.carried { ranks * mail::BYTES + BOXED_BYTES } else { 0 }));
         let entry_bytes = sizes.entry_bytes();
         let entries = if uses.fifos { ranks * sizes.fifo_rows as u64 } else { 0 };
         let fifos = at.take(entries.checked_mul(entry_bytes));
@@ -248,6 +253,7 @@ impl Map {
             brought: results,
             brought_weights: weights,
             brought_scales: scales,
+            boxes,
             fifos,
             entry_bytes,
         })
@@ -363,6 +369,10 @@ impl Map {
     /// Everybody's rows of scales, one behind the other, where views have them by column.
     pub fn brought_scales(&self, slot: u32) -> u64 {
         self.slot(slot) + self.brought_scales
+    }
+    /// Every rank's words, and what goes with them: `BOXED_BYTES` in all.
+    pub fn boxes(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.boxes
     }
     /// On CUDA, u64[ranks][rows of a FIFO][pieces]: by source, which row it wrote last, + 1; then u64[ranks][rows of a FIFO]:
     /// by receiver, which row it took.
@@ -556,6 +566,7 @@ mod tests {
                     regions.push((map.brought(slot), sent * 14336));
                     regions.push((map.brought_weights(slot), sent * 32));
                     regions.push((map.brought_scales(slot), sent * 92));
+                    regions.push((map.boxes(slot), ranks * mail::BYTES + BOXED_BYTES));
                 }
             }
             regions.retain(|(_, bytes)| *bytes > 0);

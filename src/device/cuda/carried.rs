@@ -1,23 +1,26 @@
 //! Steps whose rows and words are carried by collectives, where windows are not addressed by peers.
 //!
 //! The window of every rank that kernels know of is this rank's own, so that what they leave there for the peers lies in one
-//! place: what travels beside the tokens, and this rank's words (a2a_announce). One operation carries it to all, with the rows, and the half
-//! behind it finds every flag up, or that the host has ended the operation (`Slot::broken`). Tokens go from the caller's
+//! place: what travels beside the tokens, and this rank's words (a2a_announce). One operation carries it to all, with the rows, and
+//! the half behind it (a2a_receive) finds every flag up, or that the host has ended the operation (`Slot::broken`). Tokens go from the caller's
 //! tensor to where they are wanted; what must be made or copied first lies in the published rows.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::dispatch::unit;
 use super::driver::Launch;
-use super::params::{DispatchParams, MarkParams, flag};
+use super::params::{AnnounceParams, MarkParams, ReceiveParams};
 use super::{CallersStream, Cuda, lock, within};
-use crate::device::map::{IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};
+use crate::device::map::{BOXED_BYTES, IDS, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Call, Combine, Counts, Dispatch, Move, Rows, Target, Wire, mail};
 use crate::error::{Error, Result, Status};
 
-/// Threads of a block of a2a_announce, and tokens that it takes: two a warp.
+/// Threads of a block of a2a_announce, and tokens that it takes: one a warp, but where one block takes them all.
 const ANNOUNCE_THREADS: u32 = 512;
-const ANNOUNCE_TOKENS: u32 = 32;
+const ANNOUNCE_TOKENS: u32 = 16;
+const ANNOUNCED_BY_ONE: u32 = 64;
+const RECEIVE_THREADS: u32 = 256;
 
 /// The most moves of a step: every plane but the source, and the words.
 const MOVES: usize = PLANES;
@@ -35,6 +38,27 @@ impl Moves {
     fn push(&mut self, one: Move) {
         self.moves[self.count] = one;
         self.count += 1;
+    }
+}
+
+/// A rank's words of a dispatch and, where those of all ranks are few, its ids and weights: one collective less for each, which
+/// would take 1 to 2 us (an H100).
+#[derive(Clone, Copy)]
+struct Boxes {
+    /// In the window, of rank 0's; of a rank's.
+    at: u64,
+    bytes: u64,
+    /// Of the ids, and of the weights; 0: they are not there.
+    beside: u32,
+}
+
+impl Boxes {
+    fn own(&self, rank: u32) -> u64 {
+        self.at + rank as u64 * self.bytes
+    }
+    /// From a box to its weights.
+    fn weights_at(&self) -> u64 {
+        mail::BYTES + (self.beside as u64).next_multiple_of(16)
     }
 }
 
@@ -67,7 +91,19 @@ impl Cuda {
             self.launch_announce(d)?;
             self.carry_rows(wire, d)?;
         }
-        if waits { self.launch_receive(d) } else { Ok(()) }
+        if waits { self.launch_arrival(d) } else { Ok(()) }
+    }
+
+    /// By nothing but what all ranks have alike.
+    fn boxes(&self, d: &Dispatch) -> Boxes {
+        let (slot, bytes) = (d.call.slot, d.send.shape.plane_bytes);
+        let tokens = counts(d.rank_tokens, d.send.tokens).equal().unwrap_or(0);
+        let beside = tokens * bytes[IDS] as u64;
+        let room = 2 * beside.next_multiple_of(16);
+        if beside == 0 || bytes[IDS] != bytes[WEIGHTS] || room * self.ranks as u64 > BOXED_BYTES {
+            return Boxes { at: self.map.mailbox(slot, 0), bytes: mail::BYTES, beside: 0 };
+        }
+        Boxes { at: self.map.boxes(slot), bytes: mail::BYTES + room, beside: beside as u32 }
     }
 
     /// Ids, weights and what else does not go as it is, and this rank's words.
@@ -78,17 +114,46 @@ impl Cuda {
         if opens {
             self.launch_open(d)?;
         }
-        let push = self.push_params(d, opens, false)?;
-        let params = DispatchParams { push, receive, flags: flag::RAISES, reserved: 0 };
-        let blocks = d.send.tokens.div_ceil(ANNOUNCE_TOKENS).clamp(1, self.station.sms());
+        let mut push = self.push_params(d, opens, false)?;
+        let boxes = self.boxes(d);
+        let its_box = boxes.own(self.rank);
+        if boxes.beside > 0 {
+            (push.to_ids, push.to_weights) = (its_box + mail::BYTES, its_box + boxes.weights_at());
+        }
+        let params = AnnounceParams { push, receive, its_box };
+        let blocks = match d.send.tokens {
+            ..=ANNOUNCED_BY_ONE => 1,
+            tokens => tokens.div_ceil(ANNOUNCE_TOKENS).min(self.station.sms()),
+        };
         let shape = Launch {
             grid: within(&d.call, blocks),
             block: ANNOUNCE_THREADS,
-            after_previous: opens,
+            after_previous: true,
             ..Launch::default()
         };
         // SAFETY: the caller's rows, which comm checked, the routing's memory, this rank's own window.
         unsafe { self.launch(&self.station.kernels.announce, shape, &d.call, &params) }
+    }
+
+    /// What came of the collective.
+    fn launch_arrival(&self, d: &Dispatch) -> Result<()> {
+        let (boxes, counts) = (self.boxes(d), counts(d.rank_tokens, d.send.tokens));
+        let (ids, weights) = (self.brought_to(d, IDS), self.brought_to(d, WEIGHTS));
+        let params = ReceiveParams {
+            seat: self.seat(&d.call, d.grid.bound, d.reuse),
+            receive: self.receive_params(d)?,
+            boxes: boxes.at,
+            box_bytes: boxes.bytes,
+            ids,
+            weights,
+            beside_bytes: boxes.beside,
+            weights_at: boxes.weights_at() as u32,
+            rows: counts.before(self.ranks) as u32,
+            vectors: u32::from(unit(&[ids, weights, boxes.beside as u64]) == 16),
+        };
+        let shape = Launch { grid: 1, block: RECEIVE_THREADS, after_previous: true, ..Launch::default() };
+        // SAFETY: this rank's own window, the caller's outputs, which comm checked, and the routing's memory.
+        unsafe { self.launch(&self.station.kernels.receive, shape, &d.call, &params) }
     }
 
     /// Collective: a first operation of each kind on every slot, for which peers connect. No step has to wait for that.
@@ -141,12 +206,21 @@ impl Cuda {
             return self.own(self.map.brought_scales(slot));
         }
         match &d.recv[plane] {
-            // The ids are read once more, and may be wanted wider.
-            Target::Into(rows) if !d.split && plane != IDS && rows.row_bytes() == d.row_bytes(plane) => {
+            // Ids may be wanted wider, or counted.
+            Target::Into(rows)
+                if !d.split
+                    && rows.row_bytes() == d.row_bytes(plane)
+                    && !(plane == IDS && self.counts_ids(d)) =>
+            {
                 compact(rows).unwrap_or_else(|| self.own(self.map.received(slot, plane)))
             }
             _ => self.own(self.map.received(slot, plane)),
         }
+    }
+
+    /// If tokens are counted by expert, for which their ids are read once more.
+    fn counts_ids(&self, d: &Dispatch) -> bool {
+        d.expert_stats.is_some() || !matches!(d.expert_counts, Target::Nothing)
     }
 
     fn carry_rows(&self, wire: &Arc<dyn Wire>, d: &Dispatch) -> Result<()> {
@@ -165,9 +239,11 @@ impl Cuda {
                 )?;
             }
         }
-        let mut moves = Moves::new(self.words(&d.call));
+        let boxes = self.boxes(d);
+        let mut moves = Moves::new(Move::Words { at: self.own(boxes.at), bytes: boxes.bytes });
         for (plane, bytes) in d.send.shape.plane_bytes.iter().enumerate() {
-            if *bytes == 0 || plane == SOURCE {
+            let is_boxed = boxes.beside > 0 && matches!(plane, IDS | WEIGHTS);
+            if *bytes == 0 || plane == SOURCE || is_boxed {
                 continue;
             }
             let from =
@@ -175,11 +251,6 @@ impl Cuda {
             moves.push(Move::Gather { from, to: self.brought_to(d, plane), row_bytes: *bytes as u64 });
         }
         self.carry(wire, &d.call, &moves, counts(d.rank_tokens, d.send.tokens), d.split)
-    }
-
-    /// What this rank's kernels left for the peers.
-    fn words(&self, call: &Call) -> Move {
-        Move::Words { at: self.own(self.map.mailbox(call.slot, 0)), bytes: mail::BYTES }
     }
 
     /// One operation. The kernel before it told the host that it is under way, the half behind it tells that it has ended; if
@@ -240,11 +311,9 @@ impl Cuda {
         let (from, row_bytes) = (self.results(c), Self::result_bytes(c));
         let brought = self.own(self.map.brought(slot));
         // What goes by messages goes by messages alone (an H100: 20 us less where rows are many).
-        let words = match self.words(&c.call) {
-            Move::Words { at, bytes } if !c.wire_sums => Move::Tell { at, bytes },
-            words => words,
-        };
-        let mut moves = Moves::new(words);
+        let (at, bytes) = (self.own(self.map.mailbox(slot, 0)), mail::BYTES);
+        let mut moves =
+            Moves::new(if c.wire_sums { Move::Words { at, bytes } } else { Move::Tell { at, bytes } });
         moves.push(match c.wire_sums {
             true => {
                 Move::Sum { from, to: self.takes_sums(c).unwrap_or(brought), row_bytes, float: c.send_type }

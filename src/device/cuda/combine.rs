@@ -147,8 +147,7 @@ impl Cuda {
     }
 
     fn launch_meet(&self, c: &Combine, params: &MeetParams) -> Result<()> {
-        let waits = params.flags & flag::MEET_WAITS != 0;
-        let after_previous = params.flags & flag::STAGED != 0 || self.is_carried() && waits;
+        let after_previous = params.flags & flag::STAGED != 0 || self.is_carried();
         let shape = Launch { grid: 1, block: MEET_THREADS, after_previous, ..Launch::default() };
         // SAFETY: the group's windows, the routing's memory, the caller's status.
         unsafe { self.launch(&self.station.kernels.meet, shape, &c.call, params) }

@@ -371,8 +371,7 @@ impl Cuda {
             flags,
             ..FinishParams::default()
         };
-        // A collective, or the push, goes before.
-        let after_previous = flags & flag::RAISES != 0 || self.is_carried();
+        let after_previous = flags & flag::RAISES != 0;
         let shape = Launch { grid: 1, block: FINISH_THREADS, after_previous, ..Launch::default() };
         // SAFETY: as `launch_dispatch`.
         unsafe { self.launch(&self.station.kernels.finish, shape, &d.call, &params) }

@@ -112,6 +112,11 @@ twins! {
     DispatchParams: PUSH + RECEIVE + 8, flags at PUSH + RECEIVE => {
         push: PushParams, receive: Receive, flags: u32, reserved: u32,
     }
+    AnnounceParams: PUSH + RECEIVE + 8, its_box at PUSH + RECEIVE => { push: PushParams, receive: Receive, its_box: u64 }
+    ReceiveParams: SEAT + RECEIVE + 48, vectors at SEAT + RECEIVE + 44 => {
+        seat: Seat, receive: Receive, boxes: u64, box_bytes: u64, ids: Address, weights: Address, beside_bytes: u32,
+        weights_at: u32, rows: u32, vectors: u32,
+    }
     Counts: 16, stride at 8 => { region: u64, stride: u64 }
     PlaceParams: PLACE, flags at SEAT + ROUTE + 56 => {
         seat: Seat, route: Route, counts: Counts, kept_counts: Address, received: Address, summary: Address,

@@ -50,8 +50,12 @@ LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 .PHONY: all lib demo perf test soak fuzz fuzz-targets incidents header kernels install clean
 all: lib
 
+# Cargo builds the library once more where other packages are built with it, for they want more of what it depends on: where both
+# are wanted, they are built together.
+BOTH := --package a2a --package a2a-perf
+
 lib:
-	cargo build --release
+	cargo build --release $(PACKAGES)
 	ln -sf liba2a.so $(LIB).$(MAJOR)
 
 demo: target/demo/moe_layer
@@ -62,7 +66,7 @@ target/demo/moe_layer: examples/c/moe_layer.c include/a2a.h | lib
 	$(CC) $(CFLAGS_DEMO) $< -o $@ $(LINK) -lm
 
 perf:
-	cargo build --release --package a2a-perf
+	cargo build --release $(or $(PACKAGES),--package a2a-perf)
 
 header:
 	A2A_BLESS=1 cargo test --test header
@@ -75,6 +79,7 @@ endif
 kernels:
 	$(PYTHON) tests/kernels_table.py
 
+install: PACKAGES := $(BOTH)
 install: lib perf
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
 	install -m 755 target/release/a2a-perf $(DESTDIR)$(PREFIX)/bin/a2a-perf
@@ -96,7 +101,7 @@ test: $(NVCC_READY)
 	@passed=0; \
 	for stage in $(STAGES); do \
 	  printf '\n== %s\n' $$stage; start=$$(date +%s); \
-	  if ! $(MAKE) --no-print-directory test-$$stage; then \
+	  if ! $(MAKE) --no-print-directory PACKAGES='$(BOTH)' test-$$stage; then \
 	    printf '\n%s failed\nstages: %d passed, 1 failed\n' $$stage $$passed; exit 1; \
 	  fi; \
 	  passed=$$((passed + 1)); printf '== %s: %d s\n' $$stage $$(($$(date +%s) - start)); \
@@ -124,8 +129,7 @@ endif
 # Again with what only the builds for tests have (CONTRIBUTING.md): that needs no kernels, which take a minute each time.
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
-	$(CPU_ONLY) cargo clippy --workspace --all-targets --features a2a/jitter -- -D warnings
-	$(CPU_ONLY) cargo clippy --workspace --all-targets --features a2a/faults -- -D warnings
+	$(CPU_ONLY) cargo clippy --workspace --all-targets --features a2a/jitter,a2a/faults -- -D warnings
 	$(CPU_ONLY) cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 
@@ -240,7 +244,9 @@ test-install:
 	CC='$(CC)' MAKE='$(MAKE)' tests/c/install_test.sh target/install-test $(VERSION)
 
 # The examples, built by CMake against the build tree, then against what test-install installed.
-test-cmake: test-install target/venv/ready
+target/install-test/usr:
+	$(MAKE) --no-print-directory test-install
+test-cmake: target/venv/ready | target/install-test/usr lib
 	$(call build_examples,tree,)
 	$(call build_examples,installed,$(CURDIR)/target/install-test/usr)
 

@@ -1254,15 +1254,15 @@ a2a_status_t a2a_query_memory(const struct a2a_config_t *config, struct a2a_memo
 /**
  * Creates this rank's membership of the group: agrees with every rank on version and config, takes the memory,
  * maps the peers' windows. Collective: returns when every rank has called it, or on every rank with an error that
- * names the rank and the reason, within setup_timeout_ms of
- * rank 0's call (a rank whose rank 0 never comes: of its own). A rank whose config is refused tells the others, for
- * which it waits up to a second.
+ * names the rank and the reason, within setup_timeout_ms of rank 0's call (a rank whose rank 0 never comes: of its
+ * own). A rank whose config is refused tells the others, for which it waits up to a second.
  *
  * config: read during the call. comm: out, written on success only; free with a2a_destroy. Ranks may be threads of
- * one process, processes, or both, all on one host; over A2A_TRANSPORT_NCCL, or A2A_TRANSPORT_AUTO where a config allows that one,
- * on several, which a connection to rank 0 then holds together as long as the comm lives. Threads: any; ranks of one process must call from threads of
- * their own. Capture: refused. Errors: INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, MISMATCH (the
- * ranks' configs differ), TIMEOUT (a rank did not come), PEER_LOST (a rank left or was refused memory).
+ * one process, processes, or both, all on one host; over A2A_TRANSPORT_NCCL, or A2A_TRANSPORT_AUTO where a config
+ * allows that one, on several, which a connection to rank 0 then holds together as long as the comm lives.
+ * Threads: any; ranks of one process must call from threads of their own. Capture: refused. Errors:
+ * INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, SYSTEM_ERROR, MISMATCH (the ranks' configs differ), TIMEOUT (a rank
+ * did not come), PEER_LOST (a rank left or was refused memory).
  */
 a2a_status_t a2a_create(const struct a2a_config_t *config,
                         struct a2a_comm_t **comm);
@@ -1374,7 +1374,8 @@ a2a_status_t a2a_routing_destroy(struct a2a_routing_t *routing);
  * Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
  * Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
  * max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch: on CUDA the call says so under
- * HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
+ * HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank and the
+ * slot closed: later calls on it return the same); ABORTED, INTERNAL.
  */
 a2a_status_t a2a_dispatch(struct a2a_comm_t *comm,
                           struct a2a_routing_t *routing,

@@ -2,8 +2,8 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and nvcc
-#                   and valgrind, if there are none, into target/cuda and target/valgrind
+#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, NIXL into
+#                   target/nixl, and nvcc and valgrind, if there are none, into target/cuda and target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
 #   make incidents  what `make test` does of faults at named points, with 100 seeds a kind instead of 5
@@ -94,7 +94,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust debug loom incidents soak header symbols abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
+STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -134,7 +134,26 @@ test-clippy:
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 
 test-rust:
-	cargo test --release --package a2a --package nccl-sys
+	cargo test --release --package a2a --package nccl-sys --package nixl-sys
+
+# What needs a real NIXL: the environment's (A2A_NIXL_LIB), or the wheel's, where there is one for the platform.
+ifneq ($(A2A_NIXL_LIB),)
+test-nixl:
+else ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),)
+test-nixl: export A2A_NIXL_LIB := $(CURDIR)/target/nixl/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
+test-nixl: target/nixl/ready
+else ifeq ($(A2A_REQUIRE_NIXL),1)
+NO_NIXL := exit 1
+else
+NO_NIXL := exit 0
+endif
+test-nixl:
+ifdef NO_NIXL
+	@echo 'skipped: there is no wheel of NIXL for $(shell uname -s -m), and A2A_NIXL_LIB names none'; $(NO_NIXL)
+else
+	cargo test --release --package nixl-sys -- --include-ignored
+	cargo test --release --package a2a --package nccl-sys --package nixl-sys --lib -- --include-ignored nixl
+endif
 
 # A debug build checks every addition, and poisons views that have ended.
 test-debug:
@@ -269,6 +288,13 @@ target/venv/ready: tests/requirements.txt
 # Not every platform has wheels of these: the other tests then run all the same, and tests/python/test_blocks.py fails.
 target/venv/blocks: tests/requirements-blocks.txt target/venv/ready
 	-target/venv/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $< && touch $@
+
+# `site` is its place, by a name without Python's version.
+target/nixl/ready: tests/requirements-nixl.txt
+	$(PYTHON) -m venv target/nixl
+	target/nixl/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $<
+	cd target/nixl && ln -sfn lib/python3*/site-packages site
+	touch $@
 
 # The compiler of device code and what it needs; toolkit is their place, by a name without Python's version.
 target/cuda/ready: tests/requirements-cuda.txt

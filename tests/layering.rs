@@ -10,7 +10,14 @@ const LAYERS: [&[&str]; 5] = [&["abi"], &["comm"], &["backend"], &["transport", 
 const LEAVES: [&str; 4] = ["error", "config", "log", "fault"];
 /// Where `unsafe` may stand, and nowhere else: in these, and in the files that call what is loaded at run time.
 const UNSAFE: [&str; 3] = ["abi", "memory", "device"];
-const LOADERS: [&str; 3] = ["transport/nccl/mod.rs", "transport/nccl/calls.rs", "transport/nccl/callers.rs"];
+const LOADERS: [&str; 6] = [
+    "transport/nccl/mod.rs",
+    "transport/nccl/calls.rs",
+    "transport/nccl/callers.rs",
+    "transport/nixl/mod.rs",
+    "transport/nixl/agent.rs",
+    "transport/nixl/shared.rs",
+];
 /// Where the CUDA driver may be named.
 const DRIVER: [&str; 2] = ["memory", "device"];
 /// Words that device code may not have: a trap is an error of the caller's whole context for good, and a print takes a

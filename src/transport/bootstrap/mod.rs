@@ -27,6 +27,8 @@
 #![forbid(unsafe_code)]
 
 mod allgather;
+#[cfg_attr(not(test), expect(dead_code, reason = "NIXL_ELASTIC, whose ranks meet there, is not built yet"))]
+mod board;
 mod peer;
 mod recover;
 mod root;

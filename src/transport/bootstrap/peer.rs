@@ -73,6 +73,10 @@ impl Peer {
         Ok(Peer { party, line, closed: false })
     }
 
+    pub fn into_line(self) -> Line {
+        self.line
+    }
+
     /// What is left of it once the group is formed.
     pub fn into_ties(self) -> Ties {
         Ties::new(self.party.rank, vec![(0, self.line)])

@@ -233,31 +233,55 @@ impl AsFd for Listener {
 /// An address that drops packets must not keep the next one of the same name from being tried.
 const ONE_ADDRESS: Duration = Duration::from_secs(2);
 
+/// Where an address leads to: nowhere else than to itself, if it is a local one.
+fn leads_to(address: &Address, remote: bool, deadline: Deadline) -> Result<Vec<SocketAddr>> {
+    match address {
+        Address::Local(_) => Ok(Vec::new()),
+        Address::Tcp(text) => look_up(text, remote, deadline),
+    }
+}
+
+/// Connects if somebody listens.
+fn attempt(
+    address: &Address,
+    addresses: &[SocketAddr],
+    deadline: Deadline,
+) -> Result<std::io::Result<Stream>> {
+    let mut last = std::io::Error::from(ErrorKind::ConnectionRefused);
+    if let Address::Local(name) = address {
+        match connect_local(name)? {
+            Ok(socket) => {
+                check_user(&socket)?;
+                return Ok(Ok(Stream::Unix(socket)));
+            }
+            Err(error) => last = error,
+        }
+    }
+    for address in addresses {
+        let patience = deadline.left().min(ONE_ADDRESS).max(Duration::from_millis(1));
+        match fault::call(Point::Connect, || TcpStream::connect_timeout(address, patience)) {
+            Ok(stream) => return Ok(Ok(Stream::Tcp(stream))),
+            Err(error) => last = error,
+        }
+    }
+    Ok(Err(last))
+}
+
+/// Connects if somebody listens, and says so if nobody does.
+pub fn connect_once(address: &Address, remote: bool, deadline: Deadline) -> Result<Stream> {
+    let addresses = leads_to(address, remote, deadline)?;
+    attempt(address, &addresses, deadline)?.map_err(|error| Error::system("connecting", error))
+}
+
 /// Connects as soon as somebody listens.
 pub fn connect(address: &Address, remote: bool, deadline: Deadline) -> Result<Stream> {
-    let addresses = match address {
-        Address::Local(_) => Vec::new(),
-        Address::Tcp(text) => look_up(text, remote, deadline)?,
-    };
+    let addresses = leads_to(address, remote, deadline)?;
     let mut pause = Duration::from_millis(1);
     loop {
-        let mut last = std::io::Error::from(ErrorKind::ConnectionRefused);
-        if let Address::Local(name) = address {
-            match connect_local(name)? {
-                Ok(socket) => {
-                    check_user(&socket)?;
-                    return Ok(Stream::Unix(socket));
-                }
-                Err(error) => last = error,
-            }
-        }
-        for address in &addresses {
-            let patience = deadline.left().min(ONE_ADDRESS).max(Duration::from_millis(1));
-            match fault::call(Point::Connect, || TcpStream::connect_timeout(address, patience)) {
-                Ok(stream) => return Ok(Stream::Tcp(stream)),
-                Err(error) => last = error,
-            }
-        }
+        let last = match attempt(address, &addresses, deadline)? {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
         // It is not rank 0 that is missing.
         if is_shortage(&last) {
             return Err(Error::system("connecting to rank 0", last));

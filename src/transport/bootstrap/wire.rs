@@ -11,6 +11,8 @@
 //! READY, GO  nothing
 //! FAIL       status:i32 text mac[32]
 //! GONE       rank:u32 mac[32]                      to ranks on several hosts, after GO
+//! PUT        length:u16 name value mac[32]         of a board (`board`), and so are the next two
+//! TAKE, ASK  length:u16 name mac[32]
 //! ```
 //! JOIN up to its version never changes, so that any two versions can tell each other what they are.
 
@@ -43,12 +45,15 @@ pub enum Kind {
     Fail = 6,
     Decline = 7,
     Gone = 8,
+    Put = 9,
+    Take = 10,
+    Ask = 11,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
         use Kind::*;
-        [Challenge, Join, Welcome, Ready, Go, Fail, Decline, Gone]
+        [Challenge, Join, Welcome, Ready, Go, Fail, Decline, Gone, Put, Take, Ask]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }
@@ -236,6 +241,9 @@ pub fn purpose(kind: Kind) -> &'static str {
         Kind::Decline => "decline",
         Kind::Welcome => "welcome",
         Kind::Gone => "gone",
+        Kind::Put => "put",
+        Kind::Take => "take",
+        Kind::Ask => "ask",
         _ => "fail",
     }
 }
@@ -330,7 +338,7 @@ mod tests {
         inbox.extend([3, 9]);
         let message = parse(&mut inbox).unwrap().unwrap();
         assert_eq!((message.kind, message.body, inbox), (Kind::Go, vec![1, 2, 3], vec![9]));
-        for bad in [[0, 0, 0, 0, 0], [0, 0, 0, 0, 9], [1, 32, 0, 0, 2], [255, 255, 255, 255, 2]] {
+        for bad in [[0, 0, 0, 0, 0], [0, 0, 0, 0, 12], [1, 32, 0, 0, 2], [255, 255, 255, 255, 2]] {
             assert!(parse(&mut bad.to_vec()).is_err(), "{bad:?}");
         }
     }

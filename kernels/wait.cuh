@@ -385,7 +385,7 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   return trouble == Trouble::kNone;
 }
 
-// Tells the host, which looks now and then, that the slot's next operation may begin to wait for the peers: an operation's word
+// Tells the host that the slot's next operation may begin to wait for the peers: an operation's word
 // is its number, twice, + 1 before the comm's first step is done. One thread.
 __device__ __forceinline__ void mark_begin(const Seat& seat, uint64_t* marks) {
   Slot& slot = *seat.slot;

@@ -214,7 +214,7 @@ impl Gpu {
         put: impl FnOnce(Stream) -> Result<(), String>,
     ) -> Result<Graph, String> {
         let stream = self.streams[rank];
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_GLOBAL;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: a stream of ours.
         ok("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })?;
         let recorded = put(stream);

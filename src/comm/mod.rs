@@ -650,7 +650,7 @@ fn build(
             let cuda = Cuda::new(rank, map, experts, windows.bases(), health.clone(), *ground, attic)?;
             if let Some((wire, deadline)) = wire.zip(deadline) {
                 cuda.warm_up(deadline)?;
-                watch = Some(nccl::Watch::start(wire, cuda.lookout()?, health.clone())?);
+                watch = Some(nccl::Watch::start(wire, cuda.lookout(), health.clone())?);
             }
             (Arc::new(cuda), Mapped::Cuda(windows))
         }

@@ -96,9 +96,11 @@ fn set_up(by_rank: bool, choose: impl FnOnce(usize) -> Vec<i32>) -> Result<(), S
     if is_enabled() {
         return Err("CUDA is enabled already".into());
     }
-    // Streams that share a hardware queue wait for each other, and so would the ranks.
-    // SAFETY: no other thread exists yet, by this function's contract.
-    unsafe { std::env::set_var("CUDA_DEVICE_MAX_CONNECTIONS", "32") };
+    // Streams that share a hardware queue wait for each other, and so would the ranks. The environment may say otherwise.
+    if std::env::var_os("CUDA_DEVICE_MAX_CONNECTIONS").is_none() {
+        // SAFETY: no other thread exists yet, by this function's contract.
+        unsafe { std::env::set_var("CUDA_DEVICE_MAX_CONNECTIONS", "32") };
+    }
     // SAFETY: loads the driver's library, whose constructors are as trusted as the rest of it.
     if !unsafe { sys::is_culib_present() } {
         return Err("no libcuda.so on this machine".into());

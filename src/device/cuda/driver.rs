@@ -314,20 +314,6 @@ impl Stream {
         check("cuStreamCreate", attempt(Point::CudaStream, create))?;
         Ok(Stream { context: context.clone(), raw })
     }
-    /// One whose work goes before that of others: it is not queued behind theirs.
-    pub fn urgent(context: &Arc<Context>) -> Result<Stream> {
-        let _entered = context.enter()?;
-        let (mut raw, mut greatest) = (null_mut(), 0);
-        // SAFETY: the context is current; the answer that may be left out is.
-        check("cuCtxGetStreamPriorityRange", unsafe {
-            sys::cuCtxGetStreamPriorityRange(null_mut(), &mut greatest)
-        })?;
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: as in `new`.
-        let create = || unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, greatest) };
-        check("cuStreamCreateWithPriority", attempt(Point::CudaStream, create))?;
-        Ok(Stream { context: context.clone(), raw })
-    }
     /// Not to be used after self.
     pub fn raw(&self) -> RawStream {
         RawStream(self.raw)
@@ -346,16 +332,6 @@ impl Stream {
         // SAFETY: as promised.
         let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(at, from.as_ptr().cast(), from.len(), self.raw) };
         check("cuMemcpyHtoDAsync", copied)
-    }
-
-    /// Starts a copy out of device memory.
-    ///
-    /// # Safety
-    /// As many bytes are on both sides until the stream has come past the copy; `into` is pinned.
-    pub unsafe fn start_copy_out(&self, at: u64, into: *mut u8, bytes: usize) -> Result<()> {
-        let _entered = self.context.enter()?;
-        // SAFETY: as promised.
-        check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(into.cast(), at, bytes, self.raw) })
     }
 
     /// Copies into device memory, and returns when that is done.
@@ -484,14 +460,6 @@ impl RawStream {
         // SAFETY: a stream, by `new`.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0) })
     }
-}
-
-/// What this thread asks of the driver from now on does not make a capture of another thread's invalid; it must not take part in
-/// one.
-pub fn keep_out_of_captures() -> Result<()> {
-    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-    // SAFETY: a valid in- and out-pointer.
-    check("cuThreadExchangeStreamCaptureMode", unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) })
 }
 
 /// Device code.

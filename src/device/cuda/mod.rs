@@ -168,14 +168,11 @@ impl Ground {
     }
 }
 
-/// Control, then two records a slot, then a word a slot for hosts that wait, then copies of the marks of collectives, then what a
-/// rank that leaves writes.
+/// Control, then two records a slot, then a word a slot for hosts that wait, then two a slot that tell of collectives, then
+/// what a rank that leaves writes.
 fn pinned_bytes(slots: u32) -> usize {
-    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8 + MARK_BYTES) + 16
+    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8 + 16) + 16
 }
-
-/// A slot's words of the marks.
-const MARK_BYTES: usize = 16;
 
 /// Private device memory of a comm, routings apart.
 pub fn private_bytes(map: &Map) -> u64 {
@@ -205,8 +202,6 @@ struct Layout {
     told: u64,
     shared: u64,
     slots: u64,
-    /// Of each slot, the collective that began last, and the one that ended last: two words.
-    marks: u64,
     /// What a rank knows of its FIFOs.
     fifos: u64,
     bytes: u64,
@@ -231,7 +226,6 @@ impl Layout {
             told: take(slots * ranks * 4),
             shared: take(size_of::<Shared>() as u64),
             slots: take(slots * size_of::<Slot>() as u64),
-            marks: take(slots * MARK_BYTES as u64),
             fifos: take(slots * fifo::state_bytes(map)),
             bytes: end,
         }
@@ -542,9 +536,9 @@ impl Cuda {
         Self::record_offset(self.map.sizes.slots) + slot as usize * 8
     }
 
-    /// Where kernels tell of a slot's collectives. In device memory: a kernel that writes to the host lasts 1.1 us longer (an H100).
+    /// Of a slot: the word of the collective that began last, and of the one that ended last.
     fn marks(&self, slot: u32) -> u64 {
-        self.private.address() + self.layout.marks + slot as u64 * MARK_BYTES as u64
+        self.pinned.address() + (self.rows_word(self.map.sizes.slots) + slot as usize * 16) as u64
     }
     fn slot_of(&self, slot: u32) -> u64 {
         self.private.address() + self.slot_at(slot)
@@ -948,9 +942,8 @@ pub struct Lookout {
     pinned: Arc<Pinned>,
     station: Arc<Station>,
     private: Arc<DeviceMemory>,
-    /// Its own, for what others wait for in theirs may be what is looked for.
-    stream: Stream,
-    layout: Layout,
+    /// In private memory, of the first slot's state.
+    states: u64,
     slots: u32,
 }
 
@@ -958,47 +951,16 @@ pub struct Lookout {
 const COPY_OF_A_WORD: Duration = Duration::from_secs(1);
 
 impl Lookout {
-    fn new(cuda: &Cuda) -> Result<Lookout> {
-        Ok(Lookout {
-            pinned: cuda.pinned.clone(),
-            station: cuda.station.clone(),
-            private: cuda.private.clone(),
-            stream: Stream::urgent(&cuda.station.context)?,
-            layout: cuda.layout,
-            slots: cuda.map.sizes.slots,
-        })
-    }
-    /// For the thread that looks, first of all.
-    pub fn begin(&self) -> Result<()> {
-        driver::keep_out_of_captures()
-    }
     fn control(&self) -> *mut Control {
         self.pinned.as_ptr().cast()
     }
-    /// Where the copy of a slot's marks is.
-    fn copied(&self, slot: u32) -> usize {
-        Cuda::record_offset(self.slots) + self.slots as usize * 8 + slot as usize * MARK_BYTES
-    }
-    /// Brings what `in_flight` says up to date, as of the last time that this was called: a copy is on its way meanwhile. False if
-    /// it has not come yet.
-    pub fn refresh(&self) -> Result<bool> {
-        let _entered = self.station.context.enter()?;
-        if !self.stream.raw().is_idle()? {
-            return Ok(false);
-        }
-        let (from, bytes) = (self.private.address() + self.layout.marks, self.slots as usize * MARK_BYTES);
-        // SAFETY: the marks of all slots, and as much pinned memory.
-        unsafe {
-            let into = self.pinned.as_ptr().add(self.copied(0));
-            self.stream.start_copy_out(from, into, bytes)?;
-        }
-        Ok(true)
-    }
     /// The operation that has begun on a slot and not ended: its number, twice, + 1 before the comm's first step is done.
     pub fn in_flight(&self, slot: u32) -> Option<u64> {
-        // SAFETY: words of the pinned memory, which copies write; what is torn is put right by the next.
-        let [begun, ended] = [0, 8].map(|word| unsafe {
-            (*self.pinned.as_ptr().add(self.copied(slot) + word).cast::<std::sync::atomic::AtomicU64>())
+        let at = Cuda::record_offset(self.slots) + (self.slots * 8 + slot * 16) as usize;
+        // SAFETY: words of the pinned memory, which kernels write whole; the end is read before the beginning, so that one
+        // which ends meanwhile is not taken for one in flight.
+        let [ended, begun] = [8, 0].map(|word| unsafe {
+            (*self.pinned.as_ptr().add(at + word).cast::<std::sync::atomic::AtomicU64>())
                 .load(Ordering::Acquire)
         });
         (begun != ended).then_some(begun)
@@ -1019,31 +981,19 @@ impl Lookout {
     /// From now on nothing counts of what the slot's operations bring: kernels that start after this has returned know it.
     pub fn break_off(&self, slot: u32) -> Result<()> {
         static BROKEN: [u8; 4] = 1u32.to_le_bytes();
-        let state = self.private.address() + self.layout.slots + slot as u64 * size_of::<Slot>() as u64;
+        let state = self.private.address() + self.states + slot as u64 * size_of::<Slot>() as u64;
+        let stream = &self.station.stream;
         // SAFETY: a word of a slot's state; the source is there for good.
-        unsafe { self.stream.start_copy_in(state + offset_of!(Slot, broken) as u64, &BROKEN)? };
-        self.settle()
-    }
-    fn settle(&self) -> Result<()> {
+        unsafe { stream.start_copy_in(state + offset_of!(Slot, broken) as u64, &BROKEN)? };
         let _entered = self.station.context.enter()?;
         let begun = std::time::Instant::now();
-        while !self.stream.raw().is_idle()? {
+        while !stream.raw().is_idle()? {
             if begun.elapsed() >= COPY_OF_A_WORD {
                 return Err(Error::new(Status::Cuda, "the GPU takes no copy of a word"));
             }
             std::thread::yield_now();
         }
         Ok(())
-    }
-}
-
-impl Drop for Lookout {
-    fn drop(&mut self) {
-        if let Err(error) = self.settle() {
-            log(Level::Debug, || format!("the last look at collectives: {error}"));
-            // A copy that is on its way still writes there.
-            std::mem::forget(self.pinned.clone());
-        }
     }
 }
 
@@ -1058,8 +1008,14 @@ fn threads(call: &Call, few: u32, most: u32) -> u32 {
 }
 
 impl Cuda {
-    pub fn lookout(&self) -> Result<Lookout> {
-        Lookout::new(self)
+    pub fn lookout(&self) -> Lookout {
+        Lookout {
+            pinned: self.pinned.clone(),
+            station: self.station.clone(),
+            private: self.private.clone(),
+            states: self.layout.slots,
+            slots: self.map.sizes.slots,
+        }
     }
 
     /// A dispatch, or either half of it.

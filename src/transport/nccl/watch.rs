@@ -15,9 +15,6 @@ use crate::log::{Level, log};
 /// What a rank that has gone had sent is on its way for no longer.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
-/// A look takes no longer, on a GPU that does anything.
-const BLIND: Duration = Duration::from_secs(1);
-
 /// Joined on drop.
 pub struct Watch {
     stop: Option<Sender<()>>,
@@ -30,10 +27,7 @@ impl Watch {
         let name = format!("a2a-nccl-{}", all.caller.rank);
         let watch = move || {
             let mut since: Vec<Option<(u64, Instant)>> = vec![None; all.slots.len()];
-            let mut sight = Sight { rank: all.caller.rank, seen: Instant::now(), is_lost: false };
-            sight.note(lookout.begin().map(|()| true));
             while matches!(stopped.recv_timeout(LOOK), Err(RecvTimeoutError::Timeout)) {
-                sight.note(lookout.refresh());
                 for (slot, since) in (0..).zip(&mut since) {
                     look(&all, &lookout, &health, slot, since);
                 }
@@ -52,30 +46,6 @@ impl Drop for Watch {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
-        }
-    }
-}
-
-/// Says once that nothing new is seen for long: what is in flight is then what was.
-struct Sight {
-    rank: u32,
-    seen: Instant,
-    is_lost: bool,
-}
-
-impl Sight {
-    fn note(&mut self, is_fresh: Result<bool>) {
-        let why = match is_fresh {
-            Ok(true) => {
-                self.seen = Instant::now();
-                return;
-            }
-            Ok(false) if self.seen.elapsed() < BLIND => return,
-            Ok(false) => "the GPU takes no copy of a word".into(),
-            Err(error) => error.to_string(),
-        };
-        if !std::mem::replace(&mut self.is_lost, true) {
-            log(Level::Error, || format!("rank {}: collectives are not watched: {why}", self.rank));
         }
     }
 }

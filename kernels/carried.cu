@@ -14,12 +14,13 @@ constexpr uint32_t kReceiveThreads = 256;
 
 // If there is a word of a dispatch at the lane's place in a mailbox.
 __device__ __forceinline__ bool has_word(uint32_t lane) {
-  constexpr uint32_t kAt = 1u << kProgress / 8 | 1u << kTokens / 8 | 3u << kDispatchPair / 8;
+  constexpr uint32_t kAt = 1u << kProgress / 8 | 1u << kLoss / 8 | 1u << kLossOrigin / 8 | 1u << kTokens / 8 |
+                           3u << kDispatchPair / 8;
   return (kAt | 0xffu << kDispatchShape / 8) >> lane & 1;
 }
 static_assert(kMailBytes == 32 * 8 && kShapeWords == 16 && kReplays == kTokens + 4);
 
-// The words of a dispatch. A warp calls it.
+// The words of a dispatch, and of a loss if there was one, which lie in this rank's own mailbox. A warp calls it.
 __device__ __forceinline__ void write_words(const Seat& seat, const Receive& receive, uint8_t* box, uint32_t epoch) {
   const uint32_t lane = threadIdx.x % 32, shape = lane - kDispatchShape / 8;
   uint64_t word = static_cast<uint64_t>(epoch) << 32 | (lane == kDispatchPair / 8 ? receive.tokens : receive.digest);
@@ -29,6 +30,8 @@ __device__ __forceinline__ void write_words(const Seat& seat, const Receive& rec
     word = static_cast<uint64_t>(seat.replays) << 32 | receive.tokens;
   } else if (lane == kProgress / 8) {
     word = progress(epoch, seat.replays ? kReplay : kDispatch, seat.bound);
+  } else if (lane == kLoss / 8 || lane == kLossOrigin / 8) {
+    word = mail64(mailbox(seat, seat.rank, seat.rank), 0)[lane];
   }
   if (has_word(lane)) mail64(box, 0)[lane] = word;
 }
@@ -55,8 +58,11 @@ extern "C" __global__ void __launch_bounds__(kAnnounceThreads, 1)
     const bool bad = read_choice(p.route, token, id, weight);
     if (at.opens()) store_beside<false>(p, token, id, weight, bad, own_place(p, token));
   }
-  if (blockIdx.x == 0 && warp == kWarps - 1 && at.opens()) {
-    write_words(seat, q.receive, window_of(seat, seat.rank) + q.box, at.epoch + 1);
+  // A box lies where others lay, and says no more than that this rank is not there yet if it does not open.
+  uint8_t* box = window_of(seat, seat.rank) + q.box;
+  const bool boxed = box != mailbox(seat, seat.rank, seat.rank);
+  if (blockIdx.x == 0 && warp == kWarps - 1 && (at.opens() || boxed)) {
+    write_words(seat, q.receive, box, at.epoch + (at.opens() ? 1 : 0));
   }
   __syncthreads();
   if (gridDim.x > 1) {
@@ -74,9 +80,9 @@ extern "C" __global__ void __launch_bounds__(kAnnounceThreads, 1)
   }
 }
 
-// Ids and weights out of every rank's box. The block calls it.
+// Ids and weights out of every rank's box, if the half `goes`: they are on their way before that is known. The block calls it.
 template <class Unit>
-__device__ __forceinline__ void unpack(const ReceiveParams& p, const uint8_t* boxes) {
+__device__ __forceinline__ void unpack(const ReceiveParams& p, const uint8_t* boxes, bool goes) {
   constexpr uint32_t kAtOnce = 4;
   const uint32_t units = p.beside_bytes / sizeof(Unit), all = p.seat.ranks * units;
 #pragma unroll 1
@@ -93,7 +99,7 @@ __device__ __forceinline__ void unpack(const ReceiveParams& p, const uint8_t* bo
 #pragma unroll
     for (uint32_t j = 0; j < kAtOnce; ++j) {
       const uint32_t i = first + j * kReceiveThreads;
-      if (i >= all) break;
+      if (i >= all || !goes) break;
       reinterpret_cast<Unit*>(p.ids)[i] = ids[j];
       reinterpret_cast<Unit*>(p.weights)[i] = weights[j];
     }
@@ -105,13 +111,15 @@ __device__ __forceinline__ void unpack(const ReceiveParams& p, const uint8_t* bo
 __device__ __noinline__ void receive_slowly(const ReceiveParams& p, const uint8_t* boxes, Ending& end) {
   const Seat& seat = p.seat;
   const uint32_t lane = threadIdx.x % 32;
+  const Standing at = standing_of(*seat.slot);
+  // Boxes of another step may have other places.
+  const bool goes = at.receives(seat.routing);
 #pragma unroll 1
-  for (uint32_t source = threadIdx.x / 32; source < seat.ranks; source += blockDim.x / 32) {
+  for (uint32_t source = threadIdx.x / 32; source < seat.ranks && goes; source += blockDim.x / 32) {
     const auto* words = reinterpret_cast<const uint64_t*>(boxes + source * p.box_bytes);
     if (has_word(lane)) mail64(mailbox(seat, seat.rank, source), 0)[lane] = words[lane];
   }
   __syncthreads();
-  const Standing at = standing_of(*seat.slot);
   Finish(seat, p.receive, kWaits, nullptr, at, end).run([] {}, look_early(seat));
 }
 
@@ -130,9 +138,10 @@ extern "C" __global__ void __launch_bounds__(kReceiveThreads, 1)
   // One load waits for none of the others: what a warp stores of what it has read holds up all that it reads behind that.
   const Standing at = standing_of(slot);
   const uint32_t bad = tid == 0 ? slot.bad_ids : 0;
-  bool fine = true;
+  const bool goes = at.receives(seat.routing);
+  bool fine = goes;
   if (tid == kReceiveThreads - 32) {
-    fine = ptx::ld_relaxed_sys(&slot.broken) == 0;
+    fine &= ptx::ld_relaxed_sys(&slot.broken) == 0;
     mark_end(slot, receive.marks);
   }
 #pragma unroll 1
@@ -141,22 +150,24 @@ extern "C" __global__ void __launch_bounds__(kReceiveThreads, 1)
     const auto pair = *reinterpret_cast<const ulonglong2*>(box + kDispatchPair);
     const uint32_t tokens = *reinterpret_cast<const uint32_t*>(box + kTokens);
     fine &= reached(pair.x, at.epoch) & reached(pair.y, at.epoch) & static_cast<uint32_t>(pair.y) == receive.digest;
-    // Where collectives carry rows, the host was told.
-    fine &= tokens == told_tokens(receive, source);
-    receive.kept_counts[source] = tokens;
-    if (receive.rank_counts != nullptr) receive.rank_counts[source] = tokens;
+    // Where collectives carry rows, the host was told. Counts say how much is looked at, in steps that come to nothing too: they are
+    // the host's, and of a half that is in order.
+    const uint32_t told = told_tokens(receive, source);
+    fine &= tokens == told;
+    if (!goes) continue;
+    receive.kept_counts[source] = told;
+    if (receive.rank_counts != nullptr) receive.rank_counts[source] = told;
     if (receive.status != nullptr) receive.status[4 + source] = 0;
   }
 #pragma unroll 1
-  for (uint32_t i = tid; receive.expert_counts != nullptr && i < receive.local; i += kReceiveThreads) {
+  for (uint32_t i = tid; goes && receive.expert_counts != nullptr && i < receive.local; i += kReceiveThreads) {
     receive.expert_counts[i] = 0;
   }
   if (p.vectors != 0) {
-    unpack<int4>(p, boxes);
+    unpack<int4>(p, boxes, goes);
   } else {
-    unpack<uint32_t>(p, boxes);
+    unpack<uint32_t>(p, boxes, goes);
   }
-  fine &= at.receives(seat.routing);
   if (!__syncthreads_and(fine)) return receive_slowly(p, boxes, end);
   if (tid != 0) return;
   if (receive.status != nullptr) {

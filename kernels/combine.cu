@@ -43,7 +43,9 @@ extern "C" __global__ void __launch_bounds__(kStageThreads, 1) a2a_stage(const _
   ptx::launch_dependents();
   const Seat& seat = p.seat;
   const OnSm on_sm(seat);
-  if (seat.slot->closed != 0 || seat.slot->state != kDispatched) return;
+  // The counts that say how many rows there are, are the routing's.
+  const Standing at = standing_of(*seat.slot);
+  if (at.closed != 0 || at.state != kDispatched || at.routing != seat.routing) return;
   uint8_t* window = window_of(seat, seat.rank);
   if (p.flags & kGathered) {
     uint64_t all = 0;

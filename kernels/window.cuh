@@ -3,7 +3,7 @@
 // sizes and offsets.
 //
 // Who writes what: a mailbox is written by its source rank alone, in every rank's window, or by the window's rank if the
-// source takes part no more (wait.cuh, for_absent); a flag comes last, with release. Control is written by the
+// source takes part no more (wait.cuh, for_absent), or by a collective and what follows it (carried.cu); a flag comes last, with release. Control is written by the
 // host and read by waiting kernels; a record is written by the kernel that gives a step up and read by the host.
 #pragma once
 #include <cstddef>
@@ -301,7 +301,7 @@ struct Receive {
   int32_t told[kToldRanks];
   // [ranks], for more ranks than `told` has room for, or null.
   const int32_t* told_more;
-  // Where collectives carry rows and flags, in the place of windows that peers address, words that the host looks at: the
+  // Where collectives carry rows and flags, in the place of windows that peers address, words of the pinned memory: the
   // operation of the slot that began last, and that ended last. Else null.
   uint64_t* marks;
 };

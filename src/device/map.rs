@@ -370,7 +370,7 @@ impl Map {
     pub fn brought_scales(&self, slot: u32) -> u64 {
         self.slot(slot) + self.brought_scales
     }
-    /// Every rank's words, and what goes with them: `BOXED_BYTES` in all.
+    /// Every rank's words, and `BOXED_BYTES` for what goes with them.
     pub fn boxes(&self, slot: u32) -> u64 {
         self.slot(slot) + self.boxes
     }

@@ -620,7 +620,7 @@ impl Drop for Block {
 pub enum Move {
     /// This rank's rows to all, which have every rank's, one behind the other.
     Gather { from: u64, to: u64, row_bytes: u64 },
-    /// The words of a mailbox of this rank's to all: in place, rank after rank.
+    /// This rank's words, and what lies behind them, to all: in place, rank after rank.
     Words { at: u64, bytes: u64 },
     /// The same, by a message to each.
     Tell { at: u64, bytes: u64 },

@@ -103,32 +103,9 @@ const _: () = {
     assert!(offset_of!(ncclConfig_t, blocking) == 16 && offset_of!(ncclConfig_t, netName) == 32);
 };
 
-macro_rules! functions {
-    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty;)+) => {
-        /// The functions of a library that is open for good.
-        pub struct Nccl {
-            version: c_int,
-            path: String,
-            $($(#[$doc])* pub $name: unsafe extern "C" fn($($argument: $type),*) -> $result,)+
-            // Never closed: kernels and threads of the library may outlive whoever made them.
-            _library: std::mem::ManuallyDrop<libloading::os::unix::Library>,
-        }
+late_library::functions! {
+    Nccl;
 
-        impl Nccl {
-            /// Looks up every function; a library that lacks one is refused.
-            fn of(library: libloading::os::unix::Library, path: String) -> Result<Nccl, LoadError> {
-                Ok(Nccl {
-                    version: 0,
-                    $($name: load::symbol(&library, &path, stringify!($name))?,)+
-                    path,
-                    _library: std::mem::ManuallyDrop::new(library),
-                })
-            }
-        }
-    };
-}
-
-functions! {
     /// major * 10000 + minor * 100 + patch.
     fn ncclGetVersion(version: *mut c_int) -> ncclResult_t;
     /// Static text.
@@ -195,12 +172,17 @@ functions! {
 }
 
 impl Nccl {
-    /// As `ncclGetVersion` says it.
+    /// As `ncclGetVersion` says it; 0 if it does not.
     pub fn version(&self) -> c_int {
-        self.version
+        self.ask_version().unwrap_or(0)
     }
-    /// The name that it was opened by.
-    pub fn path(&self) -> &str {
-        &self.path
+    /// The same, or what it returned.
+    fn ask_version(&self) -> Result<c_int, ncclResult_t> {
+        let mut version = 0;
+        // SAFETY: a valid out-pointer.
+        match unsafe { (self.ncclGetVersion)(&mut version) } {
+            ncclSuccess => Ok(version),
+            result => Err(result),
+        }
     }
 }

@@ -4,9 +4,9 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use late_library::{Problem, name_by};
 
-use crate::{Nccl, OLDEST, ncclSuccess};
+use crate::{Nccl, OLDEST};
 
 /// The variable that names the library.
 const VARIABLE: &str = "A2A_NCCL_LIB";
@@ -15,22 +15,8 @@ const NAME: &str = "libnccl.so.2";
 /// Why there is no NCCL. `Display` is a sentence for users.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LoadError {
-    /// The loader did not open it.
-    Missing {
-        /// What was looked for.
-        path: String,
-        /// The user named it.
-        named: bool,
-        /// What the loader said.
-        why: String,
-    },
-    /// It has not all functions.
-    Symbol {
-        /// The library.
-        path: String,
-        /// What it lacks.
-        name: String,
-    },
+    /// It could not be opened, or is another library.
+    Library(Problem),
     /// It is older than [`OLDEST`].
     Old {
         /// The library.
@@ -65,15 +51,15 @@ impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let oldest = Version(OLDEST);
         match self {
-            LoadError::Missing { path, named: true, why } => {
+            LoadError::Library(Problem::Missing { path, named: true, why }) => {
                 write!(f, "NCCL cannot be opened: {VARIABLE} is {path} ({why})")
             }
-            LoadError::Missing { path, named: false, why } => write!(
+            LoadError::Library(Problem::Missing { path, named: false, why }) => write!(
                 f,
                 "NCCL is not installed: the loader does not find {path} ({why}); install NCCL {oldest} or later (pip install \
                  nvidia-nccl-cu13), or name the library in {VARIABLE}"
             ),
-            LoadError::Symbol { path, name } => {
+            LoadError::Library(Problem::Symbol { path, name }) => {
                 write!(f, "{path} is no NCCL from {oldest} on: it has no function {name}")
             }
             LoadError::Old { path, version } => {
@@ -88,43 +74,26 @@ impl fmt::Display for LoadError {
 
 impl std::error::Error for LoadError {}
 
-/// A function of the library.
-pub(crate) fn symbol<T: Copy>(library: &Library, path: &str, name: &str) -> Result<T, LoadError> {
-    // SAFETY: T is the function's type, as nccl.h declares it.
-    match unsafe { library.get::<T>(name) } {
-        Ok(function) => Ok(*function),
-        Err(_) => Err(LoadError::Symbol { path: path.into(), name: name.into() }),
-    }
-}
-
 impl Nccl {
     /// The process's NCCL. Opened at the first call; later ones say the same.
     ///
     /// Threads: any.
     pub fn get() -> Result<&'static Nccl, &'static LoadError> {
         static NCCL: OnceLock<Result<Nccl, LoadError>> = OnceLock::new();
-        NCCL.get_or_init(|| match std::env::var(VARIABLE) {
-            Ok(path) if !path.is_empty() => Nccl::open(&path, true),
-            _ => Nccl::open(NAME, false),
+        NCCL.get_or_init(|| {
+            let (path, named) = name_by(VARIABLE, NAME);
+            Nccl::open(&path, named)
         })
         .as_ref()
     }
 
     /// Opens a library and looks everything up. `named`: by the user, which the sentence says.
     pub fn open(path: &str, named: bool) -> Result<Nccl, LoadError> {
-        // SAFETY: the library's initialisers run; whoever names a library trusts it with that.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
-            // What the loader says stands behind libloading's own words.
-            let why =
-                std::error::Error::source(&error).map_or_else(|| error.to_string(), |why| why.to_string());
-            LoadError::Missing { path: path.into(), named, why }
-        })?;
-        let mut nccl = Nccl::of(library, path.into())?;
-        // SAFETY: a valid out-pointer.
-        match unsafe { (nccl.ncclGetVersion)(&mut nccl.version) } {
-            ncclSuccess if nccl.version >= OLDEST => Ok(nccl),
-            ncclSuccess => Err(LoadError::Old { path: path.into(), version: nccl.version }),
-            result => Err(LoadError::Version { path: path.into(), result }),
+        let nccl = Nccl::look_up(path, named).map_err(LoadError::Library)?;
+        match nccl.ask_version() {
+            Ok(version) if version >= OLDEST => Ok(nccl),
+            Ok(version) => Err(LoadError::Old { path: path.into(), version }),
+            Err(result) => Err(LoadError::Version { path: path.into(), result }),
         }
     }
 }

@@ -121,32 +121,9 @@ handles! {
     NotifMap,
 }
 
-macro_rules! functions {
-    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty;)+) => {
-        /// The functions of a library that is open for good.
-        pub struct Nixl {
-            path: String,
-            $($(#[$doc])* pub $name: unsafe extern "C" fn($($argument: $type),*) -> $result,)+
-            // Never closed: UCX's threads and tables may outlive whoever made them.
-            _library: std::mem::ManuallyDrop<libloading::os::unix::Library>,
-        }
+late_library::functions! {
+    Nixl;
 
-        impl Nixl {
-            /// Looks up every function; a library that lacks one is refused.
-            fn of(library: libloading::os::unix::Library, path: String) -> Result<Nixl, LoadError> {
-                Ok(Nixl {
-                    $($name: load::symbol(&library, &path, stringify!($name))?,)+
-                    path,
-                    _library: std::mem::ManuallyDrop::new(library),
-                })
-            }
-            /// The functions' names.
-            pub const FUNCTIONS: &[&str] = &[$(stringify!($name)),+];
-        }
-    };
-}
-
-functions! {
     /// True of a library whose other functions end the process.
     fn nixl_capi_is_stub() -> bool;
 
@@ -255,11 +232,4 @@ functions! {
     fn nixl_capi_notif_map_get_notif(
         map: *mut NotifMap, name: *const c_char, index: usize, data: *mut *const c_void, bytes: *mut usize,
     ) -> nixl_capi_status_t;
-}
-
-impl Nixl {
-    /// The name that it was opened by.
-    pub fn path(&self) -> &str {
-        &self.path
-    }
 }

@@ -140,10 +140,7 @@ extern "C" __global__ void __launch_bounds__(kReceiveThreads, 1)
   const uint32_t bad = tid == 0 ? slot.bad_ids : 0;
   const bool goes = at.receives(seat.routing);
   bool fine = goes;
-  if (tid == kReceiveThreads - 32) {
-    fine &= ptx::ld_relaxed_sys(&slot.broken) == 0;
-    mark_end(slot, receive.marks);
-  }
+  if (tid == kReceiveThreads - 32) fine &= mark_end(slot, receive.marks);
 #pragma unroll 1
   for (uint32_t source = tid; source < seat.ranks; source += kReceiveThreads) {
     const uint8_t* box = boxes + source * p.box_bytes;

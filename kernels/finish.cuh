@@ -333,7 +333,7 @@ struct Finish {
     for (uint32_t i = tid; totals == nullptr && receive.expert_counts != nullptr && i < receive.local; i += blockDim.x) {
       receive.expert_counts[i] = 0;
     }
-    bool lost = receive.marks != nullptr && lose_if_broken(seat, wait, end.meeting);
+    bool lost = receive.marks != nullptr && lose_if_broken(seat, wait, receive.marks, end.meeting);
     for (bool is_new = true; !lost; is_new = false) {
       const bool here = !role.looks || look_for_flags(first, is_new);
       if (__syncthreads_and(here)) break;

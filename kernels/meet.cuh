@@ -69,7 +69,7 @@ __device__ __forceinline__ bool meet(const MeetParams& p, Meeting& meeting) {
     if (tid == 0) slot.state = kCombineSent;
     return true;
   }
-  if (p.marks != nullptr && lose_if_broken(seat, wait, meeting)) {
+  if (p.marks != nullptr && lose_if_broken(seat, wait, p.marks, meeting)) {
     if (tid == 0) slot.whole = 0;
     void_status(seat, p.status);
     return false;
@@ -139,10 +139,7 @@ __device__ __forceinline__ bool meet_behind_collective(const MeetParams& p, Meet
   // One load waits for none of the others: what a warp stores of what it has read holds up all that it reads behind that.
   const Standing at = standing_of(slot);
   bool fine = true;
-  if (tid == blockDim.x - 32) {
-    fine = ptx::ld_relaxed_sys(&slot.broken) == 0;
-    mark_end(slot, p.marks);
-  }
+  if (tid == blockDim.x - 32) fine = mark_end(slot, p.marks);
 #pragma unroll 1
   for (uint32_t source = tid; source < seat.ranks; source += blockDim.x) {
     const uint64_t flag = ptx::ld_relaxed_sys(mail64(mailbox(seat, seat.rank, source), kCombineFlag));

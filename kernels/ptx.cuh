@@ -78,6 +78,8 @@ __device__ __forceinline__ void st_relaxed_sys(uint32_t* at, uint32_t value) {
 __device__ __forceinline__ void st_relaxed_sys(uint64_t* at, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
+// Of a store before it and a load behind it, and another's the other way round, one sees what the other has stored.
+__device__ __forceinline__ void fence_sc_sys() { asm volatile("fence.sc.sys;" ::: "memory"); }
 // Words beside each other, each of which speaks for itself.
 __device__ __forceinline__ void st_relaxed_sys(ulonglong2* at, ulonglong2 value) {
   asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1,%2};" ::"l"(at), "l"(value.x), "l"(value.y) : "memory");

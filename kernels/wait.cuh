@@ -385,23 +385,34 @@ __device__ __forceinline__ bool look_for_trouble(const Seat& seat, const Wait& w
   return trouble == Trouble::kNone;
 }
 
+// What an operation's age is counted in.
+__device__ __forceinline__ uint32_t ticks() { return static_cast<uint32_t>(ptx::globaltimer() >> 20); }
+// Of 1.05 ms: half of what the host gives every operation at least (SPARED, transport/nccl/watch.rs).
+constexpr uint32_t kYoung = 10;
+
 // Tells the host that the slot's next operation may begin to wait for the peers: an operation's word
 // is its number, twice, + 1 before the comm's first step is done. One thread.
 __device__ __forceinline__ void mark_begin(const Seat& seat, uint64_t* marks) {
   Slot& slot = *seat.slot;
   const bool first = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
   slot.operation = static_cast<uint64_t>((slot.operation >> 1) + 1) << 1 | first;
+  slot.begun = ticks();
   ptx::st_relaxed_sys(marks, slot.operation);
 }
-// The operation that began last has come to its end. One thread.
-__device__ __forceinline__ void mark_end(const Slot& slot, uint64_t* marks) {
+// The operation that began last has come to its end: false if because the host has ended it, and nothing of what it brought
+// counts. The host ends none that is young, which saves fetching its word. Either the
+// host sees that the operation is over, or this sees what the host has done. One thread.
+__device__ __forceinline__ bool mark_end(const Slot& slot, uint64_t* marks) {
   ptx::st_relaxed_sys(marks + 1, slot.operation);
+  if (ticks() - slot.begun < kYoung) return true;
+  ptx::fence_sc_sys();
+  return ptx::ld_relaxed_sys(marks + 2) == 0;
 }
 
 // Where collectives carry the flags, the host ends one that does not come to its end, and nothing of the step counts then,
 // whatever part of it has come: gives the step up, if so. A whole block calls it.
-__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, Meeting& meeting) {
-  if (!__syncthreads_or(ptx::ld_relaxed_sys(&seat.slot->broken) != 0)) return false;
+__device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, const uint64_t* marks, Meeting& meeting) {
+  if (!__syncthreads_or(ptx::ld_relaxed_sys(marks + 2) != 0)) return false;
   if (begin_looking(seat, meeting)) return true;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {

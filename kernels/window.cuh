@@ -124,8 +124,8 @@ struct Slot {
   unsigned long long taken;
   // Blocks of the kernel at work that have stored all that they had to.
   uint32_t arrived;
-  // The host has ended a collective of the slot's: nothing of what it carried counts. Written by the host.
-  uint32_t broken;
+  // When the collective that began last did: %globaltimer / 2^20.
+  uint32_t begun;
   // Of the collective that began last, as the host is told it (wait.cuh, mark_begin).
   uint64_t operation;
   uint32_t lost[kMaxRanks / 32];
@@ -302,7 +302,7 @@ struct Receive {
   // [ranks], for more ranks than `told` has room for, or null.
   const int32_t* told_more;
   // Where collectives carry rows and flags, in the place of windows that peers address, words of the pinned memory: the
-  // operation of the slot that began last, and that ended last. Else null.
+  // operation of the slot that began last, that ended last, and if the host has ended one. Else null.
   uint64_t* marks;
 };
 constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;

@@ -450,6 +450,41 @@ pub fn copy(to: usize, from: usize, bytes: usize) -> Result<(), String> {
     ok("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, entered().1.stream) })
 }
 
+/// A stream beside this thread's, taken before a capture and given back after it.
+pub struct Beside(Lane);
+
+impl Beside {
+    pub fn new() -> Result<Beside, String> {
+        entered().0.take().map(Beside)
+    }
+
+    /// Lets it fill `bytes` at `address` while this thread's stream waits: in a capture, what comes next stands behind work
+    /// of two streams.
+    pub fn join(&self, address: usize, bytes: usize) -> Result<(), String> {
+        let (own, other) = (entered().1.stream, self.0.stream);
+        let (mut forks, mut joins) = (null_mut(), null_mut());
+        let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: streams of ours, the caller's device memory, events that are destroyed once.
+        unsafe {
+            ok("cuEventCreate", sys::cuEventCreate(&mut forks, flags))?;
+            ok("cuEventCreate", sys::cuEventCreate(&mut joins, flags))?;
+            ok("cuEventRecord", sys::cuEventRecord(forks, own))?;
+            ok("cuStreamWaitEvent", sys::cuStreamWaitEvent(other, forks, 0))?;
+            ok("a fill", sys::cuMemsetD8Async(address as sys::CUdeviceptr, 0, bytes, other))?;
+            ok("cuEventRecord", sys::cuEventRecord(joins, other))?;
+            ok("cuStreamWaitEvent", sys::cuStreamWaitEvent(own, joins, 0))?;
+            ok("cuEventDestroy", sys::cuEventDestroy_v2(forks))?;
+            ok("cuEventDestroy", sys::cuEventDestroy_v2(joins))
+        }
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        entered().0.lanes.lock().unwrap().push(self.0);
+    }
+}
+
 /// Free bytes of this thread's GPU, whoever uses the rest.
 pub fn free_bytes() -> Result<usize, String> {
     enter_if_new();

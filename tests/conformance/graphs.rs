@@ -8,7 +8,7 @@ use std::io::BufRead;
 use std::thread::sleep;
 use std::time::Instant;
 
-use super::common::cuda::{self, Graph};
+use super::common::cuda::{self, Beside, Graph};
 use super::*;
 
 const REPLAYS: usize = 1000;
@@ -32,12 +32,13 @@ type PerBackend = fn(Backend) -> Result<(), String>;
 
 /// Adds the tests to the others.
 pub fn add(add: &mut impl FnMut(String, Left, Run)) {
-    let each: [(&str, PerBackend); 14] = [
+    let each: [(&str, PerBackend); 15] = [
         ("shapes_that_others_refuse", shapes_that_others_refuse),
         ("few_multiprocessors", few_multiprocessors),
         ("a_layer_replayed_by_4", |backend| a_layer_replayed(backend, 4)),
         ("a_layer_replayed_by_8", |backend| a_layer_replayed(backend, 8)),
         ("a_dispatch_replayed_alone", a_dispatch_replayed_alone),
+        ("a_layer_behind_two_streams", a_layer_behind_two_streams),
         ("slots_that_cross_on_streams", slots_that_cross_on_streams),
         ("calls_return_before_their_peers_come", calls_return_before_their_peers_come),
         ("destroyed_while_peers_wait", destroyed_while_peers_wait),
@@ -454,6 +455,41 @@ fn a_layer_replayed(backend: Backend, world: usize) -> Result<(), String> {
         }
         // The ordinary calls go on where the graph has stopped.
         layer.ordinary(&inputs(world, backend, 2)).map_err(|error| format!("after the replays: {error}"))?;
+        meet(seat)
+    })
+}
+
+/// Both calls are captured where two streams have just joined, one of which ends in kernels of the library's own.
+fn a_layer_behind_two_streams(backend: Backend) -> Result<(), String> {
+    let world = group(2);
+    threads(world, GPU_LIMIT, move |seat| {
+        let comm = Comm::create(&small(seat, backend))?;
+        let mut layer = Layer::new(seat, backend, &comm, 0)?;
+        let other = Tensor::new(I32, &[64]);
+        let beside = Beside::new()?;
+        let joins = || beside.join(other.address(), 256);
+        meet(seat)?;
+        layer.ordinary(&inputs(world, backend, 0)).map_err(|error| format!("an ordinary step: {error}"))?;
+        meet(seat)?;
+        let graph = Graph::capture(|| {
+            for _ in 0..2 {
+                layer.dispatch(A2A_PHASE_BOTH)?;
+                joins()?;
+                layer.experts()?;
+                joins()?;
+                layer.combine(A2A_PHASE_BOTH)?;
+                joins()?;
+            }
+            Ok(())
+        })?;
+        meet(seat)?;
+        for number in 1..20 {
+            let step = inputs(world, backend, number);
+            layer.put(&step);
+            graph.launch(1)?;
+            layer.check(&step).map_err(|error| format!("replay {number}: {error}"))?;
+        }
+        nothing_on_record(&comm)?;
         meet(seat)
     })
 }

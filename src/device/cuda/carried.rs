@@ -2,8 +2,8 @@
 //!
 //! The window of every rank that kernels know of is this rank's own, so that what they leave there for the peers lies in one
 //! place: what travels beside the tokens, and this rank's words (a2a_announce). One operation carries it to all, with the rows, and
-//! the half behind it (a2a_receive) finds every flag up, or that the host has ended the operation (`Slot::broken`). Tokens go from the caller's
-//! tensor to where they are wanted; what must be made or copied first lies in the published rows.
+//! the half behind it (a2a_receive) finds every flag up, or that the host has ended the operation (`Lookout::break_off`). Tokens go
+//! from the caller's tensor to where they are wanted; what must be made or copied first lies in the published rows.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -21,7 +21,7 @@ mod params;
 
 use std::any::Any;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -168,10 +168,13 @@ impl Ground {
     }
 }
 
-/// Control, then two records a slot, then a word a slot for hosts that wait, then two a slot that tell of collectives, then
-/// what a rank that leaves writes.
+/// Bytes of a slot's words about collectives.
+const MARKS: usize = 32;
+
+/// Control, then two records a slot, then a word a slot for hosts that wait, then a slot's words about collectives, then what a
+/// rank that leaves writes.
 fn pinned_bytes(slots: u32) -> usize {
-    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8 + 16) + 16
+    size_of::<Control>() + slots as usize * (2 * size_of::<Record>() + 8 + MARKS) + 16
 }
 
 /// Private device memory of a comm, routings apart.
@@ -536,9 +539,9 @@ impl Cuda {
         Self::record_offset(self.map.sizes.slots) + slot as usize * 8
     }
 
-    /// Of a slot: the word of the collective that began last, and of the one that ended last.
+    /// Of a slot: the word of the collective that began last, of the one that ended last, and if the host has ended one.
     fn marks(&self, slot: u32) -> u64 {
-        self.pinned.address() + (self.rows_word(self.map.sizes.slots) + slot as usize * 16) as u64
+        self.pinned.address() + (self.rows_word(self.map.sizes.slots) + slot as usize * MARKS) as u64
     }
     fn slot_of(&self, slot: u32) -> u64 {
         self.private.address() + self.slot_at(slot)
@@ -937,37 +940,30 @@ impl Device for Cuda {
     }
 }
 
-/// What a thread that watches collectives sees of them, and does to kernels behind them.
+/// What a thread that watches collectives sees of them, and tells kernels behind them: all in pinned memory, because a copy
+/// might wait in the queue of the collective that it is about.
 pub struct Lookout {
     pinned: Arc<Pinned>,
-    station: Arc<Station>,
-    private: Arc<DeviceMemory>,
-    /// In private memory, of the first slot's state.
-    states: u64,
     slots: u32,
 }
 
-/// Nothing but a GPU that does nothing more keeps a copy of a word waiting for so long.
-const COPY_OF_A_WORD: Duration = Duration::from_secs(1);
-
 impl Lookout {
-    fn control(&self) -> *mut Control {
-        self.pinned.as_ptr().cast()
+    /// One of a slot's words.
+    fn mark(&self, slot: u32, word: usize) -> &AtomicU64 {
+        let at = Cuda::record_offset(self.slots) + self.slots as usize * 8 + slot as usize * MARKS + word * 8;
+        // SAFETY: a word of the pinned memory that kernels and this write whole.
+        unsafe { &*self.pinned.as_ptr().add(at).cast() }
     }
     /// The operation that has begun on a slot and not ended: its number, twice, + 1 before the comm's first step is done.
     pub fn in_flight(&self, slot: u32) -> Option<u64> {
-        let at = Cuda::record_offset(self.slots) + (self.slots * 8 + slot * 16) as usize;
-        // SAFETY: words of the pinned memory, which kernels write whole; the end is read before the beginning, so that one
-        // which ends meanwhile is not taken for one in flight.
-        let [ended, begun] = [8, 0].map(|word| unsafe {
-            (*self.pinned.as_ptr().add(at + word).cast::<std::sync::atomic::AtomicU64>())
-                .load(Ordering::Acquire)
-        });
+        // The end is read before the beginning, so that one which ends meanwhile is not taken for one in flight.
+        let ended = self.mark(slot, 1).load(Ordering::Acquire);
+        let begun = self.mark(slot, 0).load(Ordering::Acquire);
         (begun != ended).then_some(begun)
     }
     /// How long an operation may take.
     pub fn deadline(&self, operation: u64) -> Duration {
-        let control = self.control();
+        let control: *const Control = self.pinned.as_ptr().cast();
         // SAFETY: the pinned memory begins with a Control; the host writes these words whole.
         let nanoseconds = unsafe {
             if operation % 2 == 1 {
@@ -978,22 +974,17 @@ impl Lookout {
         };
         Duration::from_nanos(nanoseconds)
     }
-    /// From now on nothing counts of what the slot's operations bring: kernels that start after this has returned know it.
-    pub fn break_off(&self, slot: u32) -> Result<()> {
-        static BROKEN: [u8; 4] = 1u32.to_le_bytes();
-        let state = self.private.address() + self.states + slot as u64 * size_of::<Slot>() as u64;
-        let stream = &self.station.stream;
-        // SAFETY: a word of a slot's state; the source is there for good.
-        unsafe { stream.start_copy_in(state + offset_of!(Slot, broken) as u64, &BROKEN)? };
-        let _entered = self.station.context.enter()?;
-        let begun = std::time::Instant::now();
-        while !stream.raw().is_idle()? {
-            if begun.elapsed() >= COPY_OF_A_WORD {
-                return Err(Error::new(Status::Cuda, "the GPU takes no copy of a word"));
-            }
-            std::thread::yield_now();
+    /// From now on nothing counts of what the slot's operation brings; false if it has come to its end meanwhile. Either the
+    /// kernel behind it sees this, or this sees what that kernel has told (mark_end).
+    pub fn break_off(&self, slot: u32, operation: u64) -> bool {
+        let broken = self.mark(slot, 2);
+        broken.store(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let is_there = self.in_flight(slot) == Some(operation);
+        if !is_there {
+            broken.store(0, Ordering::SeqCst);
         }
-        Ok(())
+        is_there
     }
 }
 
@@ -1009,13 +1000,7 @@ fn threads(call: &Call, few: u32, most: u32) -> u32 {
 
 impl Cuda {
     pub fn lookout(&self) -> Lookout {
-        Lookout {
-            pinned: self.pinned.clone(),
-            station: self.station.clone(),
-            private: self.private.clone(),
-            states: self.layout.slots,
-            slots: self.map.sizes.slots,
-        }
+        Lookout { pinned: self.pinned.clone(), slots: self.map.sizes.slots }
     }
 
     /// A dispatch, or either half of it.

@@ -67,7 +67,7 @@ twins! {
     /// Device memory, one a slot.
     Slot: 80 + MAX_RANKS / 8, lost at 80 => {
         state: u32, epoch: u32, sequence: u64, routing: u64, started: u64, closed: u32, absent: u32, bad_ids: u32,
-        whole: u32, placed: u64, taken: u64, arrived: u32, broken: u32, operation: u64, lost: [u32; MAX_RANKS / 32],
+        whole: u32, placed: u64, taken: u64, arrived: u32, begun: u32, operation: u64, lost: [u32; MAX_RANKS / 32],
     }
     /// Device memory, one a comm; the counters in the order of `Stats`.
     Shared: 280 + 4 * SMS, absent at 148 + 4 * SMS => {

@@ -15,6 +15,9 @@ use crate::log::{Level, log};
 /// What a rank that has gone had sent is on its way for no longer.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
+/// None is ended before: kernels behind one that is younger do not ask if it was (kYoung, kernels/wait.cuh).
+const SPARED: Duration = Duration::from_millis(21);
+
 /// Joined on drop.
 pub struct Watch {
     stop: Option<Sender<()>>,
@@ -50,7 +53,7 @@ impl Drop for Watch {
     }
 }
 
-/// Looks at one slot. `since`: the step whose operation was in flight at the last look, and since when.
+/// Looks at one slot. `since`: the operation that was in flight at the last look, and since when.
 fn look(
     all: &Communicators,
     lookout: &Lookout,
@@ -58,21 +61,26 @@ fn look(
     slot: u32,
     since: &mut Option<(u64, Instant)>,
 ) {
-    let Some(step) = lookout.in_flight(slot) else {
+    let Some(operation) = lookout.in_flight(slot) else {
         *since = None;
         return;
     };
     let begun = match since {
-        Some((same, begun)) if *same == step => *begun,
-        _ => since.insert((step, Instant::now())).1,
+        Some((same, begun)) if *same == operation => *begun,
+        _ => since.insert((operation, Instant::now())).1,
     };
     let gone = (0..all.caller.ranks).any(|rank| rank != all.caller.rank && health.is_dead(rank));
     let failed = all.async_error(slot);
+    let age = begun.elapsed();
     let is_over = health.is_aborted()
-        || gone && begun.elapsed() >= LAST_WORDS
-        || begun.elapsed() >= lookout.deadline(step)
+        || gone && age >= LAST_WORDS
+        || age >= lookout.deadline(operation)
         || failed.is_err();
-    if !is_over || all.slots[slot as usize].ending.load(Ordering::Acquire) {
+    if !is_over || age < SPARED || all.slots[slot as usize].ending.load(Ordering::Acquire) {
+        return;
+    }
+    // Kernels behind it know before they run.
+    if !lookout.break_off(slot, operation) {
         return;
     }
     if let Err(error) = failed {
@@ -81,16 +89,5 @@ fn look(
         let _ = all.failure.set(error);
     }
     log(Level::Warn, || format!("rank {}: a collective on slot {slot} is ended", all.caller.rank));
-    // Kernels behind it know before they run.
-    if let Err(error) = lookout.break_off(slot) {
-        // What comes of the step may be wrong: nobody is to take it for a result.
-        let error = error.context(format!(
-            "rank {}: a collective on slot {slot} could not be broken off",
-            all.caller.rank
-        ));
-        log(Level::Error, || error.to_string());
-        let _ = all.failure.set(error);
-        health.abort();
-    }
     all.end(slot);
 }

@@ -153,6 +153,7 @@ ifdef NO_NIXL
 else
 	cargo test --release --package nixl-sys -- --include-ignored
 	cargo test --release --package a2a --package nccl-sys --package nixl-sys --lib -- --include-ignored nixl
+	A2A_TEST_TRANSPORT=nixl cargo test --release --package a2a --test conformance -- --test-threads 2 low_latency
 endif
 
 # A debug build checks every addition, and poisons views that have ended.

@@ -444,6 +444,14 @@ impl Config {
         hidden as u64 * self.combine_dtype.bytes() as u64
     }
 
+    /// If couriers carry rows: asked for by the strategy that needs them, or by themselves.
+    pub fn wants_nixl(&self) -> bool {
+        match self.transport {
+            TransportKind::Auto => self.backend == BackendKind::NixlElastic,
+            transport => transport == TransportKind::Nixl,
+        }
+    }
+
     /// What every rank must agree on, by the name the user knows.
     pub fn agreed(&self) -> Vec<(&'static str, u64)> {
         let mut fields = vec![

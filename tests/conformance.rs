@@ -9,7 +9,8 @@
 //! A2A_TEST_DEVICE=cuda (or cuda:N, cuda:rank) runs it all on CUDA memory, one test at a time. What the library refuses
 //! there, or what only means something on the CPU, is ignored with its reason. With A2A_TEST_TRANSPORT=nccl beside it the cells
 //! of `allgather` run over NCCL, which takes a GPU for each rank; with A2A_TEST_TRANSPORT=hosts so do those of processes, each of
-//! which says that it is a host of its own.
+//! which says that it is a host of its own. With A2A_TEST_TRANSPORT=nixl the cells of `low_latency` are NIXL_ELASTIC's, whose rows and
+//! bits are the same, over the NIXL that A2A_NIXL_LIB names.
 
 use std::alloc::{GlobalAlloc, Layout as AllocLayout, System};
 use std::collections::BTreeSet;
@@ -86,6 +87,10 @@ fn over_nccl() -> bool {
     std::env::var("A2A_TEST_TRANSPORT").is_ok_and(|transport| transport == "nccl" || transport == "hosts")
 }
 
+fn over_nixl() -> bool {
+    std::env::var("A2A_TEST_TRANSPORT").is_ok_and(|transport| transport == "nixl")
+}
+
 impl Backend {
     fn name(self) -> &'static str {
         match self {
@@ -105,6 +110,7 @@ impl Backend {
             Backend::OneSided => A2A_BACKEND_NVLINK_ONE_SIDED,
             Backend::Gather => A2A_BACKEND_ALLGATHER_REDUCESCATTER,
             Backend::HtFlat | Backend::HtContiguous => A2A_BACKEND_HIGH_THROUGHPUT,
+            Backend::LowLatency if over_nixl() => A2A_BACKEND_NIXL_ELASTIC,
             Backend::LowLatency => A2A_BACKEND_LOW_LATENCY,
             Backend::TwoSided => A2A_BACKEND_NVLINK_TWO_SIDED,
         }

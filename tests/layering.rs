@@ -10,12 +10,13 @@ const LAYERS: [&[&str]; 5] = [&["abi"], &["comm"], &["backend"], &["transport", 
 const LEAVES: [&str; 4] = ["error", "config", "log", "fault"];
 /// Where `unsafe` may stand, and nowhere else: in these, and in the files that call what is loaded at run time.
 const UNSAFE: [&str; 3] = ["abi", "memory", "device"];
-const LOADERS: [&str; 6] = [
+const LOADERS: [&str; 7] = [
     "transport/nccl/mod.rs",
     "transport/nccl/calls.rs",
     "transport/nccl/callers.rs",
     "transport/nixl/mod.rs",
     "transport/nixl/agent.rs",
+    "transport/nixl/mesh.rs",
     "transport/nixl/shared.rs",
 ];
 /// Where the CUDA driver may be named.

@@ -6,6 +6,7 @@
 mod allgather_reducescatter;
 mod high_throughput;
 mod low_latency;
+mod nixl_elastic;
 mod nvlink_one_sided;
 mod nvlink_two_sided;
 
@@ -40,7 +41,8 @@ pub fn of(kind: BackendKind) -> Option<&'static dyn Backend> {
         BackendKind::LowLatency => Some(&low_latency::LowLatency),
         BackendKind::NvlinkOneSided => Some(&nvlink_one_sided::NvlinkOneSided),
         BackendKind::NvlinkTwoSided => Some(&nvlink_two_sided::NvlinkTwoSided),
-        BackendKind::Auto | BackendKind::NixlElastic => None,
+        BackendKind::NixlElastic => Some(&nixl_elastic::NixlElastic),
+        BackendKind::Auto => None,
     }
 }
 

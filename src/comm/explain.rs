@@ -11,8 +11,8 @@ use crate::device::cuda;
 use crate::device::grid::Grid;
 use crate::device::map::{Map, PLANES, Plane, RoutingMap, Sizes, Uses};
 use crate::error::{Error, Result, Status};
-use crate::memory::vmm;
-use crate::transport::nccl;
+use crate::memory::{apart, vmm};
+use crate::transport::{nccl, nixl};
 
 /// AUTO, in order of preference among those that offer the layout and fit into memory_limit. Without a layout the
 /// first is chosen, whose rows need no counts. Two strategies compete for a layout on CPU windows, HIGH_THROUGHPUT and
@@ -96,6 +96,10 @@ impl Plan {
 
 fn memory(device: DeviceKind, map: &Map, routing: &RoutingMap) -> Memory {
     let (window, private) = match device {
+        DeviceKind::Cpu if map.sizes.uses.posted => {
+            let words = (map.sizes.ranks() as u64 - 1).saturating_mul(map.control_bytes());
+            (apart::bytes(map), map.private_bytes().saturating_add(words))
+        }
         DeviceKind::Cpu => (map.window_bytes(), map.private_bytes()),
         DeviceKind::Cuda => (vmm::rounded(map.window_bytes()), cuda::private_bytes(map)),
     };
@@ -150,9 +154,18 @@ fn check_fields(config: &Config) -> Result<()> {
         TransportKind::Nccl => nccl::probe()
             .map(|_| ())
             .map_err(|e| e.context(format!("rank {}: transport is nccl (2)", config.rank)))?,
-        TransportKind::Nixl => {
-            return refuse("transport", "nixl (3)".into(), "auto (0), window (1) and nccl (2)");
+        TransportKind::Nixl => {}
+    }
+    if config.wants_nixl() {
+        if config.device == DeviceKind::Cuda {
+            return refuse("device", "cuda (2)".into(), "cpu (1) with transport nixl (3)");
         }
+        nixl::probe().map(|_| ()).map_err(|e| {
+            e.context(format!(
+                "rank {}: transport nixl (3), which backend nixl_elastic (6) needs",
+                config.rank
+            ))
+        })?;
     }
     Ok(())
 }
@@ -167,6 +180,15 @@ fn candidate(kind: BackendKind, config: &Config) -> std::result::Result<(LayoutK
     }
     if config.transport == TransportKind::Nccl && kind != BackendKind::AllgatherReducescatter {
         return Err("transport nccl carries allgather_reducescatter alone".into());
+    }
+    match (kind == BackendKind::NixlElastic, config.wants_nixl()) {
+        (false, true) => return Err("transport nixl (3) carries nixl_elastic alone".into()),
+        (true, false) if config.backend == kind => {
+            let (name, code) = (config.transport.name(), config.transport as i32);
+            return Err(format!("transport is {name} ({code}), it runs over nixl (3)"));
+        }
+        (true, false) => return Err("it is taken only where it is asked for (backend or transport)".into()),
+        _ => {}
     }
     let offered = kind.layouts();
     if config.layout != LayoutKind::Auto && !offered.contains(&config.layout) {
@@ -226,16 +248,19 @@ pub fn plan(config: &Config) -> Result<Plan> {
     check_fields(config)?;
     let rank = config.rank;
     let (backend, layout, map, reason) = if config.backend == BackendKind::Auto {
-        let usable: Vec<_> = AUTO
-            .into_iter()
+        let order = if config.wants_nixl() { &[BackendKind::NixlElastic][..] } else { &AUTO };
+        let usable: Vec<_> = order
+            .iter()
+            .copied()
             .filter_map(|kind| candidate(kind, config).ok().map(|(layout, map)| (kind, layout, map)))
             .collect();
         let fits = usable.iter().position(|(_, _, map)| too_large(map, config).is_none());
         // If none fits, the first is refused with its need and the limit, where the other ranks hear of it.
         let chosen = usable.into_iter().nth(fits.unwrap_or(0));
         let Some((kind, layout, map)) = chosen else {
-            let whys: Vec<String> = AUTO
-                .into_iter()
+            let whys: Vec<String> = order
+                .iter()
+                .copied()
                 .filter_map(|kind| candidate(kind, config).err().map(|why| format!("{}: {why}", kind.name())))
                 .collect();
             return Err(Error::unsupported(format!(
@@ -287,6 +312,7 @@ pub fn plan(config: &Config) -> Result<Plan> {
         backend,
         layout,
         transport: match config.transport {
+            _ if config.wants_nixl() => TransportKind::Nixl,
             TransportKind::Auto => TransportKind::Window,
             transport => transport,
         },

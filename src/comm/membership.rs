@@ -46,6 +46,11 @@ impl Comm {
                 "rank {rank}: transport nccl does not recover: destroy the comm and create one among the survivors"
             )));
         }
+        if self.plan.transport == TransportKind::Nixl {
+            return Err(Error::unsupported(format!(
+                "rank {rank}: transport nixl does not recover in this build: destroy the comm and create one among the survivors"
+            )));
+        }
         let milliseconds = |name: &str, value: i64, default: u64| match value {
             0 => Ok(default),
             1..=MAX_TIMEOUT_MS => Ok(value as u64),

@@ -29,10 +29,11 @@ use crate::error::{Error, Loss, Result, Status};
 use crate::fault::{self, Point};
 use crate::log::{Level, log};
 use crate::memory::vmm::{self, VmmWindow};
-use crate::memory::{Mapped, WindowFd, Windows};
+use crate::memory::{Apart, Mapped, WindowFd, Windows};
 use crate::transport::bootstrap;
 use crate::transport::bootstrap::{Reach, Tied};
 use crate::transport::nccl::{self, Communicators, Origin};
+use crate::transport::nixl;
 
 pub use crate::transport::bootstrap::{decline, new_unique_id};
 pub use combine::{CombineRecv, CombineSend};
@@ -77,7 +78,8 @@ pub struct Comm {
 /// Ends with the comm, in this order: peers learn of it, then the threads stop.
 struct Alive {
     lifeline: Option<(Lifeline, Option<Tied>)>,
-    _watchdog: Watchdog,
+    /// `None` where couriers tell who is gone.
+    _watchdog: Option<Watchdog>,
     _watch: Option<nccl::Watch>,
 }
 
@@ -91,11 +93,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Comm {
     pub fn create(mut config: Config) -> Result<Arc<Comm>> {
         let callers = meet_over_callers(&mut config)?;
-        let plan = explain::plan(&config).inspect_err(|error| decline(&config.meeting, error))?;
+        let is_posted = config.wants_nixl();
+        let tell = |error: &Error| match is_posted {
+            true => nixl::decline(&config.meeting, error),
+            false => decline(&config.meeting, error),
+        };
+        let plan = explain::plan(&config).inspect_err(tell)?;
         config.chosen = Some((plan.backend, plan.layout));
-        let rank = config.rank;
         let health = Arc::new(Health::new(config.num_ranks));
+        if is_posted {
+            let plan =
+                explain::affordable(&config).inspect_err(|error| nixl::decline(&config.meeting, error))?;
+            let built = build_posted(&config, &plan, &health)?;
+            return Comm::new(config, plan, health, bootstrap::random()?, built, None);
+        }
 
+        let rank = config.rank;
         let mut own = None;
         let started = Instant::now();
         let others = bootstrap::may_meet_others(&config.meeting);
@@ -118,10 +131,6 @@ impl Comm {
         let Some((lifeline, window, config, plan)) = own else {
             return Err(Error::internal("no window was made"));
         };
-        let Some(backend) = backend::of(plan.backend) else {
-            return Err(Error::internal("a backend was chosen that is not built"));
-        };
-        let bytes = plan.memory().window;
         let fds = std::mem::take(&mut gathered.fds);
         let key = gathered.key;
         let origin = match callers {
@@ -131,7 +140,7 @@ impl Comm {
         let deadline = started + Duration::from_millis(config.meeting.timeout_ms);
         let carried = (plan.transport == TransportKind::Nccl).then_some((origin, deadline));
         let built = build(&config, &plan, &health, window, fds, carried);
-        let (Built { device, windows, watchdog, watch }, ties) = match built {
+        let (built, ties) = match built {
             Ok(built) => {
                 fault::at(Point::CreateMapped);
                 let ties = gathered.finish(Ok(()))?;
@@ -143,6 +152,22 @@ impl Comm {
                 return Err(error);
             }
         };
+        Comm::new(config, plan, health, key, built, Some((lifeline, ties)))
+    }
+
+    fn new(
+        config: Config,
+        plan: Plan,
+        health: Arc<Health>,
+        key: [u8; 16],
+        built: Built,
+        lifeline: Option<(Lifeline, Option<Tied>)>,
+    ) -> Result<Arc<Comm>> {
+        let Some(backend) = backend::of(plan.backend) else {
+            return Err(Error::internal("a backend was chosen that is not built"));
+        };
+        let Built { device, windows, watchdog, watch } = built;
+        let (rank, bytes) = (config.rank, plan.memory().window);
         log(Level::Info, || {
             format!(
                 "rank {rank} of {}: {} ({}) on {}, {bytes} bytes of window",
@@ -160,11 +185,7 @@ impl Comm {
             key,
             windows,
             past: Mutex::default(),
-            alive: Mutex::new(Some(Alive {
-                lifeline: Some((lifeline, ties)),
-                _watchdog: watchdog,
-                _watch: watch,
-            })),
+            alive: Mutex::new(Some(Alive { lifeline, _watchdog: watchdog, _watch: watch })),
             in_call: Mutex::new(()),
             failure: Mutex::new(None),
             first_step_timeout_ms: AtomicU64::new(config.first_step_timeout_ms),
@@ -405,8 +426,8 @@ impl Comm {
                     let lost = error.loss.as_deref().map_or(&[][..], |loss: &Loss| &loss.lost);
                     device.void_status(status, call.slot, lost);
                 }
-                // What a driver or NCCL refused leaves nothing to count on.
-                if matches!(error.status, Status::Cuda | Status::Nccl) {
+                // What a driver, NCCL or NIXL refused leaves nothing to count on.
+                if matches!(error.status, Status::Cuda | Status::Nccl | Status::Nixl) {
                     self.fail(error.clone());
                 }
                 // The abort's own sentence is the one on record.
@@ -581,8 +602,39 @@ impl OwnWindow {
 struct Built {
     device: Arc<dyn Device>,
     windows: Mapped,
-    watchdog: Watchdog,
+    watchdog: Option<Watchdog>,
     watch: Option<nccl::Watch>,
+}
+
+/// Of the UCX that NIXL brings: a host that vanishes is noticed. Beyond this machine only where the config allows it.
+fn ucx_settings(remote: bool) -> String {
+    let reach = if remote { "" } else { ",NET_DEVICES=lo" };
+    format!("TCP_USER_TIMEOUT=3s{reach}")
+}
+
+/// A rank's own memory, and its ways to all others.
+fn build_posted(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<Built> {
+    let (rank, deadline) = (config.rank, Duration::from_millis(config.meeting.timeout_ms));
+    let deadline = Instant::now() + deadline;
+    let on_rank = |e: Error| e.context(format!("rank {rank}"));
+    let memory = Apart::new(rank, &plan.map)?;
+    let bases = memory.bases();
+    let host = Host::new(rank, plan.map.clone(), config.experts.clone(), bases, health.clone());
+    let agreed = config.agreed().into_iter().map(|(name, value)| (name.to_string(), value));
+    let party = nixl::Party { meeting: &config.meeting, fields: agreed.collect(), deadline };
+    let boxes = nixl::Memory {
+        inboxes: memory.inboxes(),
+        outboxes: memory.outboxes(),
+        box_bytes: memory.box_bytes(),
+        keep: memory.keep(),
+    };
+    let mesh = nixl::Mesh::gather(party, boxes, |incarnation| {
+        let name = format!("a2a.{rank}.{incarnation:016x}");
+        let agent = nixl::Agent::new(&name, &ucx_settings(config.meeting.remote)).map_err(on_rank)?;
+        Ok(Box::new(agent))
+    })?;
+    let device = Arc::new(host.posted_by(Arc::new(mesh)));
+    Ok(Built { device, windows: Mapped::Apart, watchdog: None, watch: None })
 }
 
 /// Maps every window, puts this rank's own into its first state and starts the watchdog. No rank steps before all
@@ -658,6 +710,6 @@ fn build(
     let milliseconds = Duration::from_millis;
     device.set_timeout(milliseconds(config.first_step_timeout_ms), milliseconds(config.timeout_ms));
     watched[rank as usize].clear();
-    let watchdog = Watchdog::start(rank, watched, health.clone())?;
+    let watchdog = Some(Watchdog::start(rank, watched, health.clone())?);
     Ok(Built { device, windows: mapped, watchdog, watch })
 }

@@ -5,6 +5,8 @@
 //! window   gone words | slot 0 | slot 1 | ...
 //! slot     mailboxes | loss masks | counts | small outputs | words of FIFOs' entries
 //!          | published rows | banks | received rows | combine rows, combine weights | brought results, weights | boxes | FIFOs
+//! inbox    slot 0 | slot 1 | ...      where couriers bring what others send: one for each source, each memory of its own
+//! slot     counts, rows | results, result weights
 //! ```
 //! A mailbox (`mail`) is what one source rank writes into another's window. Which regions of rows exist is the strategy's to
 //! say (`Uses`). A step packs its own rows from a region's start.
@@ -58,6 +60,9 @@ pub struct Uses {
     /// Collectives bring what others have: results of every rank for this rank's tokens, published scales that are to lie
     /// by column. Nobody else reads or writes the window.
     pub carried: bool,
+    /// Couriers bring what others send: counts, rows and results, into an inbox for each source, in the place of banks and of
+    /// counts in the window. Nobody else reads or writes the window.
+    pub posted: bool,
 }
 
 /// The maxima a map is made from.
@@ -172,7 +177,21 @@ pub struct Map {
     boxes: u64,
     fifos: u64,
     entry_bytes: u64,
+    inboxes: Inboxes,
 }
+
+/// Where inboxes lie behind the window, and in each of them, of a slot, what lies where. All zero where there are none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Inboxes {
+    start: u64,
+    bytes: u64,
+    slot_bytes: u64,
+    rows: u64,
+    results: u64,
+}
+
+/// Rows of an inbox start at multiples of this, plane by plane.
+const INBOX_ALIGN: u64 = 16;
 
 /// Hands out aligned regions one after another.
 struct Cursor(Option<u64>);
@@ -192,6 +211,27 @@ impl Cursor {
     }
 }
 
+impl Inboxes {
+    fn new(sizes: &Sizes, keys: u64) -> Result<Inboxes> {
+        let grid = &sizes.grid;
+        let bound = grid.bound as u64;
+        // A token has a row for each of its experts that the rank owns.
+        let results = bound * sizes.experts.min(grid.topk) as u64;
+        let mut at = Cursor(Some(0));
+        at.take(Some(keys * 4));
+        let planes = sizes.plane_bytes.map(|bytes| bound * (bytes as u64).next_multiple_of(INBOX_ALIGN));
+        let rows = at.take(Some(planes.iter().sum()));
+        let weights = (results * sizes.combine_weight_bytes()).checked_add(INBOX_ALIGN);
+        let all = (|| results.checked_mul(sizes.combine_bytes)?.checked_add(weights?))();
+        let results = at.take(all);
+        let slot_bytes = at.end()?;
+        let bytes = slot_bytes.checked_mul(sizes.slots as u64);
+        let bytes = bytes.and_then(|bytes| bytes.checked_next_multiple_of(WIDE_ALIGN));
+        let bytes = bytes.ok_or_else(|| Error::invalid("the configured maxima need more than 2^64 bytes"))?;
+        Ok(Inboxes { start: 0, bytes, slot_bytes, rows, results })
+    }
+}
+
 impl Map {
     pub fn new(sizes: Sizes) -> Result<Map> {
         let (ranks, uses) = (sizes.ranks() as u64, sizes.uses);
@@ -199,7 +239,7 @@ impl Map {
         let mut at = Cursor(Some(0));
         at.take(Some(ranks * mail::BYTES));
         let loss_masks = at.take(Some(ranks * mask_words(sizes.ranks()) as u64 * 8));
-        let counts = at.take(Some(if uses.counts { ranks * count_bytes(keys) } else { 0 }));
+        let counts = at.take(Some(if uses.counts && !uses.posted { ranks * count_bytes(keys) } else { 0 }));
         let expert_counts = at.take(Some(sizes.experts as u64 * 4));
         let expert_offsets = at.take(Some((sizes.experts as u64 + 1) * 4));
         let rank_counts = at.take(Some(ranks * 4));
@@ -231,6 +271,12 @@ impl Map {
         let mut window = Cursor(Some(0));
         window.take(Some(ranks * 4));
         let slots = window.take(slot_bytes.checked_mul(sizes.slots as u64));
+        let mut inboxes = Inboxes::default();
+        if uses.posted {
+            inboxes = Inboxes::new(&sizes, keys)?;
+            window.0 = window.0.and_then(|at| at.checked_next_multiple_of(WIDE_ALIGN));
+            inboxes.start = window.take(inboxes.bytes.checked_mul(ranks));
+        }
         window.end()?;
         Ok(Map {
             sizes,
@@ -256,11 +302,54 @@ impl Map {
             boxes,
             fifos,
             entry_bytes,
+            inboxes,
         })
     }
 
+    /// Without inboxes.
     pub fn window_bytes(&self) -> u64 {
         self.slots + self.slot_bytes * self.sizes.slots as u64
+    }
+    /// Where inboxes begin behind the window, as offsets have it, and the bytes of each.
+    pub fn inboxes(&self) -> (u64, u64) {
+        (self.inboxes.start, self.inboxes.bytes)
+    }
+    /// What a slot has of a source's inbox.
+    fn inbox(&self, slot: u32, source: u32) -> u64 {
+        let Inboxes { start, bytes, slot_bytes, .. } = self.inboxes;
+        start + source as u64 * bytes + slot as u64 * slot_bytes
+    }
+    /// Where a source's results lie in its inbox, one behind the other by expert and position, and then their weights.
+    pub fn results(&self, slot: u32, source: u32) -> u64 {
+        self.inbox(slot, source) + self.inboxes.results
+    }
+    /// Where the weights beside so many bytes of results begin.
+    pub fn result_weights(&self, slot: u32, source: u32, bytes: u64) -> u64 {
+        self.results(slot, source) + bytes.next_multiple_of(INBOX_ALIGN)
+    }
+    /// Where a source's rows wait for their places, plane by plane. `rows`: those that it sends in this step; `bound`: the step's.
+    pub fn banked(
+        &self,
+        (slot, source): (u32, u32),
+        (rows, bound): (u32, u32),
+        plane_bytes: &[u32; PLANES],
+    ) -> [u64; PLANES] {
+        if !self.sizes.uses.posted {
+            let before = source as u64 * bound as u64;
+            return std::array::from_fn(|plane| self.bank(slot, plane) + before * plane_bytes[plane] as u64);
+        }
+        let mut next = self.inbox(slot, source) + self.inboxes.rows;
+        plane_bytes.map(|bytes| {
+            let at = next;
+            next += (rows as u64 * bytes as u64).next_multiple_of(INBOX_ALIGN);
+            at
+        })
+    }
+    /// What a source sends in a dispatch: where its counts begin, and the bytes of counts and rows.
+    pub fn dispatched(&self, slot: u32, source: u32, rows: u32, plane_bytes: &[u32; PLANES]) -> (u64, u64) {
+        let bytes = |plane: &u32| (rows as u64 * *plane as u64).next_multiple_of(INBOX_ALIGN);
+        let rows: u64 = plane_bytes.iter().map(bytes).sum();
+        (self.inbox(slot, source), self.inboxes.rows + rows)
     }
     /// What a slot keeps outside the window that grows with the config: a row being quantised, counts by expert.
     pub fn private_bytes(&self) -> u64 {
@@ -316,6 +405,9 @@ impl Map {
     }
     /// int32[keys]: rows of `source` by key. On CUDA {epoch << 32 | rows}[keys].
     pub fn counts(&self, slot: u32, source: u32) -> u64 {
+        if self.sizes.uses.posted {
+            return self.inbox(slot, source);
+        }
         self.slot(slot) + self.counts + source as u64 * self.count_stride()
     }
     /// Bytes from one source's counts to the next's.
@@ -403,7 +495,7 @@ fn count_bytes(keys: u64) -> u64 {
 }
 
 /// Words of a rank mask.
-pub fn mask_words(ranks: u32) -> usize {
+pub const fn mask_words(ranks: u32) -> usize {
     (ranks as usize).div_ceil(64)
 }
 

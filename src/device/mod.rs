@@ -141,7 +141,52 @@ pub struct Bases {
     windows: Vec<(*mut u8, u64)>,
     /// Ranks that are threads of this process and use the same mappings.
     local: Members,
+    boxes: Option<Arc<Boxes>>,
     _keep: Arc<dyn Any + Send + Sync>,
+}
+
+/// Where couriers bring what others send to a rank, and fetch what it sends: behind the windows, as offsets have it, memory apart for
+/// each peer. The other ranks' windows are its own idea of them: of what is written there, couriers carry what its peers are
+/// to have.
+pub struct Boxes {
+    rank: u32,
+    /// Where inboxes begin as offsets have it, and the bytes of each.
+    start: u64,
+    bytes: u64,
+    /// By rank: what it sends to this one; what this one sends to it.
+    inboxes: Vec<*mut u8>,
+    outboxes: Vec<*mut u8>,
+}
+
+// SAFETY: memory that who made it keeps; a call has it to itself but for what couriers bring before their notes.
+unsafe impl Send for Boxes {}
+// SAFETY: as above.
+unsafe impl Sync for Boxes {}
+
+impl Boxes {
+    /// # Safety
+    /// By rank, so many bytes each, readable, writable and 128-byte aligned, for as long as what keeps the windows lives. A rank's
+    /// own outbox is its inbox.
+    pub unsafe fn new(
+        rank: u32,
+        (start, bytes): (u64, u64),
+        inboxes: Vec<*mut u8>,
+        outboxes: Vec<*mut u8>,
+    ) -> Boxes {
+        Boxes { rank, start, bytes, inboxes, outboxes }
+    }
+    #[inline]
+    fn at(&self, rank: u32, offset: u64, bytes: u64) -> *mut u8 {
+        let (source, within) = ((offset - self.start) / self.bytes, (offset - self.start) % self.bytes);
+        assert!(within + bytes <= self.bytes, "{bytes} bytes at {within} of a box of {}", self.bytes);
+        let base = if rank == self.rank {
+            self.inboxes[source as usize]
+        } else {
+            assert!(source == self.rank as u64, "rank {rank}'s inbox of rank {source}");
+            self.outboxes[rank as usize]
+        };
+        base.wrapping_add(within as usize)
+    }
 }
 
 // SAFETY: shared memory that `_keep` keeps mapped; accesses go through atomics or the protocol.
@@ -154,7 +199,10 @@ impl Bases {
     /// Each window is mapped, readable and writable, 128-byte aligned, for as long as `keep` lives: by the CPU if `host`
     /// runs the ops, by the GPU alone if `cuda` does, which takes addresses of it and never looks behind them.
     pub unsafe fn new(windows: Vec<(*mut u8, u64)>, keep: Arc<dyn Any + Send + Sync>) -> Bases {
-        Bases { windows, local: Members::none(), _keep: keep }
+        Bases { windows, local: Members::none(), boxes: None, _keep: keep }
+    }
+    pub fn with_boxes(self, boxes: Boxes) -> Bases {
+        Bases { boxes: Some(Arc::new(boxes)), ..self }
     }
     pub fn shared_with(self, local: Members) -> Bases {
         Bases { local, ..self }
@@ -163,6 +211,11 @@ impl Bases {
     #[inline]
     fn at(&self, rank: u32, offset: u64, bytes: u64) -> *mut u8 {
         let (base, size) = self.windows[rank as usize];
+        if let Some(boxes) = &self.boxes
+            && offset >= boxes.start
+        {
+            return boxes.at(rank, offset, bytes);
+        }
         assert!(offset + bytes <= size, "{bytes} bytes at {offset} of a window of {size}");
         base.wrapping_add(offset as usize)
     }
@@ -707,6 +760,28 @@ pub trait Wire: Send + Sync {
     fn cut(&self);
 }
 
+/// What a rank hears of the others.
+pub enum Heard<'a> {
+    Note(u32, &'a [u8]),
+    /// It can be reached no more.
+    Lost(u32),
+}
+
+/// What carries bytes and notes to peers whose windows nobody here addresses.
+pub trait Post: Send + Sync {
+    /// Starts to carry so many bytes at an offset of the outbox for a peer to the same offset of this rank's inbox there, and a note
+    /// behind them. A lane carries one thing at a time. To a rank that is lost nothing is carried.
+    fn send(&self, peer: u32, lane: u32, piece: (u64, u64), note: &[u8]) -> Result<()>;
+    /// Sends a note to a rank once all else that was sent to it has been delivered.
+    fn send_last(&self, peer: u32, note: &[u8]);
+    /// Drives what is under way, and hands over what has been heard.
+    fn poll(&self, hear: &mut dyn FnMut(Heard)) -> Result<()>;
+    /// True if what was sent last on a lane may still be read, or has not been told of.
+    fn is_under_way(&self, peer: u32, lane: u32) -> bool;
+    /// The rank is elsewhere until it calls again: what is under way goes on by itself.
+    fn rest(&self);
+}
+
 /// The ops.
 pub trait Device: Send + Sync {
     /// Private memory for a routing of a slot, zeroed when it is first used.
@@ -764,6 +839,8 @@ pub trait Device: Send + Sync {
     /// Writes the padding and the small outputs.
     fn settle_rows(&self, d: &Dispatch) -> Result<()>;
 
+    /// Stores each of the experts' rows for the rank whose token it is, and keeps the weights that were given.
+    fn return_rows(&self, c: &Combine) -> Result<()>;
     /// Copies the experts' rows to where every rank can read them, and keeps the weights that were given.
     fn stage_rows(&self, c: &Combine) -> Result<()>;
     /// Keeps in mind which results to send through the FIFOs.

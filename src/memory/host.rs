@@ -79,7 +79,7 @@ fn available_memory() -> Option<u64> {
 }
 
 /// A mapped window.
-struct Mapping {
+pub(super) struct Mapping {
     ptr: *mut u8,
     bytes: u64,
 }
@@ -90,7 +90,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(window: &WindowFd, peer: u32, bytes: u64) -> Result<Mapping> {
+    pub(super) fn new(window: &WindowFd, peer: u32, bytes: u64) -> Result<Mapping> {
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         let map = || {
             let (anywhere, shared) = (std::ptr::null_mut(), MapFlags::SHARED);
@@ -102,11 +102,21 @@ impl Mapping {
             ptr.map_err(|e| Error::system(format!("mmap of {bytes} bytes of rank {peer}'s window"), e))?;
         Ok(Mapping { ptr: ptr as *mut u8, bytes })
     }
+    /// Of what was mapped elsewhere, which is this one's from now on.
+    pub(super) fn of(ptr: *mut u8, bytes: u64) -> Mapping {
+        Mapping { ptr, bytes }
+    }
+    pub(super) fn start(&self) -> *mut u8 {
+        self.ptr
+    }
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`, unmapped once.
+        // SAFETY: mapped, and this one's; unmapped once.
         let _ = unsafe { rustix::mm::munmap(self.ptr as *mut _, self.bytes as usize) };
     }
 }

@@ -1,13 +1,15 @@
 //! Windows: memory of one rank that every rank of the group can address.
 //!
 //! `host` is shared memory for the CPU, `vmm` memory of a GPU. A window is made before the ranks meet and shared as a
-//! file descriptor.
+//! file descriptor. `apart` is the memory of a rank that shares none.
 
+pub mod apart;
 mod host;
 pub mod vmm;
 
 use std::os::fd::OwnedFd;
 
+pub use apart::Apart;
 pub use host::{WindowFd, Windows};
 
 use crate::device::members::Members;
@@ -17,6 +19,8 @@ use crate::error::{Error, Result, Status};
 pub enum Mapped {
     Host(Windows),
     Cuda(vmm::Windows),
+    /// Nobody's but this rank's own.
+    Apart,
 }
 
 impl Mapped {
@@ -25,6 +29,7 @@ impl Mapped {
         match self {
             Mapped::Host(_) => WindowFd::create(rank, bytes).map(WindowFd::into_fd),
             Mapped::Cuda(windows) => windows.renew(),
+            Mapped::Apart => Err(Error::internal("a window that nobody shares is not renewed")),
         }
     }
 
@@ -44,10 +49,11 @@ impl Mapped {
             match self {
                 Mapped::Host(windows) => windows.replace(peer, &WindowFd::adopt(peer, fd, bytes)?)?,
                 Mapped::Cuda(windows) => windows.replace(generation, peer, &fd)?,
+                Mapped::Apart => return Err(Error::internal("a window that nobody shares is not replaced")),
             }
         }
         match self {
-            Mapped::Host(_) => Ok(()),
+            Mapped::Host(_) | Mapped::Apart => Ok(()),
             Mapped::Cuda(windows) => lost.iter().try_for_each(|lost| windows.dismiss(generation, lost)),
         }
     }

@@ -2,8 +2,4 @@
 
 pub mod bootstrap;
 pub mod nccl;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, unused_imports, reason = "NIXL_ELASTIC, whose it is, is not built yet")
-)]
 pub mod nixl;

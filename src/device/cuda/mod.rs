@@ -775,6 +775,12 @@ impl Device for Cuda {
         Ok(())
     }
 
+    fn return_rows(&self, c: &Combine) -> Result<()> {
+        Err(Error::internal(format!(
+            "rank {}: no courier carries results of slot {} on cuda",
+            self.rank, c.call.slot
+        )))
+    }
     fn stage_rows(&self, c: &Combine) -> Result<()> {
         self.keep_weights(c)?;
         self.launch_stage(c)

@@ -188,14 +188,13 @@ impl Host {
     }
 
     /// A row of a source's bank.
-    fn bank_row(&self, d: &Dispatch, source: u32, position: u32) -> FromRow {
-        let at = source as u64 * d.grid.bound as u64 + position as u64;
+    fn bank_row(&self, d: &Dispatch, (source, rows): (u32, u32), position: u32) -> FromRow {
+        let all = &d.send.shape.plane_bytes;
+        let bank = self.map.banked((d.call.slot, source), (rows, d.grid.bound), all);
         std::array::from_fn(|plane| {
-            let bytes = d.send.shape.plane_bytes[plane] as u64;
-            (bytes > 0).then(|| {
-                let offset = self.map.bank(d.call.slot, plane) + at * bytes;
-                From::Row(self.bases.at(self.rank, offset, bytes))
-            })
+            let bytes = all[plane] as u64;
+            (bytes > 0)
+                .then(|| From::Row(self.bases.at(self.rank, bank[plane] + position as u64 * bytes, bytes)))
         })
     }
 
@@ -221,10 +220,10 @@ impl Host {
                         _ => next,
                     };
                     next += kept;
-                    let banked = slot.arrived[source as usize].1;
+                    let (rows, banked) = slot.arrived[source as usize];
                     for i in 0..if banked || looks { kept } else { 0 } {
                         if banked {
-                            landing.token(&self.bank_row(d, source, i as u32), start + i, false);
+                            landing.token(&self.bank_row(d, (source, rows), i as u32), start + i, false);
                         } else {
                             landing.token(&self.placed_row(&received, start + i), start + i, true);
                         }
@@ -250,7 +249,7 @@ impl Host {
         let local = self.experts.count(self.rank) as usize;
         let looks = landing.looks_at_placed();
         let _modes = DefaultModes::enter();
-        if padded && d.reuse {
+        if padded && d.reuse && !self.map.sizes.uses.posted {
             for block in (0..local).filter(|_| looks) {
                 let start = l.starts[block] as usize;
                 for row in start..start + l.counts[block] as usize {
@@ -278,7 +277,7 @@ impl Host {
                 continue;
             }
             for position in 0..*rows {
-                self.land_token(d, landing, received, (source as u32, position, *banked), cursors);
+                self.land_token(d, landing, received, (source as u32, *rows, *banked), position, cursors);
             }
         }
     }
@@ -290,11 +289,12 @@ impl Host {
         d: &Dispatch,
         landing: &mut Landing,
         received: &[Option<Dest>; PLANES],
-        (source, position, banked): (u32, u32, bool),
+        (source, rows, banked): (u32, u32, bool),
+        position: u32,
         cursors: &mut [u64],
     ) {
         let topk = d.grid.topk as usize;
-        let bank = self.bank_row(d, source, position);
+        let bank = self.bank_row(d, (source, rows), position);
         let (Some(From::Row(ids)), Some(From::Row(weights)), Some(From::Row(pair))) =
             (bank[IDS], bank[WEIGHTS], bank[SOURCE])
         else {

@@ -1,13 +1,14 @@
 //! The ops on CPU memory, run by the calling thread.
 //!
 //! `sync` holds a slot's state, what a step says and waits for through `device/protocol.rs`, and how it is given up;
-//! `route` and `place` the maths of where rows go; `push` and `land` move them out and in, `fifo` both ways; `quant` and
-//! `reduce` compute.
+//! `route` and `place` the maths of where rows go; `push` and `land` move them out and in, `fifo` both ways, `post` where a courier
+//! carries them; `quant` and `reduce` compute.
 
 mod fifo;
 mod land;
 mod modes;
 mod place;
+mod post;
 mod push;
 mod quant;
 mod reduce;
@@ -21,7 +22,8 @@ use std::time::Duration;
 
 use super::map::{Map, RoutingMap};
 use super::{
-    Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Region, Standing, Stats, Target,
+    Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Post, Region, Standing, Stats,
+    Target,
 };
 use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result};
@@ -36,6 +38,8 @@ pub struct Host {
     routing: RoutingMap,
     experts: Experts,
     bases: Bases,
+    /// What carries rows and words, where other ranks' windows are not to be addressed.
+    post: Option<Arc<dyn Post>>,
     health: Arc<Health>,
     membership: Membership,
     slots: Vec<Mutex<Slot>>,
@@ -48,6 +52,11 @@ impl Host {
     pub fn new(rank: u32, map: Map, experts: Experts, bases: Bases, health: Arc<Health>) -> Host {
         let membership = Membership::first(map.sizes.ranks());
         Host::with(rank, map, experts, bases, health, membership, Arc::default())
+    }
+
+    /// What it writes into other ranks' windows is carried there.
+    pub fn posted_by(self, post: Arc<dyn Post>) -> Host {
+        Host { post: Some(post), ..self }
     }
 
     fn with(
@@ -67,6 +76,7 @@ impl Host {
             map,
             experts,
             bases,
+            post: None,
             health,
             membership,
             first_error: Mutex::new(None),
@@ -193,6 +203,9 @@ impl Device for Host {
     }
     fn settle_rows(&self, d: &Dispatch) -> Result<()> {
         self.settle(d)
+    }
+    fn return_rows(&self, c: &Combine) -> Result<()> {
+        self.pack_results(c)
     }
     fn stage_rows(&self, c: &Combine) -> Result<()> {
         self.stage(c)

@@ -134,12 +134,18 @@ impl Host {
     }
 
     /// Stores those planes of a row that are named into this rank's bank at a peer.
-    fn store_bank(&self, d: &Dispatch, peer: u32, position: u32, sources: &Sources, planes: &[usize]) {
-        let row = self.rank as u64 * d.grid.bound as u64 + position as u64;
+    fn store_bank(
+        &self,
+        d: &Dispatch,
+        (peer, position, rows): (u32, u32, u32),
+        sources: &Sources,
+        planes: &[usize],
+    ) {
+        let bytes = &d.send.shape.plane_bytes;
+        let bank = self.map.banked((d.call.slot, self.rank), (rows, d.grid.bound), bytes);
         for plane in planes {
             if let Some(source) = sources[*plane] {
-                let region = self.map.bank(d.call.slot, *plane);
-                self.store(peer, region, row, source, d.send.shape.plane_bytes[*plane]);
+                self.store(peer, bank[*plane], position as u64, source, bytes[*plane]);
             }
         }
     }
@@ -208,7 +214,7 @@ impl Host {
                 if let Some(row) = first {
                     self.store_received(d, peer, row, &sources, &BESIDE);
                 }
-                self.store_bank(d, peer, position, &sources, &BESIDE);
+                self.store_bank(d, (peer, position, l.rows_for[peer as usize] as u32), &sources, &BESIDE);
                 let moves = if first.is_some() { d.send.wire_bytes() } else { beside };
                 moved.add(moves, peer != self.rank);
             }
@@ -222,7 +228,7 @@ impl Host {
         let all: [usize; PLANES] = std::array::from_fn(|plane| plane);
         self.each_token(d, |l, token, sources| {
             for (peer, position) in l.targets(token) {
-                self.store_bank(d, peer, position, &sources, &all);
+                self.store_bank(d, (peer, position, l.rows_for[peer as usize] as u32), &sources, &all);
                 moved.add(d.send.wire_bytes(), peer != self.rank);
             }
         });

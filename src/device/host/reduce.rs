@@ -10,6 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use super::Host;
 use super::modes::DefaultModes;
 use super::route::{Ledger, keep_weights};
+use super::sync::Slot;
 use crate::device::{Combine, Float, Rows, Weighting};
 use crate::error::Result;
 use crate::fault::{self, Point};
@@ -212,7 +213,7 @@ impl Host {
     fn result_of_choice(
         &self,
         c: &Combine,
-        l: &Ledger,
+        (l, firsts): (&Ledger, &[u32]),
         base: u64,
         token: usize,
         k: usize,
@@ -225,7 +226,9 @@ impl Host {
         let owner = self.experts.place(id as usize).0;
         if c.grid.layout.by_expert() {
             let (key, position) = l.choice(choice)?;
-            return l.place(key, position).map(|row| (owner, row));
+            let row = l.place(key, position)?;
+            // What is brought lies by expert and position; else it is where the owner has it.
+            return Some((owner, firsts.get(key).map_or(row, |first| (first + position) as u64)));
         }
         let (_, position) = l.targets(token).find(|(rank, _)| *rank == owner)?;
         self.result_row(l, base, owner, position).map(|row| (owner, row))
@@ -256,16 +259,23 @@ impl Host {
             Weighting::Dispatched => Some(&*l.weights),
             Weighting::Given => Some(&*l.given),
         };
+        let posted = self.map.sizes.uses.posted;
+        if posted {
+            self.lay_out_results(c, &mut guard);
+        }
         let _modes = DefaultModes::enter();
-        let rows = &mut guard.pulls;
+        let Slot { pulls: rows, firsts, beside, .. } = &mut *guard;
         let mut pulled = Pulled::default();
         for token in 0..c.tokens as usize {
             rows.clear();
             // `again`: the token has read the row before.
             let mut pull = |peer: u32, row: u64, weight: Option<f32>, again: bool| {
-                let at = self.bases.at(peer, self.map.combine(c.call.slot) + row * size, size);
+                let at = match posted {
+                    true => self.bases.at(self.rank, self.map.results(c.call.slot, peer) + row * size, size),
+                    false => self.bases.at(peer, self.map.combine(c.call.slot) + row * size, size),
+                };
                 rows.push(Pull(at, weight));
-                if !again {
+                if !again && !posted {
                     pulled.rows += 1;
                     pulled.bytes += size;
                     pulled.remote += if peer == self.rank { 0 } else { size };
@@ -277,7 +287,7 @@ impl Host {
                 let ids = &l.ids[token * topk..][..topk];
                 for k in 0..topk {
                     let again = ids[..k].contains(&ids[k]);
-                    match self.result_of_choice(c, &l, base, token, k) {
+                    match self.result_of_choice(c, (&l, firsts), base, token, k) {
                         Some((peer, row)) => pull(peer, row, weights.map(|w| w[token * topk + k]), again),
                         None => pulled.missing += u64::from(ids[k] >= 0 && !again),
                     }
@@ -293,13 +303,16 @@ impl Host {
             sum_token(c, token, rows);
             if let Some(out) = &c.out_weights {
                 for k in 0..topk {
-                    let found = self.result_of_choice(c, &l, base, token, k);
+                    let found = self.result_of_choice(c, (&l, firsts), base, token, k);
                     let value = found.map_or(0.0, |(peer, row)| {
                         let column = if c.grid.layout.by_expert() { 0 } else { k as u64 * 4 };
-                        let offset = self.map.combine_weights(c.call.slot);
-                        let at = self.bases.at(peer, offset + row * c.weight_bytes() as u64 + column, 4);
-                        pulled.bytes += 4;
-                        pulled.remote += if peer == self.rank { 0 } else { 4 };
+                        let (window, offset) = match posted {
+                            true => (self.rank, beside[peer as usize]),
+                            false => (peer, self.map.combine_weights(c.call.slot)),
+                        };
+                        let at = self.bases.at(window, offset + row * c.weight_bytes() as u64 + column, 4);
+                        pulled.bytes += if posted { 0 } else { 4 };
+                        pulled.remote += if posted || peer == self.rank { 0 } else { 4 };
                         // SAFETY: `at` checked the bounds; any bits are a float32.
                         unsafe { (at as *const f32).read_unaligned() }
                     });

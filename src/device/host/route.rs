@@ -217,6 +217,9 @@ impl Host {
             let (tokens, topk) = (d.send.tokens as usize, d.grid.topk as usize);
             keep_weights(&d.send.planes[WEIGHTS], tokens, topk, l.weights);
         }
+        if self.map.sizes.uses.posted {
+            self.count_again(d);
+        }
         Ok(())
     }
 }

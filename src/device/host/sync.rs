@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::Host;
 use super::fifo::Fifos;
+use super::post::Note;
 use super::reduce::Pull;
 use super::route::{DEMAND, DROPPED, END};
 use crate::config::{LayoutKind, MAX_TOPK};
@@ -44,6 +45,9 @@ pub(super) struct Slot {
     pub(super) demands: Vec<u64>,
     /// Scratch: the next row of each local expert.
     pub(super) cursors: Vec<u64>,
+    /// Scratch, where results are brought: by key, this rank's rows before it at its owner; by owner, where what is beside them begins.
+    pub(super) firsts: Vec<u32>,
+    pub(super) beside: Vec<u64>,
     /// Scratch: a quantised token and its scales.
     pub(super) scratch: Vec<u8>,
     /// Scratch: the rows that one token's sum reads.
@@ -63,6 +67,8 @@ impl Slot {
             rows_of: vec![0; by_expert(sizes.num_experts)],
             demands: vec![0; ranks],
             cursors: vec![0; by_expert(sizes.experts)],
+            firsts: vec![0; if sizes.uses.posted { sizes.num_experts as usize } else { 0 }],
+            beside: vec![0; if sizes.uses.posted { ranks } else { 0 }],
             scratch: vec![0; sizes.scratch_bytes() as usize],
             pulls: Vec::with_capacity(ranks.max(MAX_TOPK as usize)),
             fifos: Fifos::new(if sizes.uses.fifos { ranks } else { 0 }),
@@ -203,6 +209,7 @@ impl Host {
     pub(super) fn mark_gone(&self, aborted: bool) {
         // Any slot's end will do: they share the word.
         self.endpoint(0).leave(aborted);
+        self.post_alone(0, Note::Gone);
     }
 
     pub(super) fn check_half(&self, slot: &Slot, call: &Call, half: Half) -> Result<()> {
@@ -242,6 +249,7 @@ impl Host {
     /// A dispatch follows a dispatch: nothing of the former one may be overwritten before all have read it.
     fn finish_reading(&self, call: &Call, slot: &mut Slot) -> Result<()> {
         self.endpoint(call.slot).raise(&slot.signal(Flag::Read, None), |_| 0);
+        self.post(call.slot, Flag::Read, false, |_| (0, 0))?;
         self.wait_for(call, slot, Flag::Read, None)
     }
 
@@ -271,7 +279,8 @@ impl Host {
         fault::at(Point::DispatchBeforeFlags);
         let slot = self.slot(d.call.slot);
         let l = self.ledger(d.memory);
-        let banked = d.split && !d.reuse && self.map.sizes.uses.banks;
+        let uses = &self.map.sizes.uses;
+        let banked = d.split && !d.reuse && uses.banks || uses.posted;
         let gathers = self.map.sizes.uses.published;
         let words = d.send.shape.words();
         let end = self.endpoint(d.call.slot);
@@ -284,7 +293,7 @@ impl Host {
             rows | if banked { BANKED } else { 0 }
         });
         fault::at(Point::DispatchAfterFlags);
-        Ok(())
+        self.post(d.call.slot, of_dispatch(d), d.split, |peer| self.dispatched(d, &l, peer))
     }
 
     pub(super) fn raise_combine(&self, c: &Combine) -> Result<()> {
@@ -300,7 +309,7 @@ impl Host {
             0
         });
         fault::at(Point::CombineAfterFlags);
-        Ok(())
+        self.post(c.call.slot, Flag::Combine, c.split, |peer| self.returned(c, peer))
     }
 
     /// Views end with this rank's combine SEND: in a debug build who reads them afterwards reads NaN.
@@ -405,6 +414,7 @@ impl Host {
         Self::add(&self.stats.hops, 1);
         self.endpoint(call.slot).wait(&signal, || {
             fault::at(point_of(flag));
+            self.hear()?;
             if self.pump(call.slot, slot) {
                 backoff = Backoff::new();
             }
@@ -413,7 +423,8 @@ impl Host {
             }
             backoff.pause();
             Ok(())
-        })
+        })?;
+        self.await_delivery(call, slot, flag)
     }
 
     /// Another thread aborted this comm.
@@ -503,6 +514,7 @@ impl Host {
         self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_with(|| error.clone());
         slot.closed = Some(error.clone());
         slot.fifos.clear();
+        self.post_alone(call.slot, Note::Loss);
         Self::add(&self.stats.steps_lost, 1);
         error
     }

@@ -134,6 +134,10 @@ impl Board {
     }
 
     /// Takes one's own entry back.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "ranks that are disconnected take theirs back: not built yet")
+    )]
     pub fn take_back(&self, name: &str) {
         self.change(name, |state| drop(state.mine.remove(name)));
     }
@@ -155,16 +159,16 @@ impl Board {
         self.shared.lock().read.get(name).and_then(|seen| seen.absent)
     }
 
-    /// Reads an entry, and waits until it is there.
+    /// Reads an entry, and waits until it is there; asks `check`, which may look at entries, now and then.
     pub fn wait_for(&self, name: &str, timeout: Duration, check: impl Fn() -> Result<()>) -> Result<Vec<u8>> {
         let until = Instant::now() + timeout;
         self.read(name);
-        let mut state = self.shared.lock();
         loop {
+            check()?;
+            let state = self.shared.lock();
             if let Some(value) = state.read.get(name).and_then(|seen| seen.value.clone()) {
                 return Ok(value);
             }
-            check()?;
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let why = state.trouble.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
@@ -172,8 +176,7 @@ impl Board {
                     format!("rank {}: there was no {name} within {} ms{why}", self.rank, timeout.as_millis());
                 return Err(Error::new(Status::Timeout, text));
             }
-            let waited = self.shared.changed.wait_timeout(state, left.min(SLICE));
-            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+            drop(self.shared.changed.wait_timeout(state, left.min(SLICE)));
         }
     }
 }

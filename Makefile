@@ -154,6 +154,7 @@ else
 	cargo test --release --package nixl-sys -- --include-ignored
 	cargo test --release --package a2a --package nccl-sys --package nixl-sys --lib -- --include-ignored nixl
 	A2A_TEST_TRANSPORT=nixl cargo test --release --package a2a --test conformance -- --test-threads 2 low_latency
+	cargo test --release --package a2a --test elastic
 endif
 
 # A debug build checks every addition, and poisons views that have ended.

@@ -221,15 +221,18 @@ typedef struct a2a_config_t {
      */
     size_t struct_size;
     /**
-     * This rank, 0 <= rank < num_ranks.
+     * This rank, 0 <= rank < num_ranks. With NIXL_ELASTIC below max_ranks: one from num_ranks on creates its comm alone, and
+     * takes part once others have taken it in (a2a_connect_ranks, a2a_activate_ranks).
      */
     int32_t rank;
     /**
-     * (same) Ranks in the group, 1 to A2A_MAX_RANKS.
+     * (same) Ranks in the group, 1 to A2A_MAX_RANKS. With NIXL_ELASTIC those that take part from the start, and 1 for a rank
+     * that comes later or in the place of another.
      */
     int32_t num_ranks;
     /**
-     * (same) Ranks the group may grow to; 0 = num_ranks. Larger values need an elastic backend.
+     * (same) Ranks the group may grow to; 0 = num_ranks. Larger values need NIXL_ELASTIC, whose experts, outputs and memory are
+     * those of max_ranks whoever takes part: R is max_ranks there.
      */
     int32_t max_ranks;
     /**
@@ -1314,9 +1317,67 @@ a2a_status_t a2a_recover(struct a2a_comm_t *comm,
                          struct a2a_recover_out_t *output);
 
 /**
+ * NIXL_ELASTIC: connects to ranks, each of which calls this too and names this rank; those that are connected already stay so.
+ * A rank that has been replaced is disconnected first. Connected ranks take no part in steps before a2a_activate_ranks, and steps
+ * of those that do go on meanwhile.
+ *
+ * ranks: [count] int32, in any order, this rank among them or not; below max_ranks. timeout_ms: 0 = the config's
+ * setup_timeout_ms. On failure none of those that were new is connected. Memory: of a rank whose predecessor did not say goodbye
+ * (a2a_destroy), two boxes more: what it was given may still be written to.
+ *
+ * Threads: any, also while another thread is inside a call on the comm; one at a time of the calls that connect and activate.
+ * Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), TIMEOUT, MISMATCH (another config or version), PEER_LOST (replaced
+ * meanwhile), OUT_OF_MEMORY, SYSTEM_ERROR, NIXL_ERROR, ABORTED; or what a rank that cannot take part says.
+ */
+a2a_status_t a2a_connect_ranks(struct a2a_comm_t *comm,
+                               const int32_t *ranks,
+                               int32_t count,
+                               int64_t timeout_ms);
+
+/**
+ * NIXL_ELASTIC: agrees with ranks, all of which call this with the same ones, that from now on they take part, and nobody else:
+ * ranks join, and others leave, by it. Every slot is idle or closed, and is idle afterwards; steps begin anew, routings of before are not
+ * replayed (A2A_DISPATCH_REUSE). Experts of ranks that take no part get no rows: their ids count as bad ids.
+ *
+ * ranks: [count] int32, in any order, this rank among them, the others connected. timeout_ms: 0 = the config's
+ * setup_timeout_ms. generation: out, may be NULL: the same on all, and higher than any of them has had. On failure all is as
+ * before, but if others have succeeded meanwhile, steps end by their deadline.
+ *
+ * Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, TIMEOUT (who did not agree),
+ * ABORTED.
+ */
+a2a_status_t a2a_activate_ranks(struct a2a_comm_t *comm,
+                                const int32_t *ranks,
+                                int32_t count,
+                                int64_t timeout_ms,
+                                uint64_t *generation);
+
+/**
+ * NIXL_ELASTIC: forgets ranks that take no part. Nothing is sent to them or heard of them any more, and what a rank that does not
+ * know it writes is looked at by nobody. Those that are not connected are passed over.
+ *
+ * ranks: [count] int32, in any order. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT (a rank that takes part),
+ * UNSUPPORTED (another backend), BUSY, ABORTED.
+ */
+a2a_status_t a2a_disconnect_ranks(struct a2a_comm_t *comm,
+                                  const int32_t *ranks,
+                                  int32_t count);
+
+/**
+ * NIXL_ELASTIC: lets this rank take steps alone, to warm up, and then goes on as before. Nobody agrees on it: no rank that takes part
+ * begins a step while another is alone. Who takes part is changed by a2a_activate_ranks alone.
+ *
+ * mask: [count] int32, not 0 = takes part; count is max_ranks. It names this rank alone, or all that take part. Slots are idle
+ * or closed. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, ABORTED.
+ */
+a2a_status_t a2a_set_rank_mask(struct a2a_comm_t *comm,
+                               const int32_t *mask,
+                               int32_t count);
+
+/**
  * Says who takes part and, as far as this rank knows, lives.
  *
- * mask: out, [count] int32, 1 = member and alive; count at least num_ranks. Threads: any, at any time. Errors:
+ * mask: out, [count] int32, 1 = member and alive; count at least num_ranks (max_ranks with NIXL_ELASTIC). Threads: any, at any time. Errors:
  * INVALID_ARGUMENT.
  */
 a2a_status_t a2a_get_rank_mask(struct a2a_comm_t *comm,

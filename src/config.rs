@@ -368,6 +368,7 @@ pub enum Bootstrap {
 #[derive(Clone, Debug)]
 pub struct Meeting {
     pub rank: u32,
+    /// Those that meet: where ranks come and go, from the start.
     pub num_ranks: u32,
     pub bootstrap: Bootstrap,
     /// Rank 0 may listen on, and be reached at, more than a loopback address.
@@ -379,6 +380,7 @@ pub struct Meeting {
 #[derive(Clone, Debug)]
 pub struct Config {
     pub rank: u32,
+    /// As many as there may be.
     pub num_ranks: u32,
     pub max_ranks: u32,
     pub ranks_per_device: u32,

@@ -268,9 +268,100 @@ pub unsafe extern "C" fn a2a_recover(
     })
 }
 
+/// NIXL_ELASTIC: connects to ranks, each of which calls this too and names this rank; those that are connected already stay so.
+/// A rank that has been replaced is disconnected first. Connected ranks take no part in steps before a2a_activate_ranks, and steps
+/// of those that do go on meanwhile.
+///
+/// ranks: [count] int32, in any order, this rank among them or not; below max_ranks. timeout_ms: 0 = the config's
+/// setup_timeout_ms. On failure none of those that were new is connected. Memory: of a rank whose predecessor did not say goodbye
+/// (a2a_destroy), two boxes more: what it was given may still be written to.
+///
+/// Threads: any, also while another thread is inside a call on the comm; one at a time of the calls that connect and activate.
+/// Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), TIMEOUT, MISMATCH (another config or version), PEER_LOST (replaced
+/// meanwhile), OUT_OF_MEMORY, SYSTEM_ERROR, NIXL_ERROR, ABORTED; or what a rank that cannot take part says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_connect_ranks(
+    comm: *mut a2a_comm_t,
+    ranks: *const i32,
+    count: i32,
+    timeout_ms: i64,
+) -> a2a_status_t {
+    with_comm("a2a_connect_ranks", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        let ranks = unsafe { int_list("ranks", ranks, count)? };
+        comm.connect_ranks(&ranks, timeout_ms)
+    })
+}
+
+/// NIXL_ELASTIC: agrees with ranks, all of which call this with the same ones, that from now on they take part, and nobody else:
+/// ranks join, and others leave, by it. Every slot is idle or closed, and is idle afterwards; steps begin anew, routings of before are not
+/// replayed (A2A_DISPATCH_REUSE). Experts of ranks that take no part get no rows: their ids count as bad ids.
+///
+/// ranks: [count] int32, in any order, this rank among them, the others connected. timeout_ms: 0 = the config's
+/// setup_timeout_ms. generation: out, may be NULL: the same on all, and higher than any of them has had. On failure all is as
+/// before, but if others have succeeded meanwhile, steps end by their deadline.
+///
+/// Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, TIMEOUT (who did not agree),
+/// ABORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_activate_ranks(
+    comm: *mut a2a_comm_t,
+    ranks: *const i32,
+    count: i32,
+    timeout_ms: i64,
+    generation: *mut u64,
+) -> a2a_status_t {
+    with_comm("a2a_activate_ranks", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        let ranks = unsafe { int_list("ranks", ranks, count)? };
+        let agreed = comm.activate_ranks(&ranks, timeout_ms)?;
+        if !generation.is_null() {
+            // SAFETY: not NULL; the caller vouches for it.
+            unsafe { generation.write_unaligned(agreed) };
+        }
+        Ok(())
+    })
+}
+
+/// NIXL_ELASTIC: forgets ranks that take no part. Nothing is sent to them or heard of them any more, and what a rank that does not
+/// know it writes is looked at by nobody. Those that are not connected are passed over.
+///
+/// ranks: [count] int32, in any order. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT (a rank that takes part),
+/// UNSUPPORTED (another backend), BUSY, ABORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_disconnect_ranks(
+    comm: *mut a2a_comm_t,
+    ranks: *const i32,
+    count: i32,
+) -> a2a_status_t {
+    with_comm("a2a_disconnect_ranks", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        let ranks = unsafe { int_list("ranks", ranks, count)? };
+        comm.disconnect_ranks(&ranks)
+    })
+}
+
+/// NIXL_ELASTIC: lets this rank take steps alone, to warm up, and then goes on as before. Nobody agrees on it: no rank that takes part
+/// begins a step while another is alone. Who takes part is changed by a2a_activate_ranks alone.
+///
+/// mask: [count] int32, not 0 = takes part; count is max_ranks. It names this rank alone, or all that take part. Slots are idle
+/// or closed. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, ABORTED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn a2a_set_rank_mask(
+    comm: *mut a2a_comm_t,
+    mask: *const i32,
+    count: i32,
+) -> a2a_status_t {
+    with_comm("a2a_set_rank_mask", comm, |comm| {
+        // SAFETY: forwarded from the caller.
+        let mask = unsafe { int_list("mask", mask, count)? };
+        comm.set_rank_mask(&mask)
+    })
+}
+
 /// Says who takes part and, as far as this rank knows, lives.
 ///
-/// mask: out, [count] int32, 1 = member and alive; count at least num_ranks. Threads: any, at any time. Errors:
+/// mask: out, [count] int32, 1 = member and alive; count at least num_ranks (max_ranks with NIXL_ELASTIC). Threads: any, at any time. Errors:
 /// INVALID_ARGUMENT.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_get_rank_mask(
@@ -568,6 +659,21 @@ pub unsafe extern "C" fn a2a_backend_from_name(name: *const c_char) -> a2a_backe
     // SAFETY: the ABI asks for a NUL-terminated string.
     let Ok(name) = (unsafe { text("name", name) }) else { return A2A_BACKEND_UNKNOWN };
     BackendKind::from_name(name).map_or(A2A_BACKEND_UNKNOWN, |kind| kind as a2a_backend_t)
+}
+
+/// A caller's list of int32.
+///
+/// # Safety
+/// `ptr` is NULL or has `count` int32.
+unsafe fn int_list(argument: &str, ptr: *const i32, count: i32) -> Result<Vec<i32>> {
+    if !(0..=A2A_MAX_RANKS).contains(&count) {
+        return Err(Error::invalid(format!("count is {count}, it must be from 0 to {A2A_MAX_RANKS}")));
+    }
+    if ptr.is_null() {
+        return if count == 0 { Ok(Vec::new()) } else { Err(Error::invalid(format!("{argument} is NULL"))) };
+    }
+    // SAFETY: not NULL; count int32 by the contract, aligned or not.
+    Ok((0..count as usize).map(|i| unsafe { ptr.add(i).read_unaligned() }).collect())
 }
 
 /// A caller's string.

@@ -24,6 +24,14 @@ fn positive(rank: i32, name: &str, value: i64, default: i64, high: i64) -> Resul
     range(rank, name, value, 0, high).map(|value| if value == 0 { default as u64 } else { value as u64 })
 }
 
+/// If ranks come and go: what is made is made for as many as there may be. A code that is none is refused elsewhere.
+fn is_elastic(raw: &a2a_config_t) -> bool {
+    match raw.transport {
+        A2A_TRANSPORT_AUTO => raw.backend == A2A_BACKEND_NIXL_ELASTIC,
+        transport => transport == A2A_TRANSPORT_NIXL,
+    }
+}
+
 /// The part by which a rank finds the others; the rest may still be refused.
 ///
 /// # Safety
@@ -33,7 +41,8 @@ pub unsafe fn meeting(raw: &a2a_config_t) -> Result<Meeting> {
     let rank = raw.rank;
     let invalid = |text: &str| Err(Error::invalid(format!("rank {rank}: {text}")));
     let num_ranks = range(rank, "num_ranks", raw.num_ranks as i64, 1, MAX_RANKS as i64)? as u32;
-    range(rank, "rank", rank as i64, 0, num_ranks as i64 - 1)?;
+    let seats = if is_elastic(raw) { (raw.max_ranks as i64).max(num_ranks as i64) } else { num_ranks as i64 };
+    range(rank, "rank", rank as i64, 0, seats - 1)?;
     if raw.flags & !A2A_CONFIG_REMOTE != 0 {
         return invalid(&format!("flags is {:#x}, this version knows A2A_CONFIG_REMOTE (1)", raw.flags));
     }
@@ -94,19 +103,22 @@ impl User {
 pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
     // SAFETY: forwarded from the caller.
     let meeting = unsafe { meeting(raw)? };
-    let (rank, num_ranks) = (raw.rank, meeting.num_ranks);
+    let rank = raw.rank;
     let range = |name: &str, value, low, high| range(rank, name, value, low, high);
     let positive = |name: &str, value, default, high| positive(rank, name, value, default, high);
     let max = i32::MAX as i64;
     let max_ranks = match range("max_ranks", raw.max_ranks as i64, 0, MAX_RANKS as i64)? as u32 {
-        0 => num_ranks,
-        max_ranks if max_ranks < num_ranks => {
+        0 => meeting.num_ranks,
+        max_ranks if max_ranks < meeting.num_ranks => {
             return Err(Error::invalid(format!(
-                "rank {rank}: max_ranks is {max_ranks}, num_ranks is {num_ranks}"
+                "rank {rank}: max_ranks is {max_ranks}, num_ranks is {}",
+                meeting.num_ranks
             )));
         }
         max_ranks => max_ranks,
     };
+    // All that there may be: their experts and outputs are the same whoever takes part.
+    let num_ranks = if is_elastic(raw) { max_ranks } else { meeting.num_ranks };
     let num_experts = range("num_experts", raw.num_experts as i64, 1, 1 << 20)? as u32;
     let max_tokens = range("max_tokens", raw.max_tokens as i64, 1, max)? as u32;
     let max_hidden = range("max_hidden", raw.max_hidden as i64, 1, max)? as u32;

@@ -297,11 +297,14 @@ pub type a2a_log_fn = Option<unsafe extern "C" fn(level: i32, message: *const c_
 pub struct a2a_config_t {
     /// sizeof(a2a_config_t) of the caller; set by a2a_config_init.
     pub struct_size: usize,
-    /// This rank, 0 <= rank < num_ranks.
+    /// This rank, 0 <= rank < num_ranks. With NIXL_ELASTIC below max_ranks: one from num_ranks on creates its comm alone, and
+    /// takes part once others have taken it in (a2a_connect_ranks, a2a_activate_ranks).
     pub rank: i32,
-    /// (same) Ranks in the group, 1 to A2A_MAX_RANKS.
+    /// (same) Ranks in the group, 1 to A2A_MAX_RANKS. With NIXL_ELASTIC those that take part from the start, and 1 for a rank
+    /// that comes later or in the place of another.
     pub num_ranks: i32,
-    /// (same) Ranks the group may grow to; 0 = num_ranks. Larger values need an elastic backend.
+    /// (same) Ranks the group may grow to; 0 = num_ranks. Larger values need NIXL_ELASTIC, whose experts, outputs and memory are
+    /// those of max_ranks whoever takes part: R is max_ranks there.
     pub max_ranks: i32,
     /// (same) Ranks that share one GPU; 0 = 1. Means nothing on the CPU.
     pub ranks_per_device: i32,

@@ -1,4 +1,5 @@
-//! Who takes part: the survivors of a loss agree, put their windows into their first state, and go on.
+//! Who takes part: the survivors of a loss agree, put their windows into their first state, and go on. Where couriers carry rows,
+//! ranks also come, and leave: who is connected and who takes part are two things, so that connecting disturbs no step.
 //!
 //! A step that was given up on may still be at work somewhere: a rank that stands still in the middle of it stores the
 //! rest when it goes on. So nothing is used again before every rank that is lost is known to touch it no more, or
@@ -14,6 +15,7 @@ use crate::device::{Device, Membership, Standing};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use crate::transport::bootstrap::{Recovery, Regathered, regather};
+use crate::transport::nixl::Mesh;
 
 /// What the survivors agreed on.
 pub struct Recovered {
@@ -145,6 +147,152 @@ impl Comm {
             format!("rank {}: generation {generation}, {} ranks take part", self.config.rank, members.len())
         });
         Ok(Recovered { generation, members, whole, replaced })
+    }
+
+    // Where ranks come and go.
+
+    fn mesh(&self) -> Result<Arc<Mesh>> {
+        let mesh = self.mesh.read().unwrap_or_else(|e| e.into_inner()).clone();
+        mesh.ok_or_else(|| {
+            let (rank, backend) = (self.config.rank, self.plan.backend.name());
+            match self.plan.transport {
+                TransportKind::Nixl => self.invalid("the comm was destroyed"),
+                _ => Error::unsupported(format!(
+                    "rank {rank}: backend {backend} has the ranks that it was created with: after a loss a2a_recover goes on                      without some, and nixl_elastic (6) takes others in"
+                )),
+            }
+        })
+    }
+
+    /// Ranks of a caller's list, ascending.
+    fn check_ranks(&self, ranks: &[i32]) -> Result<Vec<u32>> {
+        let most = self.config.num_ranks;
+        let mut all = Vec::with_capacity(ranks.len());
+        for (at, rank) in ranks.iter().enumerate() {
+            match u32::try_from(*rank).ok().filter(|rank| *rank < most) {
+                Some(rank) if !all.contains(&rank) => all.push(rank),
+                Some(rank) => {
+                    return Err(self.invalid(format!("ranks[{at}] is {rank}, which was named before")));
+                }
+                None => {
+                    return Err(
+                        self.invalid(format!("ranks[{at}] is {rank}, it must be from 0 to {}", most - 1))
+                    );
+                }
+            }
+        }
+        all.sort_unstable();
+        Ok(all)
+    }
+
+    fn deadline(&self, timeout_ms: i64) -> Result<Instant> {
+        let timeout_ms = match timeout_ms {
+            0 => self.config.meeting.timeout_ms,
+            1..=MAX_TIMEOUT_MS => timeout_ms as u64,
+            _ => {
+                return Err(self
+                    .invalid(format!("timeout_ms is {timeout_ms}, it must be from 0 to {MAX_TIMEOUT_MS}")));
+            }
+        };
+        Ok(Instant::now() + Duration::from_millis(timeout_ms))
+    }
+
+    /// What ends a wait for ranks, beside its deadline.
+    fn is_in_use(&self) -> Result<()> {
+        match lock(&self.failure).clone() {
+            Some(error) => Err(error),
+            None if self.health.is_aborted() => Err(self.invalid("the comm was destroyed")),
+            None => Ok(()),
+        }
+    }
+
+    /// Beside calls that are in flight.
+    pub fn connect_ranks(&self, ranks: &[i32], timeout_ms: i64) -> Result<()> {
+        let (mesh, deadline) = (self.mesh()?, self.deadline(timeout_ms)?);
+        let ranks = self.check_ranks(ranks)?;
+        let members = self.device()?.membership().members;
+        let new = mesh.connect(&ranks, deadline, &|| self.is_in_use())?;
+        // A member that was lost comes back as another incarnation once it takes part no more.
+        new.iter().filter(|rank| !members.contains(**rank)).for_each(|rank| self.health.returned(*rank));
+        log(Level::Info, || format!("rank {}: connected to ranks {new:?}", self.config.rank));
+        Ok(())
+    }
+
+    /// Returns the generation.
+    pub fn activate_ranks(&self, ranks: &[i32], timeout_ms: i64) -> Result<u64> {
+        let (_call, device) = self.enter()?;
+        let (mesh, deadline) = (self.mesh()?, self.deadline(timeout_ms)?);
+        let (ranks, me) = (self.check_ranks(ranks)?, self.config.rank);
+        if !ranks.contains(&me) {
+            return Err(self.invalid(format!("ranks is {ranks:?}, rank {me} itself is to be among them")));
+        }
+        if lock(&self.masked).is_some() {
+            return Err(
+                self.invalid("rank mask: the other ranks are masked, unmask them first (a2a_set_rank_mask)")
+            );
+        }
+        if let Some(rank) = ranks.iter().find(|rank| **rank != me && !mesh.is_connected(**rank)) {
+            return Err(self.invalid(format!("rank {rank} is not connected (a2a_connect_ranks)")));
+        }
+        if let Some(slot) = device.busy_slot() {
+            return Err(self.invalid(format!("slot {slot} is in the middle of a step")));
+        }
+        let former = device.membership();
+        let generation = mesh.agree(&ranks, former.generation, deadline, &|| self.is_in_use())?;
+        let members: Members = ranks.iter().copied().collect();
+        let next = device.recovered(Membership { generation, members })?;
+        *self.device.write().unwrap_or_else(|e| e.into_inner()) = Some(next);
+        log(Level::Info, || format!("rank {me}: generation {generation}, ranks {ranks:?} take part"));
+        Ok(generation)
+    }
+
+    pub fn disconnect_ranks(&self, ranks: &[i32]) -> Result<()> {
+        let (_call, device) = self.enter()?;
+        let (mesh, ranks) = (self.mesh()?, self.check_ranks(ranks)?);
+        let members = device.membership().members;
+        if let Some(rank) = ranks.iter().find(|rank| members.contains(**rank)) {
+            return Err(self.invalid(format!("rank {rank} takes part: activate the others without it first")));
+        }
+        mesh.disconnect(&ranks);
+        log(Level::Info, || format!("rank {}: disconnected from ranks {ranks:?}", self.config.rank));
+        Ok(())
+    }
+
+    /// Alone for a while, or as before.
+    pub fn set_rank_mask(&self, mask: &[i32]) -> Result<()> {
+        let (_call, device) = self.enter()?;
+        self.mesh()?;
+        let me = self.config.rank;
+        if mask.len() != self.config.num_ranks as usize {
+            let (count, ranks) = (mask.len(), self.config.num_ranks);
+            return Err(self.invalid(format!("count is {count}, max_ranks is {ranks}")));
+        }
+        let wanted: Members = (0..).zip(mask).filter(|(_, mask)| **mask != 0).map(|(rank, _)| rank).collect();
+        let mut masked = lock(&self.masked);
+        let all = masked.as_ref().unwrap_or(&device).membership().members;
+        let alone = Membership::alone(me).members;
+        if wanted == device.membership().members {
+            return Ok(());
+        }
+        if let Some(slot) = device.busy_slot() {
+            return Err(self.invalid(format!("slot {slot} is in the middle of a step")));
+        }
+        let next = if wanted == all {
+            masked.take().ok_or_else(|| Error::internal("nothing was masked"))?
+        } else if wanted == alone {
+            let generation = device.membership().generation;
+            let next = device.clone().recovered(Membership { generation, members: alone })?;
+            *masked = Some(device);
+            next
+        } else {
+            return Err(self.invalid(format!(
+                "mask names ranks {:?}: it must be rank {me} alone, or all that take part, {:?} (a2a_activate_ranks changes those)",
+                wanted.iter().collect::<Vec<_>>(),
+                all.iter().collect::<Vec<_>>()
+            )));
+        };
+        *self.device.write().unwrap_or_else(|e| e.into_inner()) = Some(next);
+        Ok(())
     }
 
     /// By rank: whether it takes part and, as far as this rank knows, lives.

@@ -24,7 +24,7 @@ use crate::config::{Bootstrap, CallersComm, Config, DeviceKind, MAX_TIMEOUT_MS, 
 use crate::device::cuda::{self, Cuda};
 use crate::device::grid::Grid;
 use crate::device::host::Host;
-use crate::device::{Call, Device, Half, Health, Region, Rows, Stats, Stream, Target};
+use crate::device::{Call, Device, Half, Health, Membership, Region, Rows, Stats, Stream, Target};
 use crate::error::{Error, Loss, Result, Status};
 use crate::fault::{self, Point};
 use crate::log::{Level, log};
@@ -63,6 +63,10 @@ pub struct Comm {
     windows: Mapped,
     past: Mutex<Past>,
     alive: Mutex<Option<Alive>>,
+    /// The ways to other ranks, where they come and go; `None` once destroyed.
+    mesh: RwLock<Option<Arc<nixl::Mesh>>>,
+    /// What this rank takes part with when it is alone no more (`set_rank_mask`).
+    masked: Mutex<Option<Arc<dyn Device>>>,
     /// Held by the call in flight.
     in_call: Mutex<()>,
     /// Why the comm as a whole has failed.
@@ -166,7 +170,7 @@ impl Comm {
         let Some(backend) = backend::of(plan.backend) else {
             return Err(Error::internal("a backend was chosen that is not built"));
         };
-        let Built { device, windows, watchdog, watch } = built;
+        let Built { device, windows, watchdog, watch, mesh } = built;
         let (rank, bytes) = (config.rank, plan.memory().window);
         log(Level::Info, || {
             format!(
@@ -186,6 +190,8 @@ impl Comm {
             windows,
             past: Mutex::default(),
             alive: Mutex::new(Some(Alive { lifeline, _watchdog: watchdog, _watch: watch })),
+            mesh: RwLock::new(mesh),
+            masked: Mutex::new(None),
             in_call: Mutex::new(()),
             failure: Mutex::new(None),
             first_step_timeout_ms: AtomicU64::new(config.first_step_timeout_ms),
@@ -302,6 +308,8 @@ impl Comm {
             device.leave(false);
             fault::at(Point::DestroyGone);
         }
+        drop(lock(&self.masked).take());
+        drop(self.mesh.write().unwrap_or_else(|e| e.into_inner()).take());
         drop(lock(&self.alive).take());
         log(Level::Info, || format!("rank {}: comm destroyed", self.config.rank));
     }
@@ -604,6 +612,7 @@ struct Built {
     windows: Mapped,
     watchdog: Option<Watchdog>,
     watch: Option<nccl::Watch>,
+    mesh: Option<Arc<nixl::Mesh>>,
 }
 
 /// Of the UCX that NIXL brings: a host that vanishes is noticed. Beyond this machine only where the config allows it.
@@ -614,27 +623,33 @@ fn ucx_settings(remote: bool) -> String {
 
 /// A rank's own memory, and its ways to all others.
 fn build_posted(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<Built> {
-    let (rank, deadline) = (config.rank, Duration::from_millis(config.meeting.timeout_ms));
-    let deadline = Instant::now() + deadline;
+    let (rank, first) = (config.rank, config.meeting.num_ranks);
+    let deadline = Instant::now() + Duration::from_millis(config.meeting.timeout_ms);
     let on_rank = |e: Error| e.context(format!("rank {rank}"));
     let memory = Apart::new(rank, &plan.map)?;
-    let bases = memory.bases();
-    let host = Host::new(rank, plan.map.clone(), config.experts.clone(), bases, health.clone());
+    let host = Host::new(rank, plan.map.clone(), config.experts.clone(), memory.bases(), health.clone());
     let agreed = config.agreed().into_iter().map(|(name, value)| (name.to_string(), value));
-    let party = nixl::Party { meeting: &config.meeting, fields: agreed.collect(), deadline };
-    let boxes = nixl::Memory {
-        inboxes: memory.inboxes(),
-        outboxes: memory.outboxes(),
-        box_bytes: memory.box_bytes(),
-        keep: memory.keep(),
-    };
-    let mesh = nixl::Mesh::gather(party, boxes, |incarnation| {
+    let party =
+        nixl::Party { meeting: config.meeting.clone(), ranks: config.num_ranks, fields: agreed.collect() };
+    let box_bytes = memory.box_bytes();
+    let boxes = Box::new(move |peer, anew| memory.boxes(peer, anew));
+    let mesh = nixl::Mesh::open(party, nixl::Memory { box_bytes, boxes }, |incarnation| {
         let name = format!("a2a.{rank}.{incarnation:016x}");
         let agent = nixl::Agent::new(&name, &ucx_settings(config.meeting.remote)).map_err(on_rank)?;
         Ok(Box::new(agent))
     })?;
-    let device = Arc::new(host.posted_by(Arc::new(mesh)));
-    Ok(Built { device, windows: Mapped::Apart, watchdog: None, watch: None })
+    // Who is not there from the start is alone until others take it in.
+    let membership = match rank < first {
+        true => Membership::first(first),
+        false => Membership::alone(rank),
+    };
+    if rank < first {
+        let members: Vec<u32> = membership.members.iter().collect();
+        mesh.connect(&members, deadline, &|| Ok(()))?;
+    }
+    let mesh = Arc::new(mesh);
+    let device = Arc::new(host.posted_by(mesh.clone(), membership));
+    Ok(Built { device, windows: Mapped::Apart, watchdog: None, watch: None, mesh: Some(mesh) })
 }
 
 /// Maps every window, puts this rank's own into its first state and starts the watchdog. No rank steps before all
@@ -711,5 +726,5 @@ fn build(
     device.set_timeout(milliseconds(config.first_step_timeout_ms), milliseconds(config.timeout_ms));
     watched[rank as usize].clear();
     let watchdog = Some(Watchdog::start(rank, watched, health.clone())?);
-    Ok(Built { device, windows: mapped, watchdog, watch })
+    Ok(Built { device, windows: mapped, watchdog, watch, mesh: None })
 }

@@ -15,13 +15,14 @@ mod order;
 mod protocol;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::config::{OverflowKind, QuantKind};
 use crate::error::{Error, Result};
 use grid::Grid;
+pub use loss::list;
 use map::{COLUMN_PAD, List, PLANES, received_bytes};
 use members::Members;
 use protocol::Vitals;
@@ -154,8 +155,8 @@ pub struct Boxes {
     start: u64,
     bytes: u64,
     /// By rank: what it sends to this one; what this one sends to it.
-    inboxes: Vec<*mut u8>,
-    outboxes: Vec<*mut u8>,
+    inboxes: Vec<AtomicPtr<u8>>,
+    outboxes: Vec<AtomicPtr<u8>>,
 }
 
 // SAFETY: memory that who made it keeps; a call has it to itself but for what couriers bring before their notes.
@@ -173,17 +174,31 @@ impl Boxes {
         inboxes: Vec<*mut u8>,
         outboxes: Vec<*mut u8>,
     ) -> Boxes {
-        Boxes { rank, start, bytes, inboxes, outboxes }
+        let words = |all: Vec<*mut u8>| all.into_iter().map(AtomicPtr::new).collect();
+        Boxes { rank, start, bytes, inboxes: words(inboxes), outboxes: words(outboxes) }
+    }
+    /// Other boxes for a peer that does not take part.
+    ///
+    /// # Safety
+    /// As `new`.
+    pub unsafe fn renew(&self, peer: u32, inbox: *mut u8, outbox: *mut u8) {
+        self.inboxes[peer as usize].store(inbox, Ordering::Release);
+        self.outboxes[peer as usize].store(outbox, Ordering::Release);
+    }
+    /// A peer's, as they are: in, out.
+    pub fn of(&self, peer: u32) -> (u64, u64) {
+        let at = |all: &[AtomicPtr<u8>]| all[peer as usize].load(Ordering::Acquire) as u64;
+        (at(&self.inboxes), at(&self.outboxes))
     }
     #[inline]
     fn at(&self, rank: u32, offset: u64, bytes: u64) -> *mut u8 {
         let (source, within) = ((offset - self.start) / self.bytes, (offset - self.start) % self.bytes);
         assert!(within + bytes <= self.bytes, "{bytes} bytes at {within} of a box of {}", self.bytes);
         let base = if rank == self.rank {
-            self.inboxes[source as usize]
+            self.inboxes[source as usize].load(Ordering::Acquire)
         } else {
             assert!(source == self.rank as u64, "rank {rank}'s inbox of rank {source}");
-            self.outboxes[rank as usize]
+            self.outboxes[rank as usize].load(Ordering::Acquire)
         };
         base.wrapping_add(within as usize)
     }
@@ -201,8 +216,8 @@ impl Bases {
     pub unsafe fn new(windows: Vec<(*mut u8, u64)>, keep: Arc<dyn Any + Send + Sync>) -> Bases {
         Bases { windows, local: Members::none(), boxes: None, _keep: keep }
     }
-    pub fn with_boxes(self, boxes: Boxes) -> Bases {
-        Bases { boxes: Some(Arc::new(boxes)), ..self }
+    pub fn with_boxes(self, boxes: Arc<Boxes>) -> Bases {
+        Bases { boxes: Some(boxes), ..self }
     }
     pub fn shared_with(self, local: Members) -> Bases {
         Bases { local, ..self }
@@ -296,6 +311,11 @@ impl Health {
         self.left(rank);
         !self.proven[rank as usize].swap(true, Ordering::SeqCst)
     }
+    /// A rank is there in another incarnation.
+    pub fn returned(&self, rank: u32) {
+        self.proven[rank as usize].store(false, Ordering::SeqCst);
+        self.vitals.returned(rank);
+    }
     /// A rank takes part no more. True if it was not known.
     pub fn left(&self, rank: u32) -> bool {
         let is_new = self.vitals.died(rank);
@@ -376,9 +396,9 @@ impl Membership {
     pub fn first(ranks: u32) -> Membership {
         Membership { generation: 1, members: Members::all(ranks) }
     }
-    /// Nobody has been lost yet.
-    pub fn is_whole(&self) -> bool {
-        self.generation == 1
+    /// Of a rank that is alone until others take it in.
+    pub fn alone(rank: u32) -> Membership {
+        Membership { generation: 0, members: [rank].into_iter().collect() }
     }
 }
 
@@ -767,6 +787,14 @@ pub enum Heard<'a> {
     Lost(u32),
 }
 
+/// What became of a note.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    Now,
+    /// It is of a later generation: it is to be handed over again.
+    Later,
+}
+
 /// What carries bytes and notes to peers whose windows nobody here addresses.
 pub trait Post: Send + Sync {
     /// Starts to carry so many bytes at an offset of the outbox for a peer to the same offset of this rank's inbox there, and a note
@@ -775,7 +803,7 @@ pub trait Post: Send + Sync {
     /// Sends a note to a rank once all else that was sent to it has been delivered.
     fn send_last(&self, peer: u32, note: &[u8]);
     /// Drives what is under way, and hands over what has been heard.
-    fn poll(&self, hear: &mut dyn FnMut(Heard)) -> Result<()>;
+    fn poll(&self, hear: &mut dyn FnMut(Heard) -> Taken) -> Result<()>;
     /// True if what was sent last on a lane may still be read, or has not been told of.
     fn is_under_way(&self, peer: u32, lane: u32) -> bool;
     /// The rank is elsewhere until it calls again: what is under way goes on by itself.
@@ -868,6 +896,8 @@ pub trait Device: Send + Sync {
     fn leave(&self, aborted: bool);
 
     fn membership(&self) -> Membership;
+    /// A slot in the middle of a step, if there is one.
+    fn busy_slot(&self) -> Option<u32>;
     /// Closes every slot that is open, and ends this rank's work in windows. Returns what it knows of the slots' steps and
     /// of lost ranks.
     fn suspend(&self, why: &Error) -> Result<Standing>;

@@ -170,6 +170,9 @@ impl Vitals {
     pub fn abort(&self) {
         self.aborted.store(true, SeqCst);
     }
+    pub fn returned(&self, rank: u32) {
+        self.dead[rank as usize].store(false, SeqCst);
+    }
     /// True if it was not known.
     pub fn died(&self, rank: u32) -> bool {
         !self.dead[rank as usize].swap(true, SeqCst)

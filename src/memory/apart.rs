@@ -1,6 +1,7 @@
 //! Memory of a rank whose window nobody else addresses: the window, an inbox and an outbox for each peer, and room for what
 //! this rank would write into the peers' windows, of which couriers carry what they are to have.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use rustix::mm::{MapFlags, ProtFlags};
@@ -13,11 +14,10 @@ use crate::fault::{self, Point};
 
 pub struct Apart {
     rank: u32,
-    /// Window, inboxes by rank, outboxes by rank without this one's.
+    /// Window, inboxes by rank, outboxes by rank without this one's; then the peers' windows as this rank has them.
     own: Arc<(Mapping, Vec<Mapping>)>,
-    /// Where inboxes begin, and the bytes of each.
-    inboxes: (u64, u64),
-    ranks: u32,
+    boxes: Arc<Boxes>,
+    box_bytes: u64,
 }
 
 /// What `Apart::new` takes, words that it would write elsewhere left out.
@@ -44,49 +44,44 @@ impl Apart {
             })?;
             Ok(Mapping::of(ptr as *mut u8, bytes))
         };
-        let ranks = map.sizes.ranks();
+        let ranks = map.sizes.ranks() as u64;
         let shadows = (0..ranks).map(shadow).collect::<Result<_>>()?;
-        Ok(Apart { rank, own: Arc::new((own, shadows)), inboxes: map.inboxes(), ranks })
+        let ((start, each), me) = (map.inboxes(), rank as u64);
+        let at = |number: u64| own.start().wrapping_add((start + number * each) as usize);
+        // A rank's own outbox is its inbox.
+        let outbox = |peer: u64| at(if peer == me { me } else { ranks + peer - u64::from(peer > me) });
+        let (inboxes, outboxes) = ((0..ranks).map(at).collect(), (0..ranks).map(outbox).collect());
+        // SAFETY: parts of the mapping, which `own` keeps, page-aligned.
+        let boxes = Arc::new(unsafe { Boxes::new(rank, map.inboxes(), inboxes, outboxes) });
+        Ok(Apart { rank, own: Arc::new((own, shadows)), boxes, box_bytes: each })
     }
 
-    fn at(&self, offset: u64) -> *mut u8 {
-        self.own.0.start().wrapping_add(offset as usize)
-    }
-    /// By rank: the address of the inbox for what it sends.
-    pub fn inboxes(&self) -> Vec<u64> {
-        let (start, each) = self.inboxes;
-        (0..self.ranks as u64).map(|source| self.at(start + source * each) as u64).collect()
-    }
-    /// By rank: the address of the outbox for what is sent to it. A rank's own is its inbox.
-    pub fn outboxes(&self) -> Vec<u64> {
-        let (start, each) = self.inboxes;
-        let (ranks, own) = (self.ranks as u64, self.rank as u64);
-        let number = |peer: u64| if peer == own { own } else { ranks + peer - u64::from(peer > own) };
-        (0..ranks).map(|peer| self.at(start + number(peer) * each) as u64).collect()
-    }
     /// Of each box.
     pub fn box_bytes(&self) -> u64 {
-        self.inboxes.1
+        self.box_bytes
     }
-    /// What keeps all of it mapped.
-    pub fn keep(&self) -> Arc<dyn std::any::Any + Send + Sync> {
-        self.own.clone()
+
+    /// What a peer's boxes lie in, in and out; `anew`: in memory of their own from now on, because who had them may still write
+    /// there. The peer takes no part. What keeps them is to be kept as long as anybody may write there.
+    pub fn boxes(&self, peer: u32, anew: bool) -> Result<(u64, u64, Arc<dyn Any + Send + Sync>)> {
+        let mut keep: Arc<dyn Any + Send + Sync> = self.own.clone();
+        if anew {
+            let bytes = 2 * self.box_bytes;
+            let fresh = Arc::new(Mapping::new(&WindowFd::create(self.rank, bytes)?, self.rank, bytes)?);
+            let (inbox, outbox) = (fresh.start(), fresh.start().wrapping_add(self.box_bytes as usize));
+            keep = fresh;
+            // SAFETY: page-aligned parts of a mapping, which the courier keeps with `keep`.
+            unsafe { self.boxes.renew(peer, inbox, outbox) };
+        }
+        let (inbox, outbox) = self.boxes.of(peer);
+        Ok((inbox, outbox, keep))
     }
 
     pub fn bases(&self) -> Bases {
         let (own, shadows) = &*self.own;
         let window = |peer: usize| if peer as u32 == self.rank { own } else { &shadows[peer] };
         let windows = (0..shadows.len()).map(|peer| (window(peer).start(), shadows[peer].bytes())).collect();
-        let addresses = |boxes: Vec<u64>| boxes.into_iter().map(|at| at as *mut u8).collect();
-        let (inboxes, outboxes) = (addresses(self.inboxes()), addresses(self.outboxes()));
-        // SAFETY: mapped read-write, page-aligned, kept by the Arc; boxes lie behind each other in the mapping.
-        unsafe {
-            Bases::new(windows, self.keep()).with_boxes(Boxes::new(
-                self.rank,
-                self.inboxes,
-                inboxes,
-                outboxes,
-            ))
-        }
+        // SAFETY: mapped read-write, page-aligned, kept by the Arc; boxes by it or by whoever renews them.
+        unsafe { Bases::new(windows, self.own.clone()).with_boxes(self.boxes.clone()) }
     }
 }

@@ -883,6 +883,10 @@ impl Device for Cuda {
     fn membership(&self) -> Membership {
         *lock(&self.membership)
     }
+    fn busy_slot(&self) -> Option<u32> {
+        // Only the kernels know, and nobody asks: no courier serves a GPU.
+        None
+    }
     fn suspend(&self, why: &Error) -> Result<Standing> {
         self.end_work()?;
         let slots = self.read_slots()?;

@@ -54,9 +54,9 @@ impl Host {
         Host::with(rank, map, experts, bases, health, membership, Arc::default())
     }
 
-    /// What it writes into other ranks' windows is carried there.
-    pub fn posted_by(self, post: Arc<dyn Post>) -> Host {
-        Host { post: Some(post), ..self }
+    /// What it writes into other ranks' windows is carried there, to those that take part.
+    pub fn posted_by(self, post: Arc<dyn Post>, membership: Membership) -> Host {
+        Host { post: Some(post), membership, ..self }
     }
 
     fn with(
@@ -250,6 +250,9 @@ impl Device for Host {
     fn membership(&self) -> Membership {
         self.membership
     }
+    fn busy_slot(&self) -> Option<u32> {
+        (0..self.map.sizes.slots).find(|slot| self.slot(*slot).is_in_a_step())
+    }
     fn suspend(&self, why: &Error) -> Result<Standing> {
         let mut standing = Standing::default();
         for slot in self.slots.iter().map(|slot| slot.lock().unwrap_or_else(|e| e.into_inner())) {
@@ -283,6 +286,7 @@ impl Device for Host {
         }
         let (bases, health, stats) = (self.bases.clone(), self.health.clone(), self.stats.clone());
         let (map, experts) = (self.map.clone(), self.experts.clone());
-        Ok(Arc::new(Host::with(self.rank, map, experts, bases, health, membership, stats)))
+        let next = Host::with(self.rank, map, experts, bases, health, membership, stats);
+        Ok(Arc::new(Host { post: self.post.clone(), ..next }))
     }
 }

@@ -13,7 +13,7 @@ use super::{Host, copy_row};
 use crate::device::loss::Why;
 use crate::device::map::mask_words;
 use crate::device::protocol::Flag;
-use crate::device::{Call, Combine, Dispatch, Heard, Weighting, mail};
+use crate::device::{Call, Combine, Dispatch, Heard, Taken, Weighting, mail};
 use crate::error::{Result, Status};
 use crate::fault::Point;
 use crate::log::{Level, log};
@@ -157,25 +157,25 @@ impl Host {
     pub(super) fn hear(&self) -> Result<()> {
         let Some(post) = &self.post else { return Ok(()) };
         post.poll(&mut |heard| match heard {
-            Heard::Note(source, note) => {
-                if self.store_note(source, note).is_none() {
-                    log(Level::Warn, || {
-                        format!(
-                            "rank {}: a note of rank {source} makes no sense ({} bytes)",
-                            self.rank,
-                            note.len()
-                        )
-                    });
-                }
-            }
+            Heard::Note(source, note) => self.store_note(source, note).unwrap_or_else(|| {
+                log(Level::Warn, || {
+                    format!(
+                        "rank {}: a note of rank {source} makes no sense ({} bytes)",
+                        self.rank,
+                        note.len()
+                    )
+                });
+                Taken::Now
+            }),
             Heard::Lost(peer) => {
                 self.health.left(peer);
+                Taken::Now
             }
         })
     }
 
     /// `None` if it is no note.
-    fn store_note(&self, source: u32, bytes: &[u8]) -> Option<()> {
+    fn store_note(&self, source: u32, bytes: &[u8]) -> Option<Taken> {
         let (header, words) = bytes.split_first_chunk::<HEADER>()?;
         let note = Note::from_byte(header[0])?;
         let slot = u16::from_le_bytes([header[2], header[3]]) as u32;
@@ -184,16 +184,17 @@ impl Host {
         if slot >= self.map.sizes.slots || words.len() != 8 * (masks + note.words().len()) {
             return None;
         }
-        // Of ranks that are elsewhere: what it speaks of is not this one's.
-        if generation != self.membership.generation as u32 {
-            return Some(());
+        // Of a rank that is ahead, it is this one's soon; of one that is behind, never more.
+        let ahead = generation.wrapping_sub(self.membership.generation as u32) as i32;
+        if ahead != 0 {
+            return Some(if ahead > 0 { Taken::Later } else { Taken::Now });
         }
         let mut words =
             words.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
         if note == Note::Gone {
             let gone = self.bases.half(self.rank, self.map.gone(source));
             let _ = gone.compare_exchange(0, words.next()? as u32, Release, Relaxed);
-            return Some(());
+            return Some(Taken::Now);
         }
         let region = self.map.loss_mask(slot, source);
         for (word, at) in words.by_ref().take(masks).zip(0..) {
@@ -203,7 +204,7 @@ impl Host {
         for (at, word) in note.words().iter().zip(words) {
             self.bases.word(self.rank, mailbox + at).store(word, Release);
         }
-        Some(())
+        Some(Taken::Now)
     }
 
     /// Returns when what the slot has sent for a flag has been delivered, as far as its receivers live.

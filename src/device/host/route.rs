@@ -185,7 +185,7 @@ impl Host {
             for token in 0..tokens {
                 let ids = &mut l.ids[token * topk..][..topk];
                 slot.bad_ids += read_ids(rows, token, d.ids_are_64, self.experts.num(), ids);
-                if !self.membership.is_whole() {
+                if self.membership.members.len() < self.ranks {
                     slot.bad_ids += self.forget_absent(ids);
                 }
             }

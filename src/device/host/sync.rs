@@ -91,6 +91,10 @@ impl Slot {
         self.closed.get_or_insert(error);
         self.fifos.clear();
     }
+    /// Neither idle nor closed.
+    pub(super) fn is_in_a_step(&self) -> bool {
+        !self.is_closed() && !matches!(self.state, State::Idle | State::Overflowed)
+    }
     /// Between SEND and RECV of an operation, and the RECV can succeed.
     pub(super) fn is_pending(&self) -> bool {
         !self.is_closed() && matches!(self.state, State::DispatchSent | State::CombineSent)

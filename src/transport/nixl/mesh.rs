@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! rank/R      who rank R is: its incarnation, what it was configured to, or why it does not come
-//! way/R/P     for rank P: how to write into R's inbox for it, {P's incarnation, address, card}
-//! met/R       R has met everybody: it hears what is sent to it
+//! way/R/P     how rank P writes into R's inbox for it: {R's incarnation, P's, address, card}
+//! met/R/P     R hears what P sends: {R's incarnation, P's}
+//! plan/R      which ranks R is to take part with: {a number that grows, its generation, ranks}
+//! seen/R/D    R has seen the plans of all of them; D is a digest of their numbers and generations
 //! ```
 
 #![forbid(unsafe_op_in_unsafe_fn)]
@@ -12,13 +14,14 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{Courier, Delivery, Peer, Piece};
 use crate::config::{Bootstrap, Meeting, UniqueId};
-use crate::device::{Heard, Post};
+use crate::device::{Heard, Post, Taken, list};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use crate::transport::bootstrap::{Board, random};
@@ -32,23 +35,32 @@ const PAUSE: Duration = Duration::from_micros(50);
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 /// What a comm has sent before it was destroyed is delivered within this, or not at all.
 const LINGER: Duration = Duration::from_secs(2);
+/// A rank that has seen old plans looks again.
+const AGAIN: Duration = Duration::from_millis(50);
+/// Of what a rank has seen, so much stays said.
+const SAID: usize = 16;
 /// How long a rank that does not come says so, at most.
 const DECLINE: Duration = Duration::from_secs(1);
+/// The last note of an incarnation: it writes nothing more.
+const GOODBYE: &[u8] = b"goodbye";
 
-/// Memory that a rank's peers write to and read from, by rank.
+/// Boxes of a peer: where what it sends comes to lie, where what is sent to it lies, and what keeps them.
+pub type Boxes = (u64, u64, Arc<dyn Any + Send + Sync>);
+
+/// Memory that a rank's peers write to and read from.
 pub struct Memory {
-    pub inboxes: Vec<u64>,
-    pub outboxes: Vec<u64>,
     pub box_bytes: u64,
-    pub keep: Arc<dyn Any + Send + Sync>,
+    /// Of a peer; memory of their own if another incarnation of it may still write into the former ones.
+    pub boxes: Box<dyn Fn(u32, bool) -> Result<Boxes> + Send + Sync>,
 }
 
 /// What a rank brings to the others.
-pub struct Party<'a> {
-    pub meeting: &'a Meeting,
+pub struct Party {
+    pub meeting: Meeting,
+    /// As many as there may be.
+    pub ranks: u32,
     /// What every rank must share, by name.
     pub fields: Vec<(String, u64)>,
-    pub deadline: Instant,
 }
 
 /// One incarnation of a rank, as others see it.
@@ -65,6 +77,11 @@ pub struct Mesh {
 
 struct Shared {
     rank: u32,
+    party: Party,
+    memory: Memory,
+    incarnation: u64,
+    /// Held by who changes ways, or agrees on them.
+    changing: Mutex<Past>,
     office: Mutex<Office>,
     /// Wakes the helper.
     work: Condvar,
@@ -74,13 +91,15 @@ struct Shared {
 
 struct Office {
     courier: Box<dyn Courier>,
-    /// By rank; `None` for this one.
+    /// By rank; `None` for this one, and for those that are not connected.
     ways: Vec<Option<Way>>,
+    /// By rank: who had its boxes.
+    used: Vec<Used>,
     /// What may still be under way: rank and lane.
     active: Vec<(u32, u32)>,
     /// Notes that are to be the last.
     last: Vec<(u32, Vec<u8>)>,
-    /// What the helper has heard.
+    /// What nobody has taken yet.
     heard: VecDeque<(u32, Vec<u8>)>,
     looked: Instant,
     /// The rank is elsewhere.
@@ -89,9 +108,28 @@ struct Office {
     over: Option<Instant>,
 }
 
+/// Who had a rank's boxes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Used {
+    Never,
+    /// One that has said goodbye: nobody writes there.
+    Left,
+    Perhaps,
+}
+
+/// What was agreed on before.
+struct Past {
+    /// This rank's last plan, and by rank the last that was agreed on.
+    last: u64,
+    used: Vec<u64>,
+    /// Entries that say what this rank has seen.
+    said: VecDeque<String>,
+}
+
 /// How a peer is written to.
 struct Way {
     peer: Peer,
+    incarnation: u64,
     /// Where its inbox for this rank lies over there; the outbox for it.
     inbox: u64,
     outbox: u64,
@@ -112,8 +150,8 @@ fn id_of(meeting: &Meeting) -> Result<UniqueId> {
             meeting.rank
         ))),
         Bootstrap::Nothing => Err(Error::invalid(format!(
-            "rank {}: unique_id is not set and num_ranks is {}",
-            meeting.rank, meeting.num_ranks
+            "rank {}: unique_id is not set, and ranks of transport nixl (3) meet by it",
+            meeting.rank
         ))),
     }
 }
@@ -129,8 +167,7 @@ pub fn decline(meeting: &Meeting, error: &Error) {
         board.put(&name_of(meeting.rank), refusal.to_string().as_bytes())?;
         let until = Instant::now() + DECLINE.min(Duration::from_millis(meeting.timeout_ms));
         for rank in (0..meeting.num_ranks).filter(|rank| *rank != meeting.rank) {
-            let left = until.saturating_duration_since(Instant::now());
-            board.wait_for(&format!("heard/{rank}"), left, || Ok(()))?;
+            board.wait_for(&format!("heard/{rank}"), left(until), || Ok(()))?;
         }
         Ok(())
     };
@@ -173,46 +210,98 @@ fn compare(me: u32, mine: &[(String, u64)], rank: u32, theirs: &[(String, u64)])
     Ok(())
 }
 
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// Numbers at the front of an entry, and what follows them.
+fn words<const N: usize>(bytes: &[u8]) -> Option<([u64; N], &[u8])> {
+    let (front, rest) = bytes.split_at_checked(8 * N)?;
+    let mut all = [0; N];
+    for (word, bytes) in all.iter_mut().zip(front.chunks_exact(8)) {
+        *word = u64::from_le_bytes(bytes.try_into().ok()?);
+    }
+    Some((all, rest))
+}
+
+fn bytes_of(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// Asked now and then while ranks are waited for.
+type Check<'a> = &'a dyn Fn() -> Result<()>;
+
 impl Mesh {
-    /// Meets all other ranks. `courier` makes this incarnation's.
-    pub fn gather(
+    /// This rank's end, before it has met anybody. `courier` makes its incarnation's.
+    pub fn open(
         party: Party,
         memory: Memory,
         courier: impl FnOnce(u64) -> Result<Box<dyn Courier>>,
     ) -> Result<Mesh> {
-        let Meeting { rank, num_ranks, .. } = *party.meeting;
+        let (rank, ranks) = (party.meeting.rank, party.ranks);
         let incarnation = u64::from_le_bytes(random()?) | 1;
-        let mut office = Office {
+        let mut board = None;
+        if ranks > 1 {
+            let opened = Board::open(&party.meeting, id_of(&party.meeting)?, incarnation)?;
+            let said = json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "incarnation": incarnation,
+                "fields": party.fields,
+            });
+            opened.put(&name_of(rank), said.to_string().as_bytes())?;
+            board = Some(opened);
+        }
+        let office = Mutex::new(Office {
             courier: courier(incarnation)?,
-            ways: (0..num_ranks).map(|_| None).collect(),
+            ways: (0..ranks).map(|_| None).collect(),
+            used: vec![Used::Never; ranks as usize],
             active: Vec::new(),
             last: Vec::new(),
             heard: VecDeque::new(),
             looked: Instant::now(),
             rests: false,
             over: None,
-        };
-        let mut board = None;
-        if num_ranks > 1 {
-            let opened = Board::open(party.meeting, id_of(party.meeting)?, incarnation)?;
-            office.meet_all(&opened, &party, &memory, incarnation)?;
-            board = Some(opened);
-        }
-        let shared = Arc::new(Shared { rank, office: Mutex::new(office), work: Condvar::new(), board });
+        });
+        let past = Past { last: 0, used: vec![0; ranks as usize], said: VecDeque::new() };
+        let (changing, work) = (Mutex::new(past), Condvar::new());
+        let shared = Arc::new(Shared { rank, party, memory, incarnation, changing, office, work, board });
         let help = || {
             let shared = shared.clone();
             let name = format!("a2a-courier-{rank}");
             let thread = std::thread::Builder::new().name(name).spawn(move || shared.help());
             thread.map_err(|e| Error::system(format!("rank {rank}: the courier's thread"), e))
         };
-        let helper = if num_ranks > 1 { Some(help()?) } else { None };
+        let helper = if ranks > 1 { Some(help()?) } else { None };
         Ok(Mesh { shared, helper })
+    }
+
+    /// Connects to ranks, each of which connects to this one. Those that are connected already stay so. Returns the others.
+    pub fn connect(&self, ranks: &[u32], deadline: Instant, check: Check) -> Result<Vec<u32>> {
+        self.shared.connect(ranks, deadline, check)
+    }
+
+    /// Forgets ranks: nothing is sent to them or heard of them any more.
+    pub fn disconnect(&self, ranks: &[u32]) {
+        self.shared.disconnect(ranks)
+    }
+
+    pub fn is_connected(&self, rank: u32) -> bool {
+        self.shared.lock().ways[rank as usize].as_ref().is_some_and(|way| !way.is_lost)
+    }
+
+    /// Agrees with all of the ranks, ascending and this one among them, that they are to take part. Returns the generation: one
+    /// more than the highest that any of them has had.
+    pub fn agree(&self, ranks: &[u32], generation: u64, deadline: Instant, check: Check) -> Result<u64> {
+        self.shared.agree(ranks, generation, deadline, check)
     }
 }
 
 impl Drop for Mesh {
     fn drop(&mut self) {
         let mut office = self.shared.lock();
+        let ways = 0..office.ways.len() as u32;
+        ways.for_each(|rank| office.last.push((rank, GOODBYE.to_vec())));
+        let _ = office.drive(self.shared.rank);
         office.over = Some(Instant::now() + LINGER);
         let is_soon = !office.has_work();
         drop(office);
@@ -227,6 +316,11 @@ impl Drop for Mesh {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Office> {
         self.office.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn board(&self) -> Result<&Board> {
+        let alone = || Error::invalid(format!("rank {}: max_ranks is 1, there is nobody to meet", self.rank));
+        self.board.as_ref().ok_or_else(alone)
     }
 
     /// Peers wait for what this rank has sent, and what they send comes no further where nobody polls: between the halves of
@@ -252,78 +346,235 @@ impl Shared {
             pause = (pause + pause / 16).min(LONGEST_PAUSE);
         }
     }
-}
 
-impl Office {
-    fn meet_all(&mut self, board: &Board, party: &Party, memory: &Memory, incarnation: u64) -> Result<()> {
-        let Meeting { rank: me, num_ranks, .. } = *party.meeting;
-        let peers = || (0..num_ranks).filter(move |rank| *rank != me);
-        let left = || party.deadline.saturating_duration_since(Instant::now());
-        let said = json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "incarnation": incarnation,
-            "fields": party.fields,
-        });
-        board.put(&name_of(me), said.to_string().as_bytes())?;
-        peers().for_each(|rank| board.read(&name_of(rank)));
-        let mut incarnations = vec![0; num_ranks as usize];
-        for rank in peers() {
+    /// An error if a rank is by now another incarnation than it was.
+    fn still(&self, board: &Board, rank: u32, incarnation: u64) -> Result<()> {
+        let Some(said) = board.value(&name_of(rank)) else { return Ok(()) };
+        if presence(self.rank, rank, &said)?.incarnation == incarnation {
+            return Ok(());
+        }
+        let text = format!("rank {}: rank {rank} was replaced meanwhile: connect to it again", self.rank);
+        Err(Error::new(Status::PeerLost, text))
+    }
+
+    /// Which incarnation of a rank is connected.
+    fn known(&self, rank: u32) -> Option<u64> {
+        self.lock().ways[rank as usize].as_ref().map(|way| way.incarnation)
+    }
+
+    fn connect(&self, ranks: &[u32], deadline: Instant, check: Check) -> Result<Vec<u32>> {
+        let _changing = self.changing.lock().unwrap_or_else(|e| e.into_inner());
+        let me = self.rank;
+        let mut new: Vec<u32> = ranks.iter().copied().filter(|rank| *rank != me).collect();
+        if new.is_empty() {
+            return Ok(new);
+        }
+        let board = self.board()?;
+        new.iter().for_each(|rank| board.read(&name_of(*rank)));
+        let mut incarnations = vec![0; self.party.ranks as usize];
+        for rank in &new {
             // Whoever is there is heard while others are waited for: a refusal ends it at once.
             let refusals = || {
-                peers().try_for_each(|rank| {
-                    let said = board.value(&name_of(rank));
-                    said.map_or(Ok(()), |said| presence(me, rank, &said).map(|_| ()))
+                check()?;
+                new.iter().try_for_each(|rank| {
+                    let said = board.value(&name_of(*rank));
+                    said.map_or(Ok(()), |said| presence(me, *rank, &said).map(|_| ()))
                 })
             };
-            let told = board.wait_for(&name_of(rank), left(), refusals).and_then(|said| {
-                let presence = presence(me, rank, &said)?;
-                compare(me, &party.fields, rank, &presence.fields)?;
+            let told = board.wait_for(&name_of(*rank), left(deadline), refusals).and_then(|said| {
+                let presence = presence(me, *rank, &said)?;
+                compare(me, &self.party.fields, *rank, &presence.fields)?;
                 Ok(presence.incarnation)
             });
-            incarnations[rank as usize] = told.inspect_err(|_| {
+            incarnations[*rank as usize] = told.inspect_err(|_| {
                 let _ = board.put(&format!("heard/{me}"), &[]);
             })?;
         }
+        for rank in &new {
+            if self.known(*rank).is_some_and(|known| known != incarnations[*rank as usize]) {
+                return Err(Error::invalid(format!(
+                    "rank {me}: rank {rank} is connected in another incarnation: disconnect it first"
+                )));
+            }
+        }
+        new.retain(|rank| self.known(*rank).is_none());
+        let met = self.meet(board, &new, &incarnations, deadline, check);
+        // Who failed to connect begins anew.
+        met.inspect_err(|_| self.forget(&new))?;
+        Ok(new)
+    }
 
-        for rank in peers() {
-            for at in [memory.inboxes[rank as usize], memory.outboxes[rank as usize]] {
+    fn meet(
+        &self,
+        board: &Board,
+        new: &[u32],
+        incarnations: &[u64],
+        deadline: Instant,
+        check: Check,
+    ) -> Result<()> {
+        let me = self.rank;
+        let mut outboxes = vec![0; self.party.ranks as usize];
+        for rank in new {
+            let at = *rank as usize;
+            let used = std::mem::replace(&mut self.lock().used[at], Used::Perhaps);
+            let (inbox, outbox, keep) = (self.memory.boxes)(*rank, used == Used::Perhaps)?;
+            let mut office = self.lock();
+            for at in [inbox, outbox].into_iter().filter(|_| used != Used::Left) {
                 // SAFETY: boxes that `keep` keeps; what peers write into an inbox is looked at after its note alone.
-                unsafe { self.courier.register(at, memory.box_bytes, memory.keep.clone())? };
+                unsafe { office.courier.register(at, self.memory.box_bytes, keep.clone())? };
             }
+            outboxes[at] = outbox;
+            let card = office.courier.card()?;
+            let way = [&bytes_of(&[self.incarnation, incarnations[at], inbox])[..], &card].concat();
+            board.put(&format!("way/{me}/{rank}"), &way)?;
         }
-        let card = self.courier.card()?;
-        for rank in peers() {
-            let to = incarnations[rank as usize].to_le_bytes();
-            let at = memory.inboxes[rank as usize].to_le_bytes();
-            board.put(&format!("way/{me}/{rank}"), &[&to, &at, &card[..]].concat())?;
-        }
-        for rank in peers() {
-            let way = board.wait_for(&format!("way/{rank}/{me}"), left(), || Ok(()))?;
-            let (to, at, card) = parse_way(&way)
-                .ok_or_else(|| Error::internal(format!("rank {me}: rank {rank}'s way makes no sense")))?;
-            if to != incarnation {
-                let text =
-                    format!("rank {me}: rank {rank} has met another process that says it is rank {me}");
-                return Err(Error::new(Status::Mismatch, text));
-            }
-            let met = self.courier.meet(card);
+        for rank in new {
+            let incarnation = incarnations[*rank as usize];
+            let wanted = [incarnation, self.incarnation];
+            let check = || check().and_then(|()| self.still(board, *rank, incarnation));
+            let is_right = |way: &[u8]| words::<3>(way).is_some_and(|(said, _)| said[..2] == wanted);
+            let way = board.wait_until(&format!("way/{rank}/{me}"), left(deadline), check, is_right)?;
+            let Some(([_, _, inbox], card)) = words::<3>(&way) else { continue };
+            let outbox = outboxes[*rank as usize];
+            let mut office = self.lock();
+            let met = office.courier.meet(card);
             let peer = met.map_err(|e| e.context(format!("rank {me}: the way to rank {rank}")))?;
-            let outbox = memory.outboxes[rank as usize];
-            self.ways[rank as usize] = Some(Way { peer, inbox: at, outbox, is_lost: false, is_told: false });
+            let way = Way { peer, incarnation, inbox, outbox, is_lost: false, is_told: false };
+            office.ways[*rank as usize] = Some(way);
+            drop(office);
+            board.put(&format!("met/{me}/{rank}"), &bytes_of(&[self.incarnation, incarnation]))?;
         }
-        board.put(&format!("met/{me}"), &incarnation.to_le_bytes())?;
-        for rank in peers() {
-            board.wait_for(&format!("met/{rank}"), left(), || Ok(()))?;
+        for rank in new {
+            let incarnation = incarnations[*rank as usize];
+            let wanted = bytes_of(&[incarnation, self.incarnation]);
+            let check = || check().and_then(|()| self.still(board, *rank, incarnation));
+            board.wait_until(&format!("met/{rank}/{me}"), left(deadline), check, |met| met == wanted)?;
         }
         Ok(())
     }
 
+    fn disconnect(&self, ranks: &[u32]) {
+        let _changing = self.changing.lock().unwrap_or_else(|e| e.into_inner());
+        self.forget(ranks);
+    }
+
+    fn forget(&self, ranks: &[u32]) {
+        for rank in ranks.iter().filter(|rank| **rank != self.rank) {
+            let mut office = self.lock();
+            if let Some(way) = office.ways[*rank as usize].take() {
+                office.courier.forget(way.peer);
+            }
+            office.active.retain(|(other, _)| other != rank);
+            office.last.retain(|(other, _)| other != rank);
+            office.heard.retain(|(other, _)| other != rank);
+            drop(office);
+            if let Some(board) = &self.board {
+                board.take_back(&format!("way/{}/{rank}", self.rank));
+                board.take_back(&format!("met/{}/{rank}", self.rank));
+            }
+        }
+    }
+
+    fn agree(&self, ranks: &[u32], generation: u64, deadline: Instant, check: Check) -> Result<u64> {
+        let mut past = self.changing.lock().unwrap_or_else(|e| e.into_inner());
+        let me = self.rank;
+        if *ranks == [me] {
+            return Ok(generation + 1);
+        }
+        let board = self.board()?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+        past.last = now.max(past.last + 1);
+        let mine = (past.last, generation);
+        let set = bytes_of(&ranks.iter().map(|rank| *rank as u64).collect::<Vec<_>>());
+        // What a step that was given up on has sent is delivered before another begins: all poll until all have said so.
+        loop {
+            let busy = self.lock().settle(me, ranks);
+            if busy.is_empty() {
+                break;
+            }
+            check()?;
+            if left(deadline).is_zero() {
+                let busy = list(&busy);
+                let text = format!("rank {me}: {busy} did not take in time what a step before has sent");
+                return Err(Error::new(Status::Timeout, text));
+            }
+            std::thread::sleep(PAUSE);
+        }
+        board.put(&format!("plan/{me}"), &[&bytes_of(&[mine.0, mine.1])[..], &set].concat())?;
+        let peers = || ranks.iter().copied().filter(|rank| *rank != me);
+        peers().for_each(|rank| board.read(&format!("plan/{rank}")));
+        // One that has been agreed on is an old one.
+        let planned = |rank: u32, used: &[u64]| {
+            let plan = board.value(&format!("plan/{rank}"))?;
+            let ([number, generation], rest) = words::<2>(&plan)?;
+            (rest == set && number > used[rank as usize]).then_some((number, generation))
+        };
+        // What was seen last, and before: an old plan may have been among it.
+        let mut seen: Vec<Vec<(u64, u64)>> = Vec::new();
+        let mut since = Instant::now();
+        loop {
+            check()?;
+            if seen.is_empty() || since.elapsed() >= AGAIN {
+                since = Instant::now();
+                let of = |rank: &u32| if *rank == me { Some(mine) } else { planned(*rank, &past.used) };
+                let all = ranks.iter().map(of).collect::<Option<Vec<(u64, u64)>>>();
+                if let Some(all) = all.filter(|all| seen.last() != Some(all)) {
+                    let name = seen_by(me, &all);
+                    board.put(&name, &[])?;
+                    peers().for_each(|rank| board.read(&seen_by(rank, &all)));
+                    past.said.push_back(name);
+                    // Who has not read the first of so many takes no part any more.
+                    if past.said.len() > SAID {
+                        past.said.pop_front().iter().for_each(|name| board.take_back(name));
+                    }
+                    seen.push(all);
+                }
+            }
+            // Others wait for what they have sent to this rank.
+            self.lock().settle(me, ranks);
+            let is_seen =
+                |all: &&Vec<(u64, u64)>| peers().all(|rank| board.value(&seen_by(rank, all)).is_some());
+            if let Some(all) = seen.iter().find(is_seen) {
+                for (rank, plan) in ranks.iter().zip(all) {
+                    past.used[*rank as usize] = plan.0;
+                }
+                return Ok(all.iter().map(|plan| plan.1).max().unwrap_or(generation) + 1);
+            }
+            if left(deadline).is_zero() {
+                let is_missing = |rank: &u32| match seen.last() {
+                    None => planned(*rank, &past.used).is_none(),
+                    Some(all) => board.value(&seen_by(*rank, all)).is_none(),
+                };
+                let missing: Vec<u32> = peers().filter(is_missing).collect();
+                let text = format!(
+                    "rank {me}: {} did not agree in time that ranks {ranks:?} are to take part",
+                    list(&missing)
+                );
+                return Err(Error::new(Status::Timeout, text));
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// The name of the entry by which a rank says that it has seen these plans.
+fn seen_by(rank: u32, plans: &[(u64, u64)]) -> String {
+    let words: Vec<u64> = plans.iter().flat_map(|plan| [plan.0, plan.1]).collect();
+    let digest = Sha256::digest(bytes_of(&words));
+    let short: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    format!("seen/{rank}/{short}")
+}
+
+impl Office {
     /// Drives what is under way, and keeps what is heard.
     fn drive(&mut self, me: u32) -> Result<()> {
-        let Office { courier, ways, active, heard, .. } = self;
+        let Office { courier, ways, used, active, heard, .. } = self;
         let polled = courier.poll(&mut |peer, note| {
             if let Some(rank) = Office::rank_of(ways, peer) {
-                heard.push_back((rank, note.to_vec()));
+                match note {
+                    GOODBYE => used[rank as usize] = Used::Left,
+                    _ => heard.push_back((rank, note.to_vec())),
+                }
             }
         });
         let mut failed = Vec::new();
@@ -352,6 +603,14 @@ impl Office {
         polled
     }
 
+    /// The ranks to which something is under way.
+    fn settle(&mut self, me: u32, ranks: &[u32]) -> Vec<u32> {
+        if let Err(error) = self.drive(me) {
+            log(Level::Debug, || format!("rank {me}: {error}"));
+        }
+        self.active.iter().map(|(rank, _)| *rank).filter(|rank| ranks.contains(rank)).collect()
+    }
+
     fn has_work(&self) -> bool {
         !(self.active.is_empty() && self.last.is_empty())
     }
@@ -366,12 +625,6 @@ impl Office {
             log(Level::Info, || format!("rank {me}: rank {rank} cannot be reached any more: {why}"));
         }
     }
-}
-
-fn parse_way(way: &[u8]) -> Option<(u64, u64, &[u8])> {
-    let (to, rest) = way.split_first_chunk::<8>()?;
-    let (at, card) = rest.split_first_chunk::<8>()?;
-    Some((u64::from_le_bytes(*to), u64::from_le_bytes(*at), card))
 }
 
 impl Post for Mesh {
@@ -401,12 +654,12 @@ impl Post for Mesh {
         }
     }
 
-    fn poll(&self, hear: &mut dyn FnMut(Heard)) -> Result<()> {
+    fn poll(&self, hear: &mut dyn FnMut(Heard) -> Taken) -> Result<()> {
         let me = self.shared.rank;
         let mut office = self.shared.lock();
         office.rests = false;
         office.drive(me).map_err(|e| e.context(format!("rank {me}")))?;
-        office.heard.drain(..).for_each(|(rank, note)| hear(Heard::Note(rank, &note)));
+        office.heard.retain(|(rank, note)| hear(Heard::Note(*rank, note)) == Taken::Later);
         if office.looked.elapsed() >= LOOK {
             office.looked = Instant::now();
             for rank in 0..office.ways.len() as u32 {
@@ -453,111 +706,133 @@ mod tests {
     use crate::transport::bootstrap::new_unique_id;
 
     const BOX: u64 = 4096;
+    const PATIENCE: Duration = Duration::from_secs(5);
 
     /// A rank's boxes: in and out, by rank.
-    struct Boxes(Vec<[AtomicU64; BOX as usize / 8]>);
+    struct Memories(Vec<[AtomicU64; BOX as usize / 8]>);
 
-    fn memory(ranks: usize) -> (Memory, Arc<Boxes>) {
-        let boxes = Arc::new(Boxes(
-            (0..2 * ranks).map(|_| [const { AtomicU64::new(0) }; BOX as usize / 8]).collect(),
-        ));
-        let at = |i: usize| boxes.0[i].as_ptr() as u64;
-        let memory = Memory {
-            inboxes: (0..ranks).map(at).collect(),
-            outboxes: (ranks..2 * ranks).map(at).collect(),
-            box_bytes: BOX,
-            keep: boxes.clone(),
-        };
-        (memory, boxes)
-    }
-
-    const PATIENCE_MS: u64 = 5000;
-
-    /// Rank `rank` of so many, with a field whose value is `field`.
-    fn gather(id: &UniqueId, rank: u32, ranks: u32, field: u64) -> Result<(Mesh, Arc<Boxes>)> {
-        gather_within(id, rank, ranks, field, PATIENCE_MS)
-    }
-
-    fn gather_within(
-        id: &UniqueId,
-        rank: u32,
-        ranks: u32,
-        field: u64,
-        timeout_ms: u64,
-    ) -> Result<(Mesh, Arc<Boxes>)> {
+    fn open(id: &UniqueId, rank: u32, ranks: u32, field: u64) -> (Mesh, Arc<Memories>) {
         let bootstrap = Bootstrap::UniqueId(id.clone());
-        let meeting = Meeting { rank, num_ranks: ranks, bootstrap, remote: false, timeout_ms };
-        let deadline = Instant::now() + Duration::from_millis(meeting.timeout_ms);
-        let party = Party { meeting: &meeting, fields: vec![("max_topk".into(), field)], deadline };
-        let (memory, boxes) = memory(ranks as usize);
-        let mesh =
-            Mesh::gather(party, memory, |name| Ok(Box::new(InMemory::new(&format!("mesh.{name:x}"))?)))?;
-        Ok((mesh, boxes))
+        let meeting = Meeting { rank, num_ranks: ranks, bootstrap, remote: false, timeout_ms: 5000 };
+        let boxes = || [const { AtomicU64::new(0) }; BOX as usize / 8];
+        let boxes = Arc::new(Memories((0..2 * ranks).map(|_| boxes()).collect()));
+        let all = boxes.clone();
+        let of = move |peer: u32, _: bool| -> Result<Boxes> {
+            let at = |i: u32| all.0[i as usize].as_ptr() as u64;
+            Ok((at(peer), at(ranks + peer), all.clone()))
+        };
+        let memory = Memory { box_bytes: BOX, boxes: Box::new(of) };
+        let party = Party { meeting, ranks, fields: vec![("max_topk".into(), field)] };
+        let courier =
+            |name| -> Result<Box<dyn Courier>> { Ok(Box::new(InMemory::new(&format!("mesh.{name:x}"))?)) };
+        (Mesh::open(party, memory, courier).unwrap(), boxes)
     }
 
-    fn of_all<T: Send>(ranks: u32, part: impl Fn(u32) -> T + Sync) -> Vec<T> {
+    fn connect(mesh: &Mesh, ranks: &[u32]) -> Result<Vec<u32>> {
+        mesh.connect(ranks, Instant::now() + PATIENCE, &|| Ok(()))
+    }
+
+    fn agree(mesh: &Mesh, ranks: &[u32], generation: u64) -> Result<u64> {
+        mesh.agree(ranks, generation, Instant::now() + PATIENCE, &|| Ok(()))
+    }
+
+    fn of_all<T: Send>(ranks: &[u32], part: impl Fn(u32) -> T + Sync) -> Vec<T> {
         std::thread::scope(|scope| {
-            let all: Vec<_> = (0..ranks)
-                .map(|rank| {
-                    scope.spawn({
-                        let part = &part;
-                        move || part(rank)
-                    })
-                })
-                .collect();
+            let part = &part;
+            let all: Vec<_> = ranks.iter().map(|rank| scope.spawn(move || part(*rank))).collect();
             all.into_iter().map(|one| one.join().expect("a rank")).collect()
         })
+    }
+
+    /// Polls until so many notes have come; each source's, in order.
+    fn hear(mesh: &Mesh, count: usize, mut note: impl FnMut(u32, &[u8])) {
+        let (mut heard, begun) = (0, Instant::now());
+        while heard < count {
+            assert!(begun.elapsed() < PATIENCE, "{heard} of {count} notes");
+            let mut each = |said: Heard| {
+                if let Heard::Note(source, bytes) = said {
+                    note(source, bytes);
+                    heard += 1;
+                }
+                Taken::Now
+            };
+            mesh.poll(&mut each).unwrap();
+        }
     }
 
     #[test]
     fn what_is_sent_to_a_rank_lies_in_its_inbox_for_the_sender() {
         let id = new_unique_id().unwrap();
-        of_all(3, |rank| {
-            let (mesh, boxes) = gather(&id, rank, 3, 8).unwrap();
-            for peer in (0..3).filter(|peer| *peer != rank) {
-                boxes.0[3 + peer as usize][1].store(100 * rank as u64 + peer as u64, Relaxed);
-                mesh.send(peer, 0, (8, 8), &[rank as u8]).unwrap();
-                mesh.send_last(peer, b"goodbye");
+        of_all(&[0, 1, 2], |rank| {
+            let (mesh, boxes) = open(&id, rank, 3, 8);
+            let others: Vec<u32> = (0..3).filter(|peer| *peer != rank).collect();
+            assert_eq!(connect(&mesh, &[0, 1, 2]).unwrap(), others);
+            assert!(connect(&mesh, &[0, 1, 2]).unwrap().is_empty());
+            for peer in &others {
+                boxes.0[3 + *peer as usize][1].store(100 * rank as u64 + *peer as u64, Relaxed);
+                mesh.send(*peer, 0, (8, 8), &[rank as u8]).unwrap();
+                mesh.send_last(*peer, b"the end");
             }
             let mut heard = Vec::new();
-            let begun = Instant::now();
-            while heard.len() < 4 {
-                assert!(begun.elapsed() < Duration::from_secs(10), "rank {rank} has heard {heard:?}");
-                let mut hear = |said: Heard| match said {
-                    Heard::Note(source, b"goodbye") => heard.push((source, true)),
-                    Heard::Note(source, note) => {
-                        assert_eq!(
-                            (note, boxes.0[source as usize][1].load(Relaxed)),
-                            (&[source as u8][..], 100 * source as u64 + rank as u64)
-                        );
-                        heard.push((source, false));
-                    }
-                    Heard::Lost(_) => {}
-                };
-                mesh.poll(&mut hear).unwrap();
-            }
-            // Of each source, the last note is the last.
-            for source in (0..3).filter(|source| *source != rank) {
-                let theirs: Vec<bool> =
-                    heard.iter().filter(|(by, _)| *by == source).map(|(_, last)| *last).collect();
-                assert_eq!(theirs, [false, true]);
+            hear(&mesh, 4, |source, note| {
+                let is_last = note == b"the end";
+                if !is_last {
+                    let word = boxes.0[source as usize][1].load(Relaxed);
+                    assert_eq!((note, word), (&[source as u8][..], 100 * source as u64 + rank as u64));
+                }
+                heard.push((source, is_last));
+            });
+            for source in others {
+                let theirs = heard.iter().filter(|(by, _)| *by == source).map(|(_, last)| *last);
+                assert_eq!(theirs.collect::<Vec<_>>(), [false, true]);
                 assert!(!mesh.is_under_way(source, 0));
             }
+        });
+    }
+
+    /// A note that is not taken comes again, and behind it those that are.
+    #[test]
+    fn what_is_too_early_is_kept() {
+        let id = new_unique_id().unwrap();
+        of_all(&[0, 1], |rank| {
+            let (mesh, _boxes) = open(&id, rank, 2, 8);
+            connect(&mesh, &[0, 1]).unwrap();
+            if rank == 0 {
+                mesh.send(1, 0, (0, 0), b"later").unwrap();
+                mesh.send(1, 0, (0, 0), b"now").unwrap();
+                return hear(&mesh, 1, |_, note| assert_eq!(note, b"thanks"));
+            }
+            let mut taken = Vec::new();
+            let begun = Instant::now();
+            while taken.len() < 2 {
+                assert!(begun.elapsed() < PATIENCE, "{taken:?}");
+                let mut each = |said: Heard| match said {
+                    Heard::Note(_, b"later") if taken.is_empty() => Taken::Later,
+                    Heard::Note(_, note) => {
+                        taken.push(note.to_vec());
+                        Taken::Now
+                    }
+                    Heard::Lost(_) => Taken::Now,
+                };
+                mesh.poll(&mut each).unwrap();
+            }
+            assert_eq!(taken, [b"now".to_vec(), b"later".to_vec()]);
+            mesh.send(0, 0, (0, 0), b"thanks").unwrap();
+            // Until the other has heard it.
+            hear(&mesh, 0, |_, _| {});
         });
     }
 
     #[test]
     fn ranks_that_differ_are_told_in_what() {
         let id = new_unique_id().unwrap();
-        for (rank, met) in
-            of_all(2, |rank| gather(&id, rank, 2, 8 + rank as u64).map(drop)).into_iter().enumerate()
-        {
-            let error = met.unwrap_err();
+        let met = of_all(&[0, 1], |rank| connect(&open(&id, rank, 2, 8 + rank as u64).0, &[0, 1]).map(drop));
+        for (rank, met) in met.into_iter().enumerate() {
+            let (error, other) = (met.unwrap_err(), 1 - rank);
             assert_eq!(error.status, Status::Mismatch, "{error}");
-            let (mine, other) = (rank, 1 - rank);
             let text = format!(
-                "rank {mine}: max_topk is {} on rank {mine} and {} on rank {other}",
-                8 + mine,
+                "rank {rank}: max_topk is {} on rank {rank} and {} on rank {other}",
+                8 + rank,
                 8 + other
             );
             assert_eq!(error.message, text);
@@ -568,14 +843,14 @@ mod tests {
     fn who_does_not_come_says_why() {
         let id = new_unique_id().unwrap();
         let begun = Instant::now();
-        let outcomes = of_all(3, |rank| {
+        let outcomes = of_all(&[0, 1, 2], |rank| {
             if rank == 1 {
                 let bootstrap = Bootstrap::UniqueId(id.clone());
                 let meeting = Meeting { rank, num_ranks: 3, bootstrap, remote: false, timeout_ms: 5000 };
                 decline(&meeting, &Error::unsupported("no such hidden size"));
                 return Err(Error::invalid(""));
             }
-            gather(&id, rank, 3, 8).map(drop)
+            connect(&open(&id, rank, 3, 8).0, &[0, 1, 2]).map(drop)
         });
         for rank in [0, 2] {
             let error = outcomes[rank].as_ref().unwrap_err();
@@ -588,8 +863,65 @@ mod tests {
     #[test]
     fn who_never_comes_is_named_at_the_deadline() {
         let id = new_unique_id().unwrap();
-        let error = gather_within(&id, 0, 2, 8, 200).map(drop).unwrap_err();
+        let (mesh, _boxes) = open(&id, 0, 3, 8);
+        let soon = || Instant::now() + Duration::from_millis(200);
+        let error = mesh.connect(&[0, 1], soon(), &|| Ok(())).unwrap_err();
         assert_eq!(error.status, Status::Timeout, "{error}");
         assert!(error.message.contains("rank 0: there was no rank/1 within"), "{error}");
+        let error = mesh.agree(&[0, 2], 1, soon(), &|| Ok(())).unwrap_err();
+        let text = "rank 0: rank 2 did not agree in time that ranks [0, 2] are to take part";
+        assert_eq!((error.status, &error.message[..]), (Status::Timeout, text));
+    }
+
+    /// Plans are agreed on, one after the other, the same ranks again among them; by ranks that have had none too.
+    #[test]
+    fn plans_are_agreed_on_by_all_of_them() {
+        let id = new_unique_id().unwrap();
+        let phases: [&[u32]; 5] = [&[0, 1], &[0, 1, 2], &[0, 1], &[0, 1], &[0, 2]];
+        let generations = of_all(&[0, 1, 2], |rank| {
+            let (mesh, _boxes) = open(&id, rank, 3, 8);
+            connect(&mesh, &[0, 1, 2]).unwrap();
+            let mut generation = 0;
+            let mut all = Vec::new();
+            for ranks in phases.iter().filter(|ranks| ranks.contains(&rank)) {
+                generation = agree(&mesh, ranks, generation).unwrap();
+                all.push(generation);
+            }
+            // Nobody leaves before all have done.
+            connect(&mesh, &[0, 1, 2]).unwrap();
+            std::thread::sleep(Duration::from_millis(50));
+            all
+        });
+        assert_eq!(generations, [vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4], vec![2, 5]]);
+    }
+
+    /// A rank is replaced by another process that says it is the same: the others disconnect the former and connect to the new one.
+    #[test]
+    fn a_rank_comes_back_as_another() {
+        let id = new_unique_id().unwrap();
+        let turn = std::sync::Barrier::new(2);
+        of_all(&[0, 1], |rank| {
+            let (mut mesh, mut boxes) = open(&id, rank, 2, 8);
+            connect(&mesh, &[0, 1]).unwrap();
+            for round in 0..5u8 {
+                turn.wait();
+                if rank == 1 {
+                    drop(mesh);
+                    (mesh, boxes) = open(&id, 1, 2, 8);
+                } else {
+                    mesh.disconnect(&[1]);
+                    assert!(!mesh.is_connected(1));
+                }
+                turn.wait();
+                connect(&mesh, &[0, 1]).unwrap();
+                boxes.0[2 + (1 - rank as usize)][0].store(round as u64, Relaxed);
+                mesh.send(1 - rank, 0, (0, 8), &[round]).unwrap();
+                hear(&mesh, 1, |source, note| {
+                    assert_eq!((source, note), (1 - rank, &[round][..]));
+                    assert_eq!(boxes.0[source as usize][0].load(Relaxed), round as u64);
+                });
+            }
+            turn.wait();
+        });
     }
 }

@@ -64,7 +64,6 @@ pub trait Courier: Send {
     fn meet(&mut self, card: &[u8]) -> Result<Peer>;
 
     /// Nothing is carried to it from now on, and none of its notes is heard.
-    #[cfg_attr(not(test), expect(dead_code, reason = "ranks are disconnected by it: not built yet"))]
     fn forget(&mut self, peer: Peer);
 
     /// Starts to carry the pieces, and behind them the note, which may go alone. A peer's channel carries one thing at a time.

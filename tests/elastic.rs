@@ -18,10 +18,13 @@ use libtest_mimic::{Arguments, Completion, Trial};
 
 #[allow(dead_code, reason = "each program uses a part")]
 mod common;
+#[path = "elastic/hosts.rs"]
+mod hosts;
 #[allow(dead_code, reason = "as above")]
 mod oracle;
 
 use common::*;
+use hosts::Hosts;
 use oracle::{Dropped, Float, Input, Layout, Row, Rows};
 
 /// A process, with NIXL and a comm, has come.
@@ -66,6 +69,22 @@ fn main() -> ExitCode {
     add("alone_for_a_while", alone_for_a_while);
     add("what_is_wrong_is_said", what_is_wrong_is_said);
     add("a_rank_comes_and_goes", a_rank_comes_and_goes);
+    let mut apart = |name: &str, run: fn() -> Result<(), String>| {
+        trials.push(Trial::ignorable_test(name, move || match missing().or_else(hosts::missing) {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => run().map(|()| Completion::Completed).map_err(Into::into),
+        }));
+    };
+    apart("hosts/2/the_same_ranks", || play_on(Some(Hosts::new(2)?), 2, 2, &[&[0, 1], &[0, 1]]));
+    apart("hosts/4/expansion_and_a_death", || {
+        play_on(Some(Hosts::new(4)?), 4, 2, &[&[0, 1], &[0, 1, 2, 3], &[0, 1, -2, 3], &[0, 3]])
+    });
+    apart("hosts/4/of_two_ranks_each", || {
+        let all: &[i32] = &[0, 1, 2, 3, 4, 5, 6, 7];
+        play_on(Some(Hosts::new(4)?), 8, 4, &[&[0, 1, 2, 3], all, &[0, 1, 2, 3, 4, 5]])
+    });
+    apart("hosts/a_cable_is_out_for_a_while", a_cable_is_out_for_a_while);
+    apart("hosts/a_cable_is_out_for_good", a_cable_is_out_for_good);
     let mut args = Arguments::from_args();
     // Each test has as many processes as there are ranks.
     args.test_threads.get_or_insert(1);
@@ -86,6 +105,9 @@ fn missing() -> Option<String> {
 fn config_of(seat: &Seat, first: usize) -> a2a_config_t {
     let mut config = config(seat);
     config.backend = A2A_BACKEND_NIXL_ELASTIC;
+    if seat.args.iter().any(|arg| arg == REMOTE) {
+        config.flags |= A2A_CONFIG_REMOTE;
+    }
     config.num_ranks = first as i32;
     config.max_ranks = seat.world as i32;
     config.num_experts = (EXPERTS_A_RANK * seat.world) as i32;
@@ -270,6 +292,8 @@ fn answer(outcome: Result<String, Ended>) -> String {
 }
 
 const FOLLOW: (&str, Job) = ("elastic", follow);
+/// Ranks are on several hosts.
+const REMOTE: &str = "remote";
 
 /// A rank does what it is told, line by line.
 fn follow(seat: &Seat) -> Result<(), String> {
@@ -343,6 +367,7 @@ fn follow(seat: &Seat) -> Result<(), String> {
                     Ok(format!("{} {}", is_there as u8, longest.as_micros()))
                 })(),
                 "memory" => Ok(resident().to_string()),
+                "remote" => comm.stats().map(|stats| stats.bytes_remote.to_string()).map_err(Into::into),
                 "destroy" => break,
                 _ => Err(format!("no such order: {order:?}").into()),
             };
@@ -369,17 +394,29 @@ struct Group {
     first: usize,
     id: GroupId,
     workers: Vec<Option<Worker>>,
+    /// Rank r is on host r % their number.
+    hosts: Option<Hosts>,
 }
 
 impl Group {
     fn new(world: usize, first: usize) -> Group {
-        Group { world, first, id: GroupId::new(), workers: (0..world).map(|_| None).collect() }
+        let workers = (0..world).map(|_| None).collect();
+        Group { world, first, id: GroupId::new(), workers, hosts: None }
+    }
+    fn on(hosts: Hosts, world: usize, first: usize) -> Result<Group, String> {
+        Ok(Group { id: hosts.group()?, hosts: Some(hosts), ..Group::new(world, first) })
     }
     fn spawn(&mut self, ranks: &[usize]) -> Result<(), String> {
         for rank in ranks {
-            let seat =
-                Seat { rank: *rank, world: self.world, id: self.id, args: vec![self.first.to_string()] };
-            self.workers[*rank] = Some(Worker::spawn(FOLLOW.0, &[*rank], &seat));
+            let mut args = vec![self.first.to_string()];
+            let (mut prefix, mut environment) = (Vec::new(), Vec::new());
+            if let Some(hosts) = &self.hosts {
+                args.push(REMOTE.into());
+                let (through, more) = hosts.enter(*rank % hosts.count());
+                (prefix, environment) = (through, more.to_vec());
+            }
+            let seat = Seat { rank: *rank, world: self.world, id: self.id, args };
+            self.workers[*rank] = Some(Worker::spawn_in(FOLLOW.0, &[*rank], &seat, &prefix, &environment));
         }
         for rank in ranks {
             let line = self.worker(*rank).line(START)?;
@@ -387,6 +424,9 @@ impl Group {
                 .map_err(|error| format!("rank {rank}: {error}"))?;
         }
         Ok(())
+    }
+    fn plug(&self, host: usize, is_in: bool) -> Result<(), String> {
+        self.hosts.as_ref().expect("hosts").plug(host, is_in)
     }
     fn worker(&mut self, rank: usize) -> &mut Worker {
         self.workers[rank].as_mut().expect("a rank that lives")
@@ -461,9 +501,17 @@ impl Group {
 
 const STEPS: usize = 12;
 
-/// Phase by phase: who comes joins, who is named with a minus dies in the middle of a step, who is named no more leaves.
 fn play(world: usize, first: usize, plan: &[&[i32]]) -> Result<(), String> {
-    let mut group = Group::new(world, first);
+    play_on(None, world, first, plan)
+}
+
+/// Phase by phase: who comes joins, who is named with a minus dies in the middle of a step, who is named no more leaves. On
+/// several hosts, what ranks have sent has crossed their links.
+fn play_on(hosts: Option<Hosts>, world: usize, first: usize, plan: &[&[i32]]) -> Result<(), String> {
+    let mut group = match hosts {
+        Some(hosts) => Group::on(hosts, world, first)?,
+        None => Group::new(world, first),
+    };
     let (mut there, mut generation): (Vec<usize>, u64) = (Vec::new(), 0);
     for (phase, ranks) in plan.iter().enumerate() {
         let on = |error: String| format!("phase {phase}, {ranks:?}: {error}");
@@ -503,7 +551,69 @@ fn play(world: usize, first: usize, plan: &[&[i32]]) -> Result<(), String> {
         there = members;
     }
     let left: Vec<usize> = there.into_iter().filter(|rank| group.workers[*rank].is_some()).collect();
+    if group.hosts.as_ref().is_some_and(|hosts| hosts.count() == world) {
+        let sent = group.all(&left, "remote")?;
+        for (rank, rows) in left.iter().zip(sent) {
+            let rows: u64 = rows.parse().map_err(|_| format!("{rows:?} bytes"))?;
+            let crossed = group.hosts.as_ref().expect("hosts").sent(*rank)?;
+            if rows == 0 || crossed < rows {
+                return Err(format!(
+                    "rank {rank} sent {rows} bytes of rows, {crossed} have crossed its link"
+                ));
+            }
+        }
+    }
     group.destroy(&left)
+}
+
+/// A cable is out for less than TCP waits: steps go on, and nothing is lost.
+fn a_cable_is_out_for_a_while() -> Result<(), String> {
+    let mut group = Group::on(Hosts::new(3)?, 3, 3)?;
+    group.spawn(&[0, 1, 2])?;
+    group.steps(&[0, 1, 2], 0, STEPS)?;
+    for round in 1..4 {
+        group.tell(&[0, 1, 2], &format!("steps 0,1,2 {} 500", 1000 * round))?;
+        sleep(Duration::from_millis(20));
+        group.plug(round % 3, false)?;
+        sleep(Duration::from_millis(1200));
+        group.plug(round % 3, true)?;
+        for answer in group.answers(&[0, 1, 2])? {
+            if !answer.starts_with("fine") {
+                return Err(format!("round {round}: {answer}"));
+            }
+        }
+    }
+    group.destroy(&[0, 1, 2])
+}
+
+/// A cable is out for good: who is behind it is named in time, and the others go on; it finds itself alone.
+fn a_cable_is_out_for_good() -> Result<(), String> {
+    let mut group = Group::on(Hosts::new(3)?, 3, 3)?;
+    group.spawn(&[0, 1, 2])?;
+    group.steps(&[0, 1, 2], 0, STEPS)?;
+    group.tell(&[0, 1, 2], "run 0,1,2 100")?;
+    sleep(Duration::from_millis(50));
+    group.plug(2, false)?;
+    let begun = Instant::now();
+    for (rank, line) in (0..).zip(group.answers(&[0, 1, 2])?) {
+        let named =
+            if rank == 2 { line.contains("rank") } else { line.contains("rank 2") || line.contains(", 2 ") };
+        if !named || ![A2A_TIMEOUT, A2A_PEER_LOST].iter().any(|status| line.starts_with(&status.to_string()))
+        {
+            return Err(format!("rank {rank} got {line:?}"));
+        }
+    }
+    let deadline = Duration::from_millis(STEP_MS as u64);
+    if begun.elapsed() > deadline + PROMISE {
+        return Err(format!("rank 2 was given up on after {:?}", begun.elapsed()));
+    }
+    group.activate(&[0, 1])?;
+    group.all(&[0, 1], "disconnect 2")?;
+    group.steps(&[0, 1], 300, STEPS)?;
+    // Back again, what it sends is nobody's.
+    group.plug(2, true)?;
+    group.steps(&[0, 1], 400, 100)?;
+    group.destroy(&[0, 1])
 }
 
 /// A rank dies and another process takes its place, several times, among others that go on without it meanwhile.

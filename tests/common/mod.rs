@@ -1245,9 +1245,25 @@ pub struct Worker {
 
 impl Worker {
     pub fn spawn(job: &str, ranks: &[usize], seat: &Seat) -> Worker {
+        Worker::spawn_in(job, ranks, seat, &[], &[])
+    }
+
+    /// Through another program, and with more in its environment.
+    pub fn spawn_in(
+        job: &str,
+        ranks: &[usize],
+        seat: &Seat,
+        prefix: &[String],
+        environment: &[(&str, &str)],
+    ) -> Worker {
         let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
-        let mut command = Command::new(std::env::current_exe().expect("this executable"));
+        let this = std::env::current_exe().expect("this executable");
+        let mut command = Command::new(prefix.first().map_or(this.as_os_str(), |program| program.as_ref()));
+        if let [_, arguments @ ..] = prefix {
+            command.args(arguments).arg(this);
+        }
         command
+            .envs(environment.iter().copied())
             .env(JOB, job)
             .env(RANKS, list.join(","))
             .env(WORLD, seat.world.to_string())

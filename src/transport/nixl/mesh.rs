@@ -39,6 +39,8 @@ const LINGER: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_millis(50);
 /// Of what a rank has seen, so much stays said.
 const SAID: usize = 16;
+/// What has arrived of a peer is heard within so many polls.
+const LAST_LOOKS: u32 = 8;
 /// How long a rank that does not come says so, at most.
 const DECLINE: Duration = Duration::from_secs(1);
 /// The last note of an incarnation: it writes nothing more.
@@ -455,6 +457,12 @@ impl Shared {
 
     fn disconnect(&self, ranks: &[u32]) {
         let _changing = self.changing.lock().unwrap_or_else(|e| e.into_inner());
+        // Who has said goodbye leaves its boxes to the next.
+        for _ in 0..LAST_LOOKS {
+            if let Err(error) = self.lock().drive(self.rank) {
+                log(Level::Debug, || format!("rank {}: {error}", self.rank));
+            }
+        }
         self.forget(ranks);
     }
 

@@ -31,6 +31,14 @@
 #define A2A_CONFIG_REMOTE 1
 
 /**
+ * Config flag, the same on all ranks, NIXL_ELASTIC: a step goes on without ranks that die, leave or do not come by its deadline,
+ * and so do later ones, each rank for itself, until a2a_activate_ranks. Every status has A2A_STEP_DEGRADED and marks them, and
+ * a2a_get_async_error has the first such loss. Their tokens are missing, and their experts' results in the sums, whose weights
+ * stay as they are. Without it such a step is void.
+ */
+#define A2A_CONFIG_DEGRADE 2
+
+/**
  * Dispatch flag: wait for the counts on the host and report num_rows.
  */
 #define A2A_DISPATCH_HOST_COUNTS 1
@@ -90,6 +98,12 @@
  * would have received too many rows are marked from `status[4]` on.
  */
 #define A2A_STEP_OVERFLOW 8
+
+/**
+ * Bit of `status[0]`: the step went on without ranks, which are marked from `status[4]` on (A2A_CONFIG_DEGRADE). Of a combine
+ * `status[2]` counts results that are missing for it beside those that were dropped.
+ */
+#define A2A_STEP_DEGRADED 16
 
 /**
  * Log level: something failed.

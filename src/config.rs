@@ -383,6 +383,8 @@ pub struct Config {
     /// As many as there may be.
     pub num_ranks: u32,
     pub max_ranks: u32,
+    /// Steps go on without ranks that are lost.
+    pub degrades: bool,
     pub ranks_per_device: u32,
     pub device: DeviceKind,
     pub device_ordinal: i32,
@@ -458,6 +460,7 @@ impl Config {
     pub fn agreed(&self) -> Vec<(&'static str, u64)> {
         let mut fields = vec![
             ("max_ranks", self.max_ranks as u64),
+            ("flags (A2A_CONFIG_DEGRADE)", self.degrades as u64),
             ("ranks_per_device", self.ranks_per_device as u64),
             ("device", self.device as u64),
             ("backend", self.backend as u64),

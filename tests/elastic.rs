@@ -67,6 +67,8 @@ fn main() -> ExitCode {
     add("a_stopped_rank_is_named_and_writes_nowhere", a_stopped_rank);
     add("steps_go_on_while_ranks_connect", steps_go_on_while_ranks_connect);
     add("alone_for_a_while", alone_for_a_while);
+    add("steps_go_on_without_a_dead_rank", steps_go_on_without_a_dead_rank);
+    add("steps_go_on_without_a_stopped_rank", steps_go_on_without_a_stopped_rank);
     add("what_is_wrong_is_said", what_is_wrong_is_said);
     add("a_rank_comes_and_goes", a_rank_comes_and_goes);
     let mut apart = |name: &str, run: fn() -> Result<(), String>| {
@@ -105,8 +107,8 @@ fn missing() -> Option<String> {
 fn config_of(seat: &Seat, first: usize) -> a2a_config_t {
     let mut config = config(seat);
     config.backend = A2A_BACKEND_NIXL_ELASTIC;
-    if seat.args.iter().any(|arg| arg == REMOTE) {
-        config.flags |= A2A_CONFIG_REMOTE;
+    for (name, flag) in [(REMOTE, A2A_CONFIG_REMOTE), (DEGRADE, A2A_CONFIG_DEGRADE)] {
+        config.flags |= if seat.args.iter().any(|arg| arg == name) { flag } else { 0 };
     }
     config.num_ranks = first as i32;
     config.max_ranks = seat.world as i32;
@@ -188,12 +190,29 @@ impl From<String> for Ended {
     }
 }
 
+/// What a step gave.
+struct Got {
+    dispatch_status: Vec<i32>,
+    rank_counts: Vec<i32>,
+    expert_counts: Vec<i32>,
+    row_source: Vec<i32>,
+    rows: Vec<u8>,
+    sums: Vec<u8>,
+    combine_status: Vec<i32>,
+}
+
+fn die(now: bool) {
+    if now {
+        // SAFETY: ends this process.
+        unsafe { libc::raise(libc::SIGKILL) };
+    }
+}
+
 impl Member<'_> {
-    /// One step, checked whole. `dies`: this process kills itself in it, after so many calls.
-    fn step(&self, members: &BTreeSet<usize>, number: usize, dies: Option<usize>) -> Result<(), Ended> {
-        let (rank, comm, routing) = (self.seat.rank, self.comm, &self.routings[number % 2]);
-        let whole = step(self.seat.world, members, number);
-        let mine = &whole.ranks[rank];
+    /// Dispatches, gives every row back, combines. `dies`: this process kills itself in it, after so many calls.
+    fn exchange(&self, whole: &oracle::Step, number: usize, dies: Option<usize>) -> Result<Got, Failure> {
+        let (comm, routing) = (self.comm, &self.routings[number % 2]);
+        let mine = &whole.ranks[self.seat.rank];
         let t = mine.tokens;
         let ids: Vec<u8> = mine.ids.iter().flatten().flat_map(|id| (*id as i32).to_le_bytes()).collect();
         let weights: Vec<u8> = mine.weights.iter().flatten().flat_map(|word| word.to_le_bytes()).collect();
@@ -206,62 +225,105 @@ impl Member<'_> {
         let view = || Some(Tensor::view());
         let mut output = DispatchOut {
             tokens: view(),
-            topk_weights: view(),
             expert_counts: view(),
             rank_counts: view(),
             row_source: view(),
             status: view(),
             ..Default::default()
         };
-        let die = |after: usize| {
-            if dies == Some(after) {
-                // SAFETY: ends this process.
-                unsafe { libc::raise(libc::SIGKILL) };
-            }
-        };
         let split = number % 4 >= 2;
         let phases: &[a2a_phase_t] =
             if split { &[A2A_PHASE_SEND, A2A_PHASE_RECV] } else { &[A2A_PHASE_BOTH] };
-        die(0);
+        die(dies == Some(0));
         for phase in phases {
             comm.dispatch(routing, *phase, &input, &mut output)?;
-            die(1);
+            die(dies == Some(1));
         }
-        let want = whole.dispatch(rank, false);
         let ints = |tensor: &Option<Tensor>| tensor.as_ref().expect("asked for").read_i32();
-        expect("dispatch status", ints(&output.status), want.status)?;
-        expect("rank_counts", ints(&output.rank_counts), want.rank_counts)?;
-        expect("expert_counts", ints(&output.expert_counts), want.expert_counts)?;
-        expect("row_source", ints(&output.row_source), want.row_source)?;
-        let received = output.tokens.as_ref().expect("asked for").read();
-        for (at, (row, got)) in want.rows.iter().zip(received.chunks_exact(2 * HIDDEN)).enumerate() {
-            let Some(row) = row else { continue };
-            if got != whole.ranks[row.source.rank].rows.row(row.source.token) {
-                return Err(format!("row {at} is not that of {:?}", row.source).into());
-            }
-        }
-        // An expert gives a token back.
+        let (dispatch_status, rank_counts) = (ints(&output.status), ints(&output.rank_counts));
+        let (expert_counts, row_source) = (ints(&output.expert_counts), ints(&output.row_source));
+        let rows = output.tokens.as_ref().expect("asked for").read();
         let mut results = comm.combine_buffer(routing, BF16)?;
-        results.write(&received);
+        results.write(&rows);
         let mut sums = CombineOut {
             tokens: Some(Tensor::new(F32, &[t, HIDDEN])),
             status: Some(Tensor::view()),
             ..Default::default()
         };
-        die(2);
+        die(dies == Some(2));
         for phase in phases {
             comm.combine(routing, *phase, 0, Some(&results), &mut sums)?;
-            die(3);
+            die(dies == Some(3));
         }
+        let combine_status = ints(&sums.status);
+        let sums = sums.tokens.as_ref().expect("given").read();
+        Ok(Got { dispatch_status, rank_counts, expert_counts, row_source, rows, sums, combine_status })
+    }
+
+    /// What was received is that of a step; but for its status's bits and marks.
+    fn check_dispatch(&self, got: &Got, whole: &oracle::Step) -> Result<(), String> {
+        let want = whole.dispatch(self.seat.rank, false);
+        expect("rank_counts", &got.rank_counts, &want.rank_counts)?;
+        expect("expert_counts", &got.expert_counts, &want.expert_counts)?;
+        expect("row_source", &got.row_source, &want.row_source)?;
+        for (at, (row, got)) in want.rows.iter().zip(got.rows.chunks_exact(2 * HIDDEN)).enumerate() {
+            let Some(row) = row else { continue };
+            if got != whole.ranks[row.source.rank].rows.row(row.source.token) {
+                return Err(format!("row {at} is not that of {:?}", row.source));
+            }
+        }
+        Ok(())
+    }
+
+    /// The sums are those of a step in which an expert gives a token back, and results are `missing`.
+    fn check_sums(&self, got: &Got, whole: &oracle::Step, missing: &Dropped) -> Result<(), String> {
         let result = |_: usize, row: Row| whole.ranks[row.source.rank].rows.row(row.source.token).to_vec();
         let weights = oracle::Weights::Dispatched;
-        let want = whole.combine(rank, HIDDEN, BF16_F32, weights, &Dropped::new(), result, None);
-        let got = sums.tokens.as_ref().expect("given").read();
-        if let Some(at) = (0..want.len()).find(|at| got[*at] != want[*at]) {
-            return Err(format!("token {} has another sum", at / 4 / HIDDEN).into());
+        let want = whole.combine(self.seat.rank, HIDDEN, BF16_F32, weights, missing, result, None);
+        match (0..want.len()).find(|at| got.sums[*at] != want[*at]) {
+            Some(at) => Err(format!("token {} has another sum", at / 4 / HIDDEN)),
+            None => Ok(()),
         }
-        expect("combine status", ints(&sums.status), whole.combine_status(rank, &Dropped::new()))?;
-        Ok(())
+    }
+
+    /// One step, checked whole.
+    fn step(&self, members: &BTreeSet<usize>, number: usize, dies: Option<usize>) -> Result<(), Ended> {
+        let whole = step(self.seat.world, members, number);
+        let got = self.exchange(&whole, number, dies)?;
+        self.check_dispatch(&got, &whole)?;
+        self.check_sums(&got, &whole, &Dropped::new())?;
+        let rank = self.seat.rank;
+        expect("dispatch status", &got.dispatch_status, &whole.dispatch(rank, false).status)?;
+        Ok(expect("combine status", &got.combine_status, &whole.combine_status(rank, &Dropped::new()))?)
+    }
+
+    /// One step in which a rank may have been lost, or was before: what is missing is the lost rank's, and its status says so.
+    /// Returns whether it did.
+    fn degraded_step(&self, members: &BTreeSet<usize>, victim: usize, number: usize) -> Result<bool, Ended> {
+        let whole = step(self.seat.world, members, number);
+        let mut without = whole.clone();
+        without.ranks[victim] =
+            Input { rows: Rows { row_bytes: 2 * HIDDEN, bytes: Vec::new() }, ..Default::default() };
+        (without.ranks[victim].ids, without.ranks[victim].weights) = (Some(Vec::new()), Some(Vec::new()));
+        let got = self.exchange(&whole, number, None)?;
+        let says = |status: &[i32]| -> Result<bool, String> {
+            let degraded = status[0] & A2A_STEP_DEGRADED != 0;
+            let marks: Vec<usize> = (0..self.seat.world).filter(|rank| status[4 + rank] != 0).collect();
+            expect("marks", marks, if degraded { vec![victim] } else { Vec::new() })?;
+            Ok(degraded)
+        };
+        let (early, late) = (says(&got.dispatch_status)?, says(&got.combine_status)?);
+        // Its rows may have come before it was lost.
+        self.check_dispatch(&got, &whole)
+            .or_else(|error| if early { self.check_dispatch(&got, &without) } else { Err(error) })?;
+        let theirs = whole.dispatch(victim, false).rows.into_iter().flatten();
+        let missing: Dropped = theirs.map(|row| (victim, row)).collect();
+        let whole_sums = self.check_sums(&got, &whole, &Dropped::new());
+        match whole_sums {
+            Err(_) if late => self.check_sums(&got, &whole, &missing)?,
+            other => other?,
+        }
+        Ok(late)
     }
 
     fn mask(&self) -> Result<Vec<i32>, Failure> {
@@ -292,8 +354,9 @@ fn answer(outcome: Result<String, Ended>) -> String {
 }
 
 const FOLLOW: (&str, Job) = ("elastic", follow);
-/// Ranks are on several hosts.
+/// Ranks are on several hosts; steps go on without those that are lost.
 const REMOTE: &str = "remote";
+const DEGRADE: &str = "degrade";
 
 /// A rank does what it is told, line by line.
 fn follow(seat: &Seat) -> Result<(), String> {
@@ -366,6 +429,21 @@ fn follow(seat: &Seat) -> Result<(), String> {
                     joiner.join().expect("a thread")?;
                     Ok(format!("{} {}", is_there as u8, longest.as_micros()))
                 })(),
+                // degraded MEMBERS FROM COUNT VICTIM: says how many steps were, and what the longest took.
+                "degraded" => (|| {
+                    let (mut degraded, mut longest) = (0, Duration::ZERO);
+                    for at in number(2)..number(2) + number(3) {
+                        let begun = Instant::now();
+                        let is_degraded = member.degraded_step(&set(words[1]), number(4), at)?;
+                        if degraded > 0 && !is_degraded {
+                            return Err(Ended::Wrong(format!("step {at} is whole again")));
+                        }
+                        degraded += usize::from(is_degraded);
+                        longest = longest.max(begun.elapsed());
+                    }
+                    let record = comm.async_error()?;
+                    Ok(format!("{degraded} {} {} {}", longest.as_millis(), record.status, sentence(&record)))
+                })(),
                 "memory" => Ok(resident().to_string()),
                 "remote" => comm.stats().map(|stats| stats.bytes_remote.to_string()).map_err(Into::into),
                 "destroy" => break,
@@ -396,12 +474,13 @@ struct Group {
     workers: Vec<Option<Worker>>,
     /// Rank r is on host r % their number.
     hosts: Option<Hosts>,
+    degrades: bool,
 }
 
 impl Group {
     fn new(world: usize, first: usize) -> Group {
         let workers = (0..world).map(|_| None).collect();
-        Group { world, first, id: GroupId::new(), workers, hosts: None }
+        Group { world, first, id: GroupId::new(), workers, hosts: None, degrades: false }
     }
     fn on(hosts: Hosts, world: usize, first: usize) -> Result<Group, String> {
         Ok(Group { id: hosts.group()?, hosts: Some(hosts), ..Group::new(world, first) })
@@ -409,11 +488,14 @@ impl Group {
     fn spawn(&mut self, ranks: &[usize]) -> Result<(), String> {
         for rank in ranks {
             let mut args = vec![self.first.to_string()];
-            let (mut prefix, mut environment) = (Vec::new(), Vec::new());
+            args.extend(self.degrades.then(|| DEGRADE.to_string()));
+            // What UCX has to say is no answer.
+            let (mut prefix, mut environment) = (Vec::new(), vec![("UCX_LOG_FILE", "stderr")]);
             if let Some(hosts) = &self.hosts {
                 args.push(REMOTE.into());
                 let (through, more) = hosts.enter(*rank % hosts.count());
-                (prefix, environment) = (through, more.to_vec());
+                prefix = through;
+                environment.extend(more);
             }
             let seat = Seat { rank: *rank, world: self.world, id: self.id, args };
             self.workers[*rank] = Some(Worker::spawn_in(FOLLOW.0, &[*rank], &seat, &prefix, &environment));
@@ -696,6 +778,75 @@ fn steps_go_on_while_ranks_connect() -> Result<(), String> {
     group.activate(&[0, 1, 2, 3])?;
     group.steps(&[0, 1, 2, 3], 5000, STEPS)?;
     group.destroy(&[0, 1, 2, 3])
+}
+
+/// Steps of ranks that a rank was lost for: a number of them, and the last, say so, and the record names it.
+fn went_on_without(
+    victim: usize,
+    said: &[String],
+    status: a2a_status_t,
+    limit: Duration,
+) -> Result<(), String> {
+    for said in said {
+        let words: Vec<&str> = said.splitn(4, ' ').collect();
+        let number = |at: usize| words[at].parse::<u64>().map_err(|_| format!("{said:?}"));
+        let named = words[3].contains(&format!("rank {victim}")) && words[3].contains("goes on degraded");
+        if number(0)? == 0 || number(2)? != status as u64 || !named {
+            return Err(format!("{said:?}, expected {} with rank {victim}", status_name(status)));
+        }
+        if Duration::from_millis(number(1)?) > limit {
+            return Err(format!("a step took {} ms, promised are {limit:?}", number(1)?));
+        }
+    }
+    Ok(())
+}
+
+/// Wherever in a step a rank dies: the others' steps go on, and what is missing is its own and said. Then they take part without it, and
+/// with another in its place.
+fn steps_go_on_without_a_dead_rank() -> Result<(), String> {
+    for calls in 0..4 {
+        let on = |error: String| format!("it dies after {calls} calls: {error}");
+        let mut group = Group { degrades: true, ..Group::new(4, 4) };
+        group.spawn(&[0, 1, 2, 3])?;
+        group.steps(&[0, 1, 2, 3], 0, STEPS)?;
+        let victim = 3 - calls;
+        let others: Vec<usize> = (0..4).filter(|rank| *rank != victim).collect();
+        group.tell(&[victim], &format!("die 0,1,2,3 100 {calls}"))?;
+        let said = group.all(&others, &format!("degraded 0,1,2,3 100 20 {victim}")).map_err(on)?;
+        went_on_without(victim, &said, A2A_PEER_LOST, PROMISE).map_err(on)?;
+        let mask = text((0..4).map(|rank| usize::from(rank != victim)));
+        for said in group.all(&others, "masked")? {
+            expect("the mask", said.as_str(), mask.as_str())?;
+        }
+        group.activate(&others).map_err(on)?;
+        group.all(&others, &format!("disconnect {victim}"))?;
+        group.steps(&others, 200, STEPS).map_err(on)?;
+        group.workers[victim] = None;
+        group.first = 1;
+        group.spawn(&[victim])?;
+        group.activate(&[0, 1, 2, 3]).map_err(on)?;
+        group.steps(&[0, 1, 2, 3], 300, STEPS).map_err(on)?;
+        group.destroy(&[0, 1, 2, 3])?;
+    }
+    Ok(())
+}
+
+/// The same of a rank that stands still, which the deadline finds out. What it sends when it wakes up is nobody's.
+fn steps_go_on_without_a_stopped_rank() -> Result<(), String> {
+    let mut group = Group { degrades: true, ..Group::new(3, 3) };
+    group.spawn(&[0, 1, 2])?;
+    group.steps(&[0, 1, 2], 0, STEPS)?;
+    group.worker(2).stop();
+    let said = group.all(&[0, 1], "degraded 0,1,2 100 20 2")?;
+    let deadline = Duration::from_millis(STEP_MS as u64);
+    went_on_without(2, &said, A2A_TIMEOUT, deadline + PROMISE)?;
+    group.worker(2).go_on();
+    group.worker(2).tell("degraded 0,1,2 100 1 0")?;
+    let said = group.all(&[0, 1], "degraded 0,1,2 200 200 2")?;
+    went_on_without(2, &said, A2A_TIMEOUT, PROMISE)?;
+    group.activate(&[0, 1])?;
+    group.steps(&[0, 1], 500, STEPS)?;
+    group.destroy(&[0, 1])
 }
 
 /// A rank that others take in warms up alone before; so may one that takes part, while nobody steps.

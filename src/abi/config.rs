@@ -43,8 +43,11 @@ pub unsafe fn meeting(raw: &a2a_config_t) -> Result<Meeting> {
     let num_ranks = range(rank, "num_ranks", raw.num_ranks as i64, 1, MAX_RANKS as i64)? as u32;
     let seats = if is_elastic(raw) { (raw.max_ranks as i64).max(num_ranks as i64) } else { num_ranks as i64 };
     range(rank, "rank", rank as i64, 0, seats - 1)?;
-    if raw.flags & !A2A_CONFIG_REMOTE != 0 {
-        return invalid(&format!("flags is {:#x}, this version knows A2A_CONFIG_REMOTE (1)", raw.flags));
+    if raw.flags & !(A2A_CONFIG_REMOTE | A2A_CONFIG_DEGRADE) != 0 {
+        return invalid(&format!(
+            "flags is {:#x}, this version knows A2A_CONFIG_REMOTE (1) and A2A_CONFIG_DEGRADE (2)",
+            raw.flags
+        ));
     }
     let id = UniqueId::from_bytes(rank, &raw.unique_id.bytes)?;
     let bootstrap = match (BootstrapKind::from_code(rank, raw.bootstrap)?, id, raw.allgather) {
@@ -180,6 +183,7 @@ pub unsafe fn read(raw: &a2a_config_t) -> Result<Config> {
         rank: rank as u32,
         num_ranks,
         max_ranks,
+        degrades: raw.flags & A2A_CONFIG_DEGRADE != 0,
         ranks_per_device: positive("ranks_per_device", raw.ranks_per_device as i64, 1, MAX_RANKS as i64)?
             as u32,
         device: match raw.device {

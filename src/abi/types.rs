@@ -153,6 +153,11 @@ pub const A2A_BOOTSTRAP_ALLGATHER: a2a_bootstrap_t = 1;
 /// Config flag: the host of a2a_unique_id_from_address may be more than a loopback address. Without it a2a_create refuses
 /// such an address, since whoever can reach it may knock, if not enter.
 pub const A2A_CONFIG_REMOTE: u64 = 1;
+/// Config flag, the same on all ranks, NIXL_ELASTIC: a step goes on without ranks that die, leave or do not come by its deadline,
+/// and so do later ones, each rank for itself, until a2a_activate_ranks. Every status has A2A_STEP_DEGRADED and marks them, and
+/// a2a_get_async_error has the first such loss. Their tokens are missing, and their experts' results in the sums, whose weights
+/// stay as they are. Without it such a step is void.
+pub const A2A_CONFIG_DEGRADE: u64 = 2;
 
 /// Which half of an operation a call performs.
 pub type a2a_phase_t = i32;
@@ -194,6 +199,9 @@ pub const A2A_STEP_VOID: i32 = 4;
 /// Bit of `status[0]`: the step is void because max_recv_rows was exceeded under A2A_OVERFLOW_ERROR; the ranks that
 /// would have received too many rows are marked from `status[4]` on.
 pub const A2A_STEP_OVERFLOW: i32 = 8;
+/// Bit of `status[0]`: the step went on without ranks, which are marked from `status[4]` on (A2A_CONFIG_DEGRADE). Of a combine
+/// `status[2]` counts results that are missing for it beside those that were dropped.
+pub const A2A_STEP_DEGRADED: i32 = 16;
 
 /// Log level: something failed.
 pub const A2A_LOG_ERROR: i32 = 1;

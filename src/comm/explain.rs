@@ -131,6 +131,14 @@ fn check_fields(config: &Config) -> Result<()> {
     if config.max_ranks != config.num_ranks {
         return refuse("max_ranks", config.max_ranks.to_string(), "num_ranks (no backend here is elastic)");
     }
+    if config.degrades && !config.wants_nixl() {
+        return Err(Error::unsupported(format!(
+            "rank {}: flags has A2A_CONFIG_DEGRADE (2), transport is {} ({}): steps go on without lost ranks over nixl (3) alone",
+            config.rank,
+            config.transport.name(),
+            config.transport as i32
+        )));
+    }
     if config.nccl_comm.is_some()
         && (config.device, config.transport) != (DeviceKind::Cuda, TransportKind::Nccl)
     {

@@ -648,7 +648,7 @@ fn build_posted(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<Bu
         mesh.connect(&members, deadline, &|| Ok(()))?;
     }
     let mesh = Arc::new(mesh);
-    let device = Arc::new(host.posted_by(mesh.clone(), membership));
+    let device = Arc::new(host.posted_by(mesh.clone(), membership, config.degrades));
     Ok(Built { device, windows: Mapped::Apart, watchdog: None, watch: None, mesh: Some(mesh) })
 }
 

@@ -79,9 +79,14 @@ impl Void {
     }
 
     pub fn error(self) -> Error {
+        self.error_of("is void")
+    }
+
+    /// `outcome`: what becomes of the step.
+    pub fn error_of(self, outcome: &str) -> Error {
         let Void { rank, slot, sequence, operation, expected, seen, .. } = self;
         let text = format!(
-            "rank {rank}: {} on slot {slot}, sequence {sequence}, is void: {} (expected {expected}, seen {seen})",
+            "rank {rank}: {} on slot {slot}, sequence {sequence}, {outcome}: {} (expected {expected}, seen {seen})",
             operation_name(operation),
             self.reason()
         );

@@ -180,18 +180,18 @@ impl Vitals {
 }
 
 /// One rank's end of a slot's words. It writes its own mailbox in every window, and reads the mailboxes in its own.
-pub struct Endpoint<'a, W> {
+pub struct Endpoint<W> {
     pub words: W,
     pub rank: u32,
     /// Ranks there were when the comm began.
     pub ranks: u32,
     /// Those that take part: nobody else is told of anything, or waited for.
-    pub members: &'a Members,
+    pub members: Members,
     /// Of the members; losses of another one are not of this one's steps.
     pub generation: u16,
 }
 
-impl<W: Words> Endpoint<'_, W> {
+impl<W: Words> Endpoint<W> {
     /// In this rank's own window: no flag of the first epoch has come. No peer may step before that.
     pub fn reset(&self, first_epoch: u32) {
         let before = first_epoch.wrapping_sub(1);

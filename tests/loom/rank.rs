@@ -15,14 +15,10 @@ use crate::protocol::{Awaited, Endpoint, Flag, Signal, Trouble, Vitals, Words};
 const GENERATION: u16 = 1;
 
 /// All ranks of a group take part.
-fn everybody(ranks: u32) -> &'static Members {
-    const fn all(ranks: u32) -> Members {
-        let mut words = [0; Members::WORDS];
-        words[0] = (1 << ranks) - 1;
-        Members::from_words(words)
-    }
-    static GROUPS: [Members; 4] = [all(0), all(1), all(2), all(3)];
-    &GROUPS[ranks as usize]
+fn everybody(ranks: u32) -> Members {
+    let mut words = [0; Members::WORDS];
+    words[0] = (1 << ranks) - 1;
+    Members::from_words(words)
 }
 
 /// What a rank writes into a window. Of the words, those that a model touches: loom follows each.
@@ -101,7 +97,7 @@ impl Words for Rc<Windows> {
 
 /// A rank, for whichever thread plays it.
 pub struct Rank {
-    pub end: Endpoint<'static, Rc<Windows>>,
+    pub end: Endpoint<Rc<Windows>>,
     pub vitals: Rc<Vitals>,
 }
 

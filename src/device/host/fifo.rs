@@ -379,7 +379,7 @@ impl Host {
         } {}
         self.flush(&c.call, slot, Flag::Results)?;
         drop(guard);
-        self.combine_status(c.status, c.call.slot, missing);
+        self.combine_status(c.status, c.call.slot, missing, 0);
         Ok(())
     }
 

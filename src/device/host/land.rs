@@ -15,6 +15,7 @@ const STEP_BAD_ID: i32 = 1;
 const STEP_DROPPED: i32 = 2;
 const STEP_VOID: i32 = 4;
 const STEP_OVERFLOW: i32 = 8;
+const STEP_DEGRADED: i32 = 16;
 
 /// Where a plane's rows go.
 #[derive(Clone, Copy)]
@@ -262,7 +263,7 @@ impl Host {
             *cursor = *start as u64;
         }
         for (source, (rows, banked)) in arrived.iter().enumerate() {
-            if padded && !banked && self.membership.members.contains(source as u32) {
+            if padded && !banked && self.present().contains(source as u32) {
                 for (place, cursor) in cursors[..local].iter_mut().enumerate() {
                     let key = self.experts.start(self.rank) as u64 + place as u64;
                     let offset = self.map.counts(d.call.slot, source as u32) + key * 4;
@@ -453,7 +454,7 @@ impl Host {
         let bits = if bad > 0 { STEP_BAD_ID } else { 0 };
         let dropped = l.summary[DROPPED];
         let words = [bits | if dropped > 0 { STEP_DROPPED } else { 0 }, bad, dropped, l.summary[DEMAND]];
-        self.write_status(d.status, slot, words, std::iter::empty());
+        self.write_status(d.status, slot, self.degraded(words), self.lost().iter());
         Ok(())
     }
 
@@ -515,10 +516,16 @@ impl Host {
         self.write_status(target, slot, [STEP_VOID | STEP_OVERFLOW, 0, 0, demand], marked);
     }
 
-    /// The status of a combine whose sums lack `missing` results.
-    pub(super) fn combine_status(&self, target: Target, slot: u32, missing: u64) {
-        let bits = if missing > 0 { STEP_DROPPED } else { 0 };
-        let missing = missing.min(i32::MAX as u64) as i32;
-        self.write_status(target, slot, [bits, 0, missing, 0], std::iter::empty());
+    /// The status of a combine whose sums lack results: `dropped` of them, and others of ranks that are lost.
+    pub(super) fn combine_status(&self, target: Target, slot: u32, dropped: u64, lost: u64) {
+        let bits = if dropped > 0 { STEP_DROPPED } else { 0 };
+        let missing = (dropped + lost).min(i32::MAX as u64) as i32;
+        self.write_status(target, slot, self.degraded([bits, 0, missing, 0]), self.lost().iter());
+    }
+
+    /// The words of a step's status, where it goes on without ranks.
+    fn degraded(&self, words: [i32; 4]) -> [i32; 4] {
+        let bits = if self.lost().len() == 0 { 0 } else { STEP_DEGRADED };
+        [words[0] | bits, words[1], words[2], words[3]]
     }
 }

@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::map::{Map, RoutingMap};
+use super::members::Members;
 use super::{
     Bases, Block, Call, Combine, Device, Dispatch, Half, Health, Membership, Post, Region, Standing, Stats,
     Target,
@@ -40,6 +41,10 @@ pub struct Host {
     bases: Bases,
     /// What carries rows and words, where other ranks' windows are not to be addressed.
     post: Option<Arc<dyn Post>>,
+    /// Steps go on without ranks that are lost, and say so.
+    degrades: bool,
+    /// Of the members, those.
+    lost: Mutex<Members>,
     health: Arc<Health>,
     membership: Membership,
     slots: Vec<Mutex<Slot>>,
@@ -55,8 +60,8 @@ impl Host {
     }
 
     /// What it writes into other ranks' windows is carried there, to those that take part.
-    pub fn posted_by(self, post: Arc<dyn Post>, membership: Membership) -> Host {
-        Host { post: Some(post), membership, ..self }
+    pub fn posted_by(self, post: Arc<dyn Post>, membership: Membership, degrades: bool) -> Host {
+        Host { post: Some(post), membership, degrades, ..self }
     }
 
     fn with(
@@ -77,6 +82,8 @@ impl Host {
             experts,
             bases,
             post: None,
+            degrades: false,
+            lost: Mutex::default(),
             health,
             membership,
             first_error: Mutex::new(None),
@@ -88,7 +95,17 @@ impl Host {
 
     /// The ranks that take part, ascending.
     fn members(&self) -> impl Iterator<Item = u32> + use<> {
-        self.membership.members.iter()
+        self.present().iter()
+    }
+    fn present(&self) -> Members {
+        if !self.degrades {
+            return self.membership.members;
+        }
+        self.membership.members.without(&self.lost())
+    }
+    /// Those that steps go on without.
+    fn lost(&self) -> Members {
+        *self.lost.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn add(counter: &AtomicU64, value: u64) {
@@ -267,7 +284,7 @@ impl Device for Host {
         false
     }
     fn has_left(&self, peer: u32) -> bool {
-        self.endpoint(0).why_gone(peer, &self.health.vitals).is_some()
+        self.lost().contains(peer) || self.endpoint(0).why_gone(peer, &self.health.vitals).is_some()
     }
     fn cannot_touch(&self, peer: u32) -> bool {
         self.health.is_proven_dead(peer) || self.endpoint(0).has_destroyed(peer)
@@ -287,6 +304,6 @@ impl Device for Host {
         let (bases, health, stats) = (self.bases.clone(), self.health.clone(), self.stats.clone());
         let (map, experts) = (self.map.clone(), self.experts.clone());
         let next = Host::with(self.rank, map, experts, bases, health, membership, stats);
-        Ok(Arc::new(Host { post: self.post.clone(), ..next }))
+        Ok(Arc::new(Host { post: self.post.clone(), degrades: self.degrades, ..next }))
     }
 }

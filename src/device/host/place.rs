@@ -77,7 +77,7 @@ impl Host {
     /// Places rows by the counts in this rank's window, which must all have come.
     pub(super) fn place_by_counts(&self, slot: u32, grid: &Grid, l: &mut Ledger, demands: &mut [u64]) {
         let count = |source: u32, key: usize| {
-            if !self.membership.members.contains(source) {
+            if !self.present().contains(source) {
                 return 0;
             }
             let offset = self.map.counts(slot, source) + key as u64 * 4;

@@ -157,6 +157,8 @@ impl Host {
     pub(super) fn hear(&self) -> Result<()> {
         let Some(post) = &self.post else { return Ok(()) };
         post.poll(&mut |heard| match heard {
+            // What it says now is of a group that this rank is no part of.
+            Heard::Note(source, _) if self.degrades && self.lost().contains(source) => Taken::Now,
             Heard::Note(source, note) => self.store_note(source, note).unwrap_or_else(|| {
                 log(Level::Warn, || {
                     format!(
@@ -220,7 +222,10 @@ impl Host {
             if call.started.elapsed() >= call.budget {
                 let why = Why::Late { deadline: call.budget };
                 let values = (slot.epoch() as u64, slot.epoch() as u64);
-                return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, why));
+                if !self.degrades {
+                    return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, why));
+                }
+                self.go_on_without(call, slot, flag, Status::Timeout, &late, values, why);
             }
             backoff.pause();
         }

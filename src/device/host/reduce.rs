@@ -11,6 +11,7 @@ use super::Host;
 use super::modes::DefaultModes;
 use super::route::{Ledger, keep_weights};
 use super::sync::Slot;
+use crate::device::members::Members;
 use crate::device::{Combine, Float, Rows, Weighting};
 use crate::error::Result;
 use crate::fault::{self, Point};
@@ -171,6 +172,8 @@ struct Pulled {
     bytes: u64,
     remote: u64,
     missing: u64,
+    /// Of ranks that are lost.
+    lost: u64,
 }
 
 impl Host {
@@ -213,7 +216,7 @@ impl Host {
     fn result_of_choice(
         &self,
         c: &Combine,
-        (l, firsts): (&Ledger, &[u32]),
+        (l, firsts, lost): (&Ledger, &[u32], &Members),
         base: u64,
         token: usize,
         k: usize,
@@ -224,6 +227,9 @@ impl Host {
             return None;
         }
         let owner = self.experts.place(id as usize).0;
+        if lost.contains(owner) {
+            return None;
+        }
         if c.grid.layout.by_expert() {
             let (key, position) = l.choice(choice)?;
             let row = l.place(key, position)?;
@@ -259,7 +265,7 @@ impl Host {
             Weighting::Dispatched => Some(&*l.weights),
             Weighting::Given => Some(&*l.given),
         };
-        let posted = self.map.sizes.uses.posted;
+        let (posted, lost) = (self.map.sizes.uses.posted, self.lost());
         if posted {
             self.lay_out_results(c, &mut guard);
         }
@@ -287,9 +293,11 @@ impl Host {
                 let ids = &l.ids[token * topk..][..topk];
                 for k in 0..topk {
                     let again = ids[..k].contains(&ids[k]);
-                    match self.result_of_choice(c, (&l, firsts), base, token, k) {
+                    match self.result_of_choice(c, (&l, firsts, &lost), base, token, k) {
                         Some((peer, row)) => pull(peer, row, weights.map(|w| w[token * topk + k]), again),
-                        None => pulled.missing += u64::from(ids[k] >= 0 && !again),
+                        None if again || ids[k] < 0 => {}
+                        None if lost.contains(self.experts.place(ids[k] as usize).0) => pulled.lost += 1,
+                        None => pulled.missing += 1,
                     }
                 }
             } else {
@@ -303,7 +311,7 @@ impl Host {
             sum_token(c, token, rows);
             if let Some(out) = &c.out_weights {
                 for k in 0..topk {
-                    let found = self.result_of_choice(c, (&l, firsts), base, token, k);
+                    let found = self.result_of_choice(c, (&l, firsts, &lost), base, token, k);
                     let value = found.map_or(0.0, |(peer, row)| {
                         let column = if c.grid.layout.by_expert() { 0 } else { k as u64 * 4 };
                         let (window, offset) = match posted {
@@ -324,7 +332,7 @@ impl Host {
         Self::add(&self.stats.bytes_pulled, pulled.bytes);
         Self::add(&self.stats.bytes_remote, pulled.remote);
         drop(guard);
-        self.combine_status(c.status, c.call.slot, pulled.missing);
+        self.combine_status(c.status, c.call.slot, pulled.missing, pulled.lost);
         Ok(())
     }
 }

@@ -21,9 +21,10 @@ use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map};
 use crate::device::order::State;
 use crate::device::protocol::{Awaited, AwaitedRows, Endpoint, Flag, Signal, Trouble, Words};
-use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Membership, Shape, mail};
+use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Shape, mail};
 use crate::error::{Error, Result, Status};
 use crate::fault::{self, Point};
+use crate::log::{Level, log};
 
 /// What a rank knows of one slot.
 #[derive(Default)]
@@ -198,11 +199,11 @@ impl Host {
     }
 
     /// This rank's end of a slot's words.
-    pub(super) fn endpoint(&self, slot: u32) -> Endpoint<'_, SlotWords<'_>> {
+    pub(super) fn endpoint(&self, slot: u32) -> Endpoint<SlotWords<'_>> {
         let mailboxes = self.map.mailbox(slot, 0);
         let words = SlotWords { bases: &self.bases, map: &self.map, slot, mailboxes };
-        let Membership { generation, members } = &self.membership;
-        Endpoint { words, rank: self.rank, ranks: self.ranks, members, generation: *generation as u16 }
+        let (generation, members) = (self.membership.generation, self.present());
+        Endpoint { words, rank: self.rank, ranks: self.ranks, members, generation: generation as u16 }
     }
 
     /// No flag of the first epoch has come.
@@ -416,19 +417,30 @@ impl Host {
         let signal = slot.signal(flag, bound);
         let mut backoff = Backoff::new();
         Self::add(&self.stats.hops, 1);
-        self.endpoint(call.slot).wait(&signal, || {
-            fault::at(point_of(flag));
-            self.hear()?;
-            if self.pump(call.slot, slot) {
-                backoff = Backoff::new();
+        loop {
+            let end = self.endpoint(call.slot);
+            let waited = end.wait(&signal, || {
+                fault::at(point_of(flag));
+                self.hear().map_err(Some)?;
+                if self.pump(call.slot, slot) {
+                    backoff = Backoff::new();
+                }
+                if backoff.looks() {
+                    self.look_for_trouble(call, slot, flag, bound).map_err(Some)?;
+                    if self.degrades && self.present() != end.members {
+                        return Err(None);
+                    }
+                }
+                backoff.pause();
+                Ok(())
+            });
+            match waited {
+                Ok(()) => return self.await_delivery(call, slot, flag),
+                // The rest is waited for.
+                Err(None) => {}
+                Err(Some(error)) => return Err(error),
             }
-            if backoff.looks() {
-                self.look_for_trouble(call, slot, flag, bound)?;
-            }
-            backoff.pause();
-            Ok(())
-        })?;
-        self.await_delivery(call, slot, flag)
+        }
     }
 
     /// Another thread aborted this comm.
@@ -486,7 +498,41 @@ impl Host {
                 (Status::Timeout, late, values, Why::Late { deadline: call.budget })
             }
         };
+        if self.degrades && matches!(why, Why::Gone { .. } | Why::Late { .. }) {
+            self.go_on_without(call, slot, flag, status, &lost, values, why);
+            return Ok(());
+        }
         Err(self.lose(call, slot, flag, status, &lost, values, why))
+    }
+
+    /// The step goes on, and so do later ones: nothing is sent to these ranks or heard of them any more.
+    #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
+    pub(super) fn go_on_without(
+        &self,
+        call: &Call,
+        slot: &Slot,
+        flag: Flag,
+        status: Status,
+        lost: &[u32],
+        (expected, seen): (u64, u64),
+        why: Why,
+    ) {
+        let void = Void {
+            rank: self.rank,
+            slot: call.slot,
+            sequence: slot.sequence,
+            operation: flag.operation(),
+            status,
+            lost: lost.to_vec(),
+            expected,
+            seen,
+            why,
+        };
+        let error = void.error_of("goes on degraded");
+        log(Level::Warn, || error.to_string());
+        self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+        let mut all = self.lost.lock().unwrap_or_else(|e| e.into_inner());
+        lost.iter().for_each(|rank| all.insert(*rank));
     }
 
     /// Gives a step up: tells every rank, closes the slot, keeps the first error.
@@ -524,7 +570,7 @@ impl Host {
     }
 }
 
-fn tell_shape(end: &Endpoint<'_, SlotWords>, peer: u32, offset: u64, words: &[u32]) {
+fn tell_shape(end: &Endpoint<SlotWords>, peer: u32, offset: u64, words: &[u32]) {
     for (i, word) in words.iter().enumerate() {
         end.tell(peer, offset + i as u64 * 4, *word);
     }

@@ -14,6 +14,7 @@ mod machine;
 mod measure;
 mod one_gpu;
 mod over_nccl;
+mod over_nixl;
 mod peers;
 mod plot;
 mod reference;
@@ -36,6 +37,7 @@ const MEASURE: (&str, Job) = ("measure_shape", measure::job);
 const ONE_GPU: (&str, Job) = ("measure_on_one_gpu", one_gpu::job);
 const FLOORS: (&str, Job) = ("measure_floors", one_gpu::floors);
 const OVER_NCCL: (&str, Job) = ("measure_over_nccl", over_nccl::job);
+const OVER_NIXL: (&str, Job) = ("measure_over_nixl", over_nixl::job);
 
 const LONG_ABOUT: &str = "\
 Measures a2a_dispatch and a2a_combine: every rank a process (or a thread) of this program, the same routing for every \
@@ -88,6 +90,7 @@ EXAMPLES
   a2a-perf --device cuda --backends low_latency --dtype bf16,fp8 --split
   a2a-perf plot sweep.csv --directory plots
   A2A_NCCL_LIB=libnccl.so.2 a2a-perf nccl --ranks 2
+  A2A_NIXL_LIB=libnixl_capi.so a2a-perf nixl --ranks 4
   a2a-perf --check                the whole conformance matrix
   a2a-perf --check low_latency    what has low_latency in its name
   a2a-perf --check --device cuda  all of it on CUDA memory, and what only a GPU has
@@ -137,11 +140,13 @@ enum Command {
     },
     /// ALLGATHER_REDUCESCATTER over NCCL, beside bare NCCL calls of the same bytes, as CSV
     Nccl(over_nccl::Beside),
+    /// NIXL_ELASTIC, beside a mesh of bare NIXL writes of the same bytes, and while a rank joins, as CSV
+    Nixl(over_nixl::Beside),
 }
 
 fn main() -> ExitCode {
     let jobs: Vec<(&str, Job)> =
-        conformance::JOBS.into_iter().chain([MEASURE, ONE_GPU, FLOORS, OVER_NCCL]).collect();
+        conformance::JOBS.into_iter().chain([MEASURE, ONE_GPU, FLOORS, OVER_NCCL, OVER_NIXL]).collect();
     conformance::common::worker(&jobs);
     let arguments = Arguments::parse();
     if let Some(filter) = &arguments.check {
@@ -155,6 +160,7 @@ fn main() -> ExitCode {
     let outcome = match &arguments.command {
         Some(Command::Plot { report, directory }) => plot(report, directory).map(|()| true),
         Some(Command::Nccl(beside)) => beside.run(&mut std::io::stdout()).map(|()| true),
+        Some(Command::Nixl(beside)) => beside.run(&mut std::io::stdout()).map(|()| true),
         None => run(&arguments),
     };
     match outcome {

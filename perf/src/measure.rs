@@ -33,13 +33,13 @@ pub fn job(seat: &Seat) -> Result<(), String> {
 }
 
 /// All ranks meet: an empty dispatch on a comm of its own returns when everybody has called it.
-struct Meeting {
+pub struct Meeting {
     comm: Comm,
     routing: Routing,
 }
 
 impl Meeting {
-    fn new(seat: &Seat) -> Result<Meeting, String> {
+    pub fn new(seat: &Seat) -> Result<Meeting, String> {
         let mut config = config(seat);
         config.num_experts = seat.world as i32;
         (config.max_topk, config.max_hidden, config.max_tokens) = (1, 8, 1);
@@ -50,7 +50,7 @@ impl Meeting {
         let routing = comm.routing(0)?;
         Ok(Meeting { comm, routing })
     }
-    fn wait(&self) -> Result<(), String> {
+    pub fn wait(&self) -> Result<(), String> {
         let input = DispatchIn {
             tokens: Some(Tensor::new(BF16, &[0, 8])),
             topk_ids: Some(Tensor::new(I32, &[0, 1])),

@@ -49,8 +49,10 @@ extern "C" __global__ void __launch_bounds__(kAnnounceThreads, 1)
   const OnSm on_sm(seat);
   const uint32_t tid = threadIdx.x, warp = tid / 32;
   Slot& slot = *seat.slot;
-  if (blockIdx.x == 0 && tid == kAnnounceThreads - 64) mark_begin(seat, q.receive.marks);
+  const bool marks = blockIdx.x == 0 && tid == kAnnounceThreads - 64;
+  if (marks) mark_begin(seat, q.receive.marks);
   const Standing at = standing_of(slot);
+  if (marks && at.opens()) slot.begun = ticks();
 #pragma unroll 1
   for (uint32_t token = blockIdx.x * kWarps + warp; token < p.route.tokens; token += gridDim.x * kWarps) {
     int32_t id;

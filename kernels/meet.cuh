@@ -124,7 +124,7 @@ __device__ __forceinline__ void announce_results(const MeetParams& p) {
   *reinterpret_cast<uint4*>(box + kCombineShape) = make_uint4(p.shape[0], p.shape[1], p.shape[2], p.shape[3]);
   *mail64(box, kProgress) = progress(at.epoch, kCombine, seat.bound);
   *mail64(box, kCombineFlag) = pack(at.epoch, p.digest);
-  slot.state = kCombineSent;
+  slot.state = kCombineSent, slot.begun = ticks();
 }
 
 // What is not as it should be is looked at by who waits elsewhere too: it finds out what. Apart, because code that does not run

@@ -396,23 +396,27 @@ __device__ __forceinline__ void mark_begin(const Seat& seat, uint64_t* marks) {
   Slot& slot = *seat.slot;
   const bool first = ptx::ld_relaxed_sys(&seat.shared->first_step_done) == 0;
   slot.operation = static_cast<uint64_t>((slot.operation >> 1) + 1) << 1 | first;
-  slot.begun = ticks();
   ptx::st_relaxed_sys(marks, slot.operation);
 }
+// If the host has ended the operation that began last, or one before: it says which, and for good once it is done.
+__device__ __forceinline__ bool is_broken(const Slot& slot, const uint64_t* marks) {
+  const uint64_t broken = ptx::ld_relaxed_sys(marks + 2);
+  return broken == slot.operation || broken == ~0ull;
+}
 // The operation that began last has come to its end: false if because the host has ended it, and nothing of what it brought
-// counts. The host ends none that is young, which saves fetching its word. Either the
-// host sees that the operation is over, or this sees what the host has done. One thread.
+// counts. The host ends none that is young, which saves fetching its word: an operation is as old as its half, which a kernel
+// says that goes (`begun`). At least one of the two sees what the other has done. One thread.
 __device__ __forceinline__ bool mark_end(const Slot& slot, uint64_t* marks) {
   ptx::st_relaxed_sys(marks + 1, slot.operation);
   if (ticks() - slot.begun < kYoung) return true;
   ptx::fence_sc_sys();
-  return ptx::ld_relaxed_sys(marks + 2) == 0;
+  return !is_broken(slot, marks);
 }
 
 // Where collectives carry the flags, the host ends one that does not come to its end, and nothing of the step counts then,
 // whatever part of it has come: gives the step up, if so. A whole block calls it.
 __device__ __forceinline__ bool lose_if_broken(const Seat& seat, const Wait& wait, const uint64_t* marks, Meeting& meeting) {
-  if (!__syncthreads_or(ptx::ld_relaxed_sys(marks + 2) != 0)) return false;
+  if (!__syncthreads_or(is_broken(*seat.slot, marks))) return false;
   if (begin_looking(seat, meeting)) return true;
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {

@@ -124,7 +124,7 @@ struct Slot {
   unsigned long long taken;
   // Blocks of the kernel at work that have stored all that they had to.
   uint32_t arrived;
-  // When the collective that began last did: %globaltimer / 2^20.
+  // When the collective of the last half that went did begin: %globaltimer / 2^20.
   uint32_t begun;
   // Of the collective that began last, as the host is told it (wait.cuh, mark_begin).
   uint64_t operation;
@@ -302,7 +302,7 @@ struct Receive {
   // [ranks], for more ranks than `told` has room for, or null.
   const int32_t* told_more;
   // Where collectives carry rows and flags, in the place of windows that peers address, words of the pinned memory: the
-  // operation of the slot that began last, that ended last, and if the host has ended one. Else null.
+  // operation of the slot that began last, that ended last, and one that the host has ended. Else null.
   uint64_t* marks;
 };
 constexpr uint32_t kUniform = 1, kTold = 2, kGathers = 4;

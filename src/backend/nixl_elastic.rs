@@ -23,9 +23,7 @@ impl Backend for NixlElastic {
     fn dispatch_recv(&self, device: &dyn Device, d: &Dispatch) -> Result<()> {
         // Counts come with rows; and what this rank has sent is delivered before the step can be refused.
         device.wait_dispatch(d)?;
-        if !d.reuse {
-            device.place_rows(d)?;
-        }
+        device.place_rows(d)?;
         device.land_rows(d)?;
         device.settle_rows(d)
     }

@@ -631,9 +631,9 @@ fn build_posted(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<Bu
     let agreed = config.agreed().into_iter().map(|(name, value)| (name.to_string(), value));
     let party =
         nixl::Party { meeting: config.meeting.clone(), ranks: config.num_ranks, fields: agreed.collect() };
-    let box_bytes = memory.box_bytes();
+    let (window, box_bytes) = (memory.window(), memory.box_bytes());
     let boxes = Box::new(move |peer, anew| memory.boxes(peer, anew));
-    let mesh = nixl::Mesh::open(party, nixl::Memory { box_bytes, boxes }, |incarnation| {
+    let mesh = nixl::Mesh::open(party, nixl::Memory { window, box_bytes, boxes }, |incarnation| {
         let name = format!("a2a.{rank}.{incarnation:016x}");
         let agent = nixl::Agent::new(&name, &ucx_settings(config.meeting.remote)).map_err(on_rank)?;
         Ok(Box::new(agent))

@@ -795,11 +795,21 @@ pub enum Taken {
     Later,
 }
 
+/// Bytes of this rank's memory, and where they go in its inbox at a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parcel {
+    pub from: u64,
+    pub within: u64,
+    pub bytes: u64,
+}
+
 /// What carries bytes and notes to peers whose windows nobody here addresses.
 pub trait Post: Send + Sync {
-    /// Starts to carry so many bytes at an offset of the outbox for a peer to the same offset of this rank's inbox there, and a note
-    /// behind them. A lane carries one thing at a time. To a rank that is lost nothing is carried.
-    fn send(&self, peer: u32, lane: u32, piece: (u64, u64), note: &[u8]) -> Result<()>;
+    /// Starts to carry parcels to a peer, and a note behind them. A lane carries one thing at a time. To a rank that is lost
+    /// nothing is carried.
+    fn send(&self, peer: u32, lane: u32, parcels: &[Parcel], note: &[u8]) -> Result<()>;
+    /// What is under way to a rank is not told of any more: what it reads may change.
+    fn abandon(&self, peer: u32);
     /// Sends a note to a rank once all else that was sent to it has been delivered.
     fn send_last(&self, peer: u32, note: &[u8]);
     /// Drives what is under way, and hands over what has been heard.

@@ -61,6 +61,12 @@ impl Apart {
         self.box_bytes
     }
 
+    /// The window: address and bytes, and what keeps it.
+    pub fn window(&self) -> (u64, u64, Arc<dyn Any + Send + Sync>) {
+        let own = &self.own;
+        (own.0.start() as u64, own.1[0].bytes(), own.clone())
+    }
+
     /// What a peer's boxes lie in, in and out; `anew`: in memory of their own from now on, because who had them may still write
     /// there. The peer takes no part. What keeps them is to be kept as long as anybody may write there.
     pub fn boxes(&self, peer: u32, anew: bool) -> Result<(u64, u64, Arc<dyn Any + Send + Sync>)> {

@@ -539,7 +539,7 @@ impl Cuda {
         Self::record_offset(self.map.sizes.slots) + slot as usize * 8
     }
 
-    /// Of a slot: the word of the collective that began last, of the one that ended last, and if the host has ended one.
+    /// Of a slot: the word of the collective that began last, of the one that ended last, and of one that the host has ended.
     fn marks(&self, slot: u32) -> u64 {
         self.pinned.address() + (self.rows_word(self.map.sizes.slots) + slot as usize * MARKS) as u64
     }
@@ -984,15 +984,16 @@ impl Lookout {
         };
         Duration::from_nanos(nanoseconds)
     }
-    /// From now on nothing counts of what the slot's operation brings; false if it has come to its end meanwhile. Either the
-    /// kernel behind it sees this, or this sees what that kernel has told (mark_end).
+    /// From now on nothing counts of what the slot's operation brings; false if it has come to its end meanwhile. The kernel
+    /// behind it sees this, or this sees what that kernel has told (mark_end), or both.
     pub fn break_off(&self, slot: u32, operation: u64) -> bool {
         let broken = self.mark(slot, 2);
-        broken.store(1, Ordering::SeqCst);
+        broken.store(operation, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         let is_there = self.in_flight(slot) == Some(operation);
-        if !is_there {
-            broken.store(0, Ordering::SeqCst);
+        if is_there {
+            // What is behind it on the same communicator brings nothing either.
+            broken.store(u64::MAX, Ordering::SeqCst);
         }
         is_there
     }

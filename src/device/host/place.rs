@@ -92,6 +92,7 @@ impl Host {
         let mut guard = self.slot(d.call.slot);
         let slot = &mut *guard;
         let mut l = self.ledger(d.memory);
+        slot.placed = self.present();
         self.place_by_counts(d.call.slot, &d.grid, &mut l, &mut slot.demands);
         let limit = d.grid.limit;
         let over = |demand: &u64| limit > 0 && *demand > limit;

@@ -12,8 +12,9 @@ use super::sync::{Backoff, Slot};
 use super::{Host, copy_row};
 use crate::device::loss::Why;
 use crate::device::map::mask_words;
+use crate::device::members::Members;
 use crate::device::protocol::Flag;
-use crate::device::{Call, Combine, Dispatch, Heard, Taken, Weighting, mail};
+use crate::device::{Call, Combine, Dispatch, Heard, Parcel, Taken, Weighting, mail};
 use crate::error::{Result, Status};
 use crate::fault::Point;
 use crate::log::{Level, log};
@@ -78,6 +79,9 @@ impl Note {
     }
 }
 
+/// Bytes of an expert's results for a rank, on average, from which on they are not copied first.
+const DIRECT: u64 = 16 << 10;
+
 /// What a slot's dispatches, and its combines, are sent on.
 fn lane(slot: u32, note: Note) -> u32 {
     2 * slot + u32::from(note == Note::Combine)
@@ -89,24 +93,21 @@ impl Host {
         self.members().filter(move |peer| *peer != rank)
     }
 
-    /// Sends what was stored for a flag to every peer. `piece`: by peer, where it lies among the boxes, and bytes. `is_last`: the
-    /// call ends with it.
+    /// Sends what was stored for a flag to every peer. `parcels`: by peer, which. `is_last`: the call ends with it.
     pub(super) fn post(
         &self,
-        slot: u32,
+        number: u32,
+        slot: &mut Slot,
         flag: Flag,
         is_last: bool,
-        piece: impl Fn(u32) -> (u64, u64),
+        parcels: impl Fn(u32, &mut Vec<Parcel>),
     ) -> Result<()> {
         let (Some(post), Some(note)) = (&self.post, Note::of(flag)) else { return Ok(()) };
-        let (start, bytes) = self.map.inboxes();
-        let own = start + self.rank as u64 * bytes;
         for peer in self.peers() {
-            let (offset, bytes) = piece(peer);
-            let within = offset.saturating_sub(own);
-            self.with_note(slot, note, peer, |words| {
-                post.send(peer, lane(slot, note), (within, bytes), words)
-            })?;
+            slot.parcels.clear();
+            parcels(peer, &mut slot.parcels);
+            let all = &slot.parcels;
+            self.with_note(number, note, peer, |words| post.send(peer, lane(number, note), all, words))?;
         }
         if is_last {
             post.rest();
@@ -121,7 +122,7 @@ impl Host {
             self.with_note(slot, note, peer, |words| match note {
                 // Who has left after a flag is no loss: the flag comes first.
                 Note::Gone => post.send_last(peer, words),
-                _ => drop(post.send(peer, lane(slot, note), (0, 0), words).inspect_err(|error| {
+                _ => drop(post.send(peer, lane(slot, note), &[], words).inspect_err(|error| {
                     log(Level::Debug, || format!("rank {}: {note:?} to rank {peer}: {error}", self.rank));
                 })),
             });
@@ -233,10 +234,18 @@ impl Host {
 
     // ------------------------------------------------------------------------------------------- dispatch
 
-    /// Where what this rank sends to a peer lies, and bytes.
-    pub(super) fn dispatched(&self, d: &Dispatch, l: &Ledger, peer: u32) -> (u64, u64) {
+    /// What lies at an offset of the outbox for a peer.
+    fn of_outbox(&self, peer: u32, offset: u64, bytes: u64) -> Parcel {
+        let (start, each) = self.map.inboxes();
+        let from = self.bases.at(peer, offset, bytes) as u64;
+        Parcel { from, within: offset - start - self.rank as u64 * each, bytes }
+    }
+
+    /// What this rank sends to a peer: its counts, and behind them the rows.
+    pub(super) fn dispatched(&self, d: &Dispatch, l: &Ledger, peer: u32, parcels: &mut Vec<Parcel>) {
         let rows = l.rows_for[peer as usize] as u32;
-        self.map.dispatched(d.call.slot, self.rank, rows, &d.send.shape.plane_bytes)
+        let (offset, bytes) = self.map.dispatched(d.call.slot, self.rank, rows, &d.send.shape.plane_bytes);
+        parcels.push(self.of_outbox(peer, offset, bytes));
     }
 
     /// This rank's rows by expert, of a routing that is replayed: they are told again.
@@ -272,43 +281,65 @@ impl Host {
         first..first + self.experts.count(rank)
     }
 
-    /// Puts each source's results one behind the other, by expert and position, into the outbox for it; behind them the values
-    /// that go back beside them. Dropped rows leave gaps.
+    /// A source's results by key: the key's first row and how many are kept, and how many of the source's lie before them where they
+    /// are brought. Dropped rows leave gaps there.
+    fn runs(
+        &self,
+        c: &Combine,
+        l: &Ledger,
+        (placed, source): (Members, u32),
+    ) -> impl Iterator<Item = (u64, u64, u64)> {
+        let (number, bound) = (c.call.slot, c.grid.bound);
+        let mut at = 0;
+        self.keys_of(self.rank).enumerate().map(move |(place, key)| {
+            let told = |rank: u32| self.told_rows(number, rank, key, bound) as u64;
+            let before: u64 = placed.iter().take_while(|rank| *rank < source).map(told).sum();
+            let (first, mine) = (l.starts[place] as u64 + before, told(source));
+            let end = l.starts[place] as u64 + l.counts[place] as u64;
+            let run = (first, (first + mine).min(end) - first.min(end), at);
+            at += mine;
+            run
+        })
+    }
+
+    /// If a source's results are fetched from where the experts wrote them: in as many parcels as there are experts, which pays
+    /// where those are large.
+    fn is_direct(&self, c: &Combine, source: u32) -> bool {
+        let size = c.hidden as u64 * c.send_type.bytes() as u64;
+        let keys = self.experts.count(self.rank) as u64;
+        c.send.is_none() && self.told_to(c.call.slot, source, self.rank, c.grid.bound) * size >= keys * DIRECT
+    }
+
+    /// Puts each source's results one behind the other, by expert and position, into the outbox for it, unless they are fetched from
+    /// where they are; behind them the values that go back beside them. This rank's own stay where they are if they may.
     pub(super) fn pack_results(&self, c: &Combine) -> Result<()> {
         let mut guard = self.slot(c.call.slot);
-        let slot = &mut *guard;
         let l = self.ledger(c.memory);
         if c.weighting == Weighting::Given {
             keep_weights(&c.weights, c.tokens as usize, c.grid.topk as usize, l.given);
         }
+        // The caller's rows are there as long as the call is.
+        guard.in_place = c.send.is_none() || !c.split;
         let (number, bound) = (c.call.slot, c.grid.bound);
         let size = c.hidden as u64 * c.send_type.bytes() as u64;
-        let combine = self.map.combine(number);
-        let result = |row: u64| match &c.send {
-            Some(rows) => rows.row(row as usize).cast_const(),
-            None => self.bases.at(self.rank, combine + row * size, size).cast_const(),
-        };
         let is_compact = c.send.is_none_or(|rows| rows.is_compact());
         let results = self.map.results(number, self.rank);
-        slot.cursors.iter_mut().zip(l.starts.iter()).for_each(|(cursor, start)| *cursor = *start as u64);
         let (mut rows, mut bytes, mut remote) = (0, 0, 0);
         for source in self.members() {
             let all = self.told_to(number, source, self.rank, bound) * size;
             let weights = self.map.result_weights(number, self.rank, all);
-            let mut at = 0;
-            for (place, key) in self.keys_of(self.rank).enumerate() {
-                let told = self.told_rows(number, source, key, bound) as u64;
-                let first = slot.cursors[place];
-                let end = l.starts[place] as u64 + l.counts[place] as u64;
-                let kept = (first + told).min(end) - first.min(end);
+            let stays = if source == self.rank { guard.in_place } else { self.is_direct(c, source) };
+            for (first, kept, at) in self.runs(c, &l, (guard.placed, source)) {
                 let together = if is_compact { kept.max(1) } else { 1 };
-                for i in (0..kept).step_by(together as usize) {
+                for i in (0..if stays { 0 } else { kept }).step_by(together as usize) {
                     let (bytes, last) = (together * size, first + i + together - 1);
                     // What its last row is checked for.
-                    result(last);
+                    self.result(c, last, size);
                     let to = self.bases.at(source, results + (at + i) * size, bytes);
                     // SAFETY: so many rows on both sides.
-                    unsafe { copy_row(result(first + i), to, bytes as usize, Point::CombineRow) };
+                    unsafe {
+                        copy_row(self.result(c, first + i, size), to, bytes as usize, Point::CombineRow)
+                    };
                 }
                 for i in (0..kept).filter(|_| c.row_weights.is_some()) {
                     let Some(values) = &c.row_weights else { continue };
@@ -320,8 +351,6 @@ impl Host {
                 rows += kept;
                 bytes += moved;
                 remote += if source == self.rank { 0 } else { moved };
-                slot.cursors[place] += told;
-                at += told;
             }
         }
         Self::add(&self.stats.rows_pushed, rows);
@@ -330,16 +359,36 @@ impl Host {
         Ok(())
     }
 
-    /// Where the results for a peer lie, and bytes.
-    pub(super) fn returned(&self, c: &Combine, peer: u32) -> (u64, u64) {
+    /// A row of the experts'.
+    pub(super) fn result(&self, c: &Combine, row: u64, size: u64) -> *const u8 {
+        match &c.send {
+            Some(rows) => rows.row(row as usize),
+            None => self.bases.at(self.rank, self.map.combine(c.call.slot) + row * size, size),
+        }
+    }
+
+    /// The results for a peer.
+    pub(super) fn returned(&self, c: &Combine, (placed, peer): (Members, u32), parcels: &mut Vec<Parcel>) {
         let size = c.hidden as u64 * c.send_type.bytes() as u64;
         let rows = self.told_to(c.call.slot, peer, self.rank, c.grid.bound);
         let start = self.map.results(c.call.slot, self.rank);
-        let end = match c.has_row_weights {
-            true => self.map.result_weights(c.call.slot, self.rank, rows * size) + rows * 4,
-            false => start + rows * size,
-        };
-        (start, if rows == 0 { 0 } else { end - start })
+        if rows == 0 {
+            return;
+        }
+        let weights = self.map.result_weights(c.call.slot, self.rank, rows * size);
+        if !self.is_direct(c, peer) {
+            let end = if c.has_row_weights { weights + rows * 4 } else { start + rows * size };
+            return parcels.push(self.of_outbox(peer, start, end - start));
+        }
+        let l = self.ledger(c.memory);
+        for (first, kept, at) in self.runs(c, &l, (placed, peer)).filter(|(_, kept, _)| *kept > 0) {
+            self.result(c, first + kept - 1, size);
+            let from = self.result(c, first, size) as u64;
+            parcels.push(Parcel { from, ..self.of_outbox(peer, start + at * size, kept * size) });
+        }
+        if c.has_row_weights {
+            parcels.push(self.of_outbox(peer, weights, rows * 4));
+        }
     }
 
     /// Of this rank's rows: by key, how many lie before it among those for its owner. And by owner, where the values beside

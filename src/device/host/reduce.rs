@@ -165,6 +165,14 @@ pub(super) fn put_weight(out: &Rows, token: usize, k: usize, value: f32) {
     unsafe { (out.row(token) as *mut f32).add(k).write_unaligned(value) };
 }
 
+/// Where results are brought: by key, how many of this rank's lie before them; none are where no courier carries.
+#[derive(Clone, Copy)]
+struct Brought<'a> {
+    firsts: &'a [u32],
+    /// This rank's own are not among them.
+    in_place: bool,
+}
+
 /// What a combine reads, in numbers.
 #[derive(Default)]
 struct Pulled {
@@ -216,7 +224,7 @@ impl Host {
     fn result_of_choice(
         &self,
         c: &Combine,
-        (l, firsts, lost): (&Ledger, &[u32], &Members),
+        (l, brought, lost): (&Ledger, Brought, &Members),
         base: u64,
         token: usize,
         k: usize,
@@ -234,7 +242,9 @@ impl Host {
             let (key, position) = l.choice(choice)?;
             let row = l.place(key, position)?;
             // What is brought lies by expert and position; else it is where the owner has it.
-            return Some((owner, firsts.get(key).map_or(row, |first| (first + position) as u64)));
+            let is_brought = !(brought.in_place && owner == self.rank);
+            let first = brought.firsts.get(key).filter(|_| is_brought);
+            return Some((owner, first.map_or(row, |first| (first + position) as u64)));
         }
         let (_, position) = l.targets(token).find(|(rank, _)| *rank == owner)?;
         self.result_row(l, base, owner, position).map(|row| (owner, row))
@@ -270,13 +280,15 @@ impl Host {
             self.lay_out_results(c, &mut guard);
         }
         let _modes = DefaultModes::enter();
-        let Slot { pulls: rows, firsts, beside, .. } = &mut *guard;
+        let Slot { pulls: rows, firsts, beside, in_place, .. } = &mut *guard;
+        let in_place = posted && *in_place;
         let mut pulled = Pulled::default();
         for token in 0..c.tokens as usize {
             rows.clear();
             // `again`: the token has read the row before.
             let mut pull = |peer: u32, row: u64, weight: Option<f32>, again: bool| {
                 let at = match posted {
+                    true if in_place && peer == self.rank => self.result(c, row, size),
                     true => self.bases.at(self.rank, self.map.results(c.call.slot, peer) + row * size, size),
                     false => self.bases.at(peer, self.map.combine(c.call.slot) + row * size, size),
                 };
@@ -293,7 +305,8 @@ impl Host {
                 let ids = &l.ids[token * topk..][..topk];
                 for k in 0..topk {
                     let again = ids[..k].contains(&ids[k]);
-                    match self.result_of_choice(c, (&l, firsts, &lost), base, token, k) {
+                    match self.result_of_choice(c, (&l, Brought { firsts, in_place }, &lost), base, token, k)
+                    {
                         Some((peer, row)) => pull(peer, row, weights.map(|w| w[token * topk + k]), again),
                         None if again || ids[k] < 0 => {}
                         None if lost.contains(self.experts.place(ids[k] as usize).0) => pulled.lost += 1,
@@ -311,7 +324,13 @@ impl Host {
             sum_token(c, token, rows);
             if let Some(out) = &c.out_weights {
                 for k in 0..topk {
-                    let found = self.result_of_choice(c, (&l, firsts, &lost), base, token, k);
+                    let found = self.result_of_choice(
+                        c,
+                        (&l, Brought { firsts, in_place: false }, &lost),
+                        base,
+                        token,
+                        k,
+                    );
                     let value = found.map_or(0.0, |(peer, row)| {
                         let column = if c.grid.layout.by_expert() { 0 } else { k as u64 * 4 };
                         let (window, offset) = match posted {

@@ -19,9 +19,10 @@ use crate::device::loss::{Void, Why, operation_name, result_word, why_gone};
 #[cfg(debug_assertions)]
 use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map};
+use crate::device::members::Members;
 use crate::device::order::State;
 use crate::device::protocol::{Awaited, AwaitedRows, Endpoint, Flag, Signal, Trouble, Words};
-use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Shape, mail};
+use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Parcel, Shape, mail};
 use crate::error::{Error, Result, Status};
 use crate::fault::{self, Point};
 use crate::log::{Level, log};
@@ -49,6 +50,12 @@ pub(super) struct Slot {
     /// Scratch, where results are brought: by key, this rank's rows before it at its owner; by owner, where what is beside them begins.
     pub(super) firsts: Vec<u32>,
     pub(super) beside: Vec<u64>,
+    /// This rank's own results are not among those that are brought: they stay where the experts left them.
+    pub(super) in_place: bool,
+    /// The ranks whose rows the dispatch has placed.
+    pub(super) placed: Members,
+    /// Scratch: what goes to one peer.
+    pub(super) parcels: Vec<Parcel>,
     /// Scratch: a quantised token and its scales.
     pub(super) scratch: Vec<u8>,
     /// Scratch: the rows that one token's sum reads.
@@ -70,6 +77,7 @@ impl Slot {
             cursors: vec![0; by_expert(sizes.experts)],
             firsts: vec![0; if sizes.uses.posted { sizes.num_experts as usize } else { 0 }],
             beside: vec![0; if sizes.uses.posted { ranks } else { 0 }],
+            parcels: Vec::with_capacity(if sizes.uses.posted { sizes.experts as usize + 1 } else { 0 }),
             scratch: vec![0; sizes.scratch_bytes() as usize],
             pulls: Vec::with_capacity(ranks.max(MAX_TOPK as usize)),
             fifos: Fifos::new(if sizes.uses.fifos { ranks } else { 0 }),
@@ -254,7 +262,7 @@ impl Host {
     /// A dispatch follows a dispatch: nothing of the former one may be overwritten before all have read it.
     fn finish_reading(&self, call: &Call, slot: &mut Slot) -> Result<()> {
         self.endpoint(call.slot).raise(&slot.signal(Flag::Read, None), |_| 0);
-        self.post(call.slot, Flag::Read, false, |_| (0, 0))?;
+        self.post(call.slot, slot, Flag::Read, false, |_, _| {})?;
         self.wait_for(call, slot, Flag::Read, None)
     }
 
@@ -282,7 +290,7 @@ impl Host {
     /// The rows are in place: says so to every rank, with what they are.
     pub(super) fn raise_dispatch(&self, d: &Dispatch) -> Result<()> {
         fault::at(Point::DispatchBeforeFlags);
-        let slot = self.slot(d.call.slot);
+        let mut slot = self.slot(d.call.slot);
         let l = self.ledger(d.memory);
         let uses = &self.map.sizes.uses;
         let banked = d.split && !d.reuse && uses.banks || uses.posted;
@@ -298,12 +306,14 @@ impl Host {
             rows | if banked { BANKED } else { 0 }
         });
         fault::at(Point::DispatchAfterFlags);
-        self.post(d.call.slot, of_dispatch(d), d.split, |peer| self.dispatched(d, &l, peer))
+        self.post(d.call.slot, &mut slot, of_dispatch(d), d.split, |peer, parcels| {
+            self.dispatched(d, &l, peer, parcels)
+        })
     }
 
     pub(super) fn raise_combine(&self, c: &Combine) -> Result<()> {
         fault::at(Point::CombineBeforeFlags);
-        let slot = self.slot(c.call.slot);
+        let mut slot = self.slot(c.call.slot);
         #[cfg(debug_assertions)]
         self.poison(c);
         let words = combine_words(c);
@@ -314,7 +324,10 @@ impl Host {
             0
         });
         fault::at(Point::CombineAfterFlags);
-        self.post(c.call.slot, Flag::Combine, c.split, |peer| self.returned(c, peer))
+        let placed = slot.placed;
+        self.post(c.call.slot, &mut slot, Flag::Combine, c.split, |peer, parcels| {
+            self.returned(c, (placed, peer), parcels)
+        })
     }
 
     /// Views end with this rank's combine SEND: in a debug build who reads them afterwards reads NaN.
@@ -531,6 +544,10 @@ impl Host {
         let error = void.error_of("goes on degraded");
         log(Level::Warn, || error.to_string());
         self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+        // What is under way to them reads what later steps write.
+        lost.iter()
+            .filter_map(|rank| self.post.as_ref().map(|post| (post, rank)))
+            .for_each(|(post, rank)| post.abandon(*rank));
         let mut all = self.lost.lock().unwrap_or_else(|e| e.into_inner());
         lost.iter().for_each(|rank| all.insert(*rank));
     }

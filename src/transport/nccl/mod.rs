@@ -14,7 +14,7 @@ mod watch;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use nccl_sys::{
@@ -22,6 +22,7 @@ use nccl_sys::{
 };
 
 use crate::config::CallersComm;
+use crate::device::cuda::Lookout;
 use crate::device::{Counts, Move, Stream, Wire};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
@@ -168,6 +169,8 @@ pub struct Communicators {
     caller: Caller,
     slots: Vec<Slot>,
     failure: OnceLock<Error>,
+    /// What is in flight, once somebody watches it.
+    lookout: OnceLock<Arc<Lookout>>,
     /// Of communicators that have been ended.
     ending: Mutex<Vec<Aside>>,
 }
@@ -187,8 +190,13 @@ impl Communicators {
     /// Collective: returns when all ranks have called it, or at the deadline. The context of the rank's device is current.
     pub fn create(group: Group, origin: Origin<'_>, deadline: Instant) -> Result<Communicators> {
         let caller = Caller { nccl: probe()?, rank: group.rank, ranks: group.ranks };
-        let mut all =
-            Communicators { caller, slots: Vec::new(), failure: OnceLock::new(), ending: Mutex::default() };
+        let mut all = Communicators {
+            caller,
+            slots: Vec::new(),
+            failure: OnceLock::new(),
+            lookout: OnceLock::new(),
+            ending: Mutex::default(),
+        };
         // Who gives up does not wait for the peers' farewell.
         all.make(&group, origin, deadline).inspect_err(|_| all.cut())?;
         Ok(all)
@@ -360,8 +368,14 @@ impl Wire for Communicators {
         let call = move || caller.group(handle.raw(), &own_moves, own_counts.lent(), stream);
         let called = within("a collective", deadline, &it.ending, call);
         if called.as_ref().is_err_and(|error| error.status.is_step()) {
-            // Its thread is told to give up.
+            // Its thread is told to give up, and so is what is in flight before it.
             it.ending.store(true, Ordering::Release);
+            if let Some(lookout) = self.lookout.get()
+                && let Some(operation) = lookout.in_flight(slot)
+            {
+                std::thread::sleep(watch::SPARED);
+                lookout.break_off(slot, operation);
+            }
             self.abort(it);
         }
         called?;

@@ -16,7 +16,7 @@ use crate::log::{Level, log};
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// None is ended before: kernels behind one that is younger do not ask if it was (kYoung, kernels/wait.cuh).
-const SPARED: Duration = Duration::from_millis(21);
+pub(super) const SPARED: Duration = Duration::from_millis(21);
 
 /// Joined on drop.
 pub struct Watch {
@@ -28,6 +28,8 @@ impl Watch {
     pub fn start(all: Arc<Communicators>, lookout: Lookout, health: Arc<Health>) -> Result<Watch> {
         let (stop, stopped) = channel::<()>();
         let name = format!("a2a-nccl-{}", all.caller.rank);
+        let lookout = Arc::new(lookout);
+        let _ = all.lookout.set(lookout.clone());
         let watch = move || {
             let mut since: Vec<Option<(u64, Instant)>> = vec![None; all.slots.len()];
             while matches!(stopped.recv_timeout(LOOK), Err(RecvTimeoutError::Timeout)) {

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Courier, Delivery, Peer, Piece};
 use crate::config::{Bootstrap, Meeting, UniqueId};
-use crate::device::{Heard, Post, Taken, list};
+use crate::device::{Heard, Parcel, Post, Taken, list};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use crate::transport::bootstrap::{Board, random};
@@ -51,6 +51,8 @@ pub type Boxes = (u64, u64, Arc<dyn Any + Send + Sync>);
 
 /// Memory that a rank's peers write to and read from.
 pub struct Memory {
+    /// What is sent may lie there too: address and bytes.
+    pub window: (u64, u64, Arc<dyn Any + Send + Sync>),
     pub box_bytes: u64,
     /// Of a peer; memory of their own if another incarnation of it may still write into the former ones.
     pub boxes: Box<dyn Fn(u32, bool) -> Result<Boxes> + Send + Sync>,
@@ -99,6 +101,8 @@ struct Office {
     used: Vec<Used>,
     /// What may still be under way: rank and lane.
     active: Vec<(u32, u32)>,
+    /// Scratch.
+    pieces: Vec<Piece>,
     /// Notes that are to be the last.
     last: Vec<(u32, Vec<u8>)>,
     /// What nobody has taken yet.
@@ -132,9 +136,8 @@ struct Past {
 struct Way {
     peer: Peer,
     incarnation: u64,
-    /// Where its inbox for this rank lies over there; the outbox for it.
+    /// Where its inbox for this rank lies over there.
     inbox: u64,
-    outbox: u64,
     is_lost: bool,
     /// `poll` has said so.
     is_told: bool,
@@ -253,11 +256,18 @@ impl Mesh {
             opened.put(&name_of(rank), said.to_string().as_bytes())?;
             board = Some(opened);
         }
+        let mut courier = courier(incarnation)?;
+        let (window, bytes, keep) = memory.window.clone();
+        if bytes > 0 {
+            // SAFETY: what `keep` keeps; nobody is told to write there.
+            unsafe { courier.register(window, bytes, keep)? };
+        }
         let office = Mutex::new(Office {
-            courier: courier(incarnation)?,
+            courier,
             ways: (0..ranks).map(|_| None).collect(),
             used: vec![Used::Never; ranks as usize],
             active: Vec::new(),
+            pieces: Vec::new(),
             last: Vec::new(),
             heard: VecDeque::new(),
             looked: Instant::now(),
@@ -415,7 +425,6 @@ impl Shared {
         check: Check,
     ) -> Result<()> {
         let me = self.rank;
-        let mut outboxes = vec![0; self.party.ranks as usize];
         for rank in new {
             let at = *rank as usize;
             let used = std::mem::replace(&mut self.lock().used[at], Used::Perhaps);
@@ -425,7 +434,6 @@ impl Shared {
                 // SAFETY: boxes that `keep` keeps; what peers write into an inbox is looked at after its note alone.
                 unsafe { office.courier.register(at, self.memory.box_bytes, keep.clone())? };
             }
-            outboxes[at] = outbox;
             let card = office.courier.card()?;
             let way = [&bytes_of(&[self.incarnation, incarnations[at], inbox])[..], &card].concat();
             board.put(&format!("way/{me}/{rank}"), &way)?;
@@ -437,11 +445,10 @@ impl Shared {
             let is_right = |way: &[u8]| words::<3>(way).is_some_and(|(said, _)| said[..2] == wanted);
             let way = board.wait_until(&format!("way/{rank}/{me}"), left(deadline), check, is_right)?;
             let Some(([_, _, inbox], card)) = words::<3>(&way) else { continue };
-            let outbox = outboxes[*rank as usize];
             let mut office = self.lock();
             let met = office.courier.meet(card);
             let peer = met.map_err(|e| e.context(format!("rank {me}: the way to rank {rank}")))?;
-            let way = Way { peer, incarnation, inbox, outbox, is_lost: false, is_told: false };
+            let way = Way { peer, incarnation, inbox, is_lost: false, is_told: false };
             office.ways[*rank as usize] = Some(way);
             drop(office);
             board.put(&format!("met/{me}/{rank}"), &bytes_of(&[self.incarnation, incarnation]))?;
@@ -543,6 +550,10 @@ impl Shared {
             let is_seen =
                 |all: &&Vec<(u64, u64)>| peers().all(|rank| board.value(&seen_by(rank, all)).is_some());
             if let Some(all) = seen.iter().find(is_seen) {
+                // What is under way to others reads what the next steps write.
+                let mut office = self.lock();
+                let others: Vec<u32> = office.active.iter().map(|(rank, _)| *rank).collect();
+                others.iter().filter(|rank| !ranks.contains(rank)).for_each(|rank| office.abandon(me, *rank));
                 for (rank, plan) in ranks.iter().zip(all) {
                     past.used[*rank as usize] = plan.0;
                 }
@@ -611,6 +622,16 @@ impl Office {
         polled
     }
 
+    /// Nothing more is told to a rank, not even of what is under way.
+    fn abandon(&mut self, me: u32, rank: u32) {
+        self.lose(me, rank, "this one goes on without it");
+        self.active.retain(|(other, _)| *other != rank);
+        self.last.retain(|(other, _)| *other != rank);
+        if let Some(way) = &self.ways[rank as usize] {
+            self.courier.forget(way.peer);
+        }
+    }
+
     /// The ranks to which something is under way.
     fn settle(&mut self, me: u32, ranks: &[u32]) -> Vec<u32> {
         if let Err(error) = self.drive(me) {
@@ -636,21 +657,22 @@ impl Office {
 }
 
 impl Post for Mesh {
-    fn send(&self, rank: u32, lane: u32, (offset, bytes): (u64, u64), note: &[u8]) -> Result<()> {
+    fn send(&self, rank: u32, lane: u32, parcels: &[Parcel], note: &[u8]) -> Result<()> {
         let me = self.shared.rank;
         let mut office = self.shared.lock();
-        let office = &mut *office;
-        let Some(way) = office.ways[rank as usize].as_ref().filter(|way| !way.is_lost) else {
-            return Ok(());
-        };
-        let piece = Piece { from: way.outbox + offset, to: way.inbox + offset, bytes };
-        let pieces: &[Piece] = if bytes > 0 { &[piece] } else { &[] };
-        // SAFETY: a part of the outbox, which is registered and not written to before it is delivered, and of the peer's inbox.
-        let posted = unsafe { office.courier.post(way.peer, lane as usize, pieces, note) };
-        match posted {
+        let Office { courier, ways, active, pieces, .. } = &mut *office;
+        let Some(way) = ways[rank as usize].as_ref().filter(|way| !way.is_lost) else { return Ok(()) };
+        pieces.clear();
+        pieces.extend(parcels.iter().map(|parcel| Piece {
+            from: parcel.from,
+            to: way.inbox + parcel.within,
+            bytes: parcel.bytes,
+        }));
+        // SAFETY: this rank's memory, which is registered and not written to before it is delivered, and the peer's inbox.
+        match unsafe { courier.post(way.peer, lane as usize, pieces, note) } {
             Ok(()) => {
-                if bytes > 0 {
-                    office.active.push((rank, lane));
+                if !pieces.is_empty() {
+                    active.push((rank, lane));
                 }
                 Ok(())
             }
@@ -660,6 +682,10 @@ impl Post for Mesh {
             }
             Err(error) => Err(error.context(format!("rank {me}: the way to rank {rank}"))),
         }
+    }
+
+    fn abandon(&self, rank: u32) {
+        self.shared.lock().abandon(self.shared.rank, rank);
     }
 
     fn poll(&self, hear: &mut dyn FnMut(Heard) -> Taken) -> Result<()> {
@@ -729,7 +755,8 @@ mod tests {
             let at = |i: u32| all.0[i as usize].as_ptr() as u64;
             Ok((at(peer), at(ranks + peer), all.clone()))
         };
-        let memory = Memory { box_bytes: BOX, boxes: Box::new(of) };
+        let window = (0, 0, boxes.clone() as Arc<dyn Any + Send + Sync>);
+        let memory = Memory { window, box_bytes: BOX, boxes: Box::new(of) };
         let party = Party { meeting, ranks, fields: vec![("max_topk".into(), field)] };
         let courier =
             |name| -> Result<Box<dyn Courier>> { Ok(Box::new(InMemory::new(&format!("mesh.{name:x}"))?)) };
@@ -778,7 +805,9 @@ mod tests {
             assert!(connect(&mesh, &[0, 1, 2]).unwrap().is_empty());
             for peer in &others {
                 boxes.0[3 + *peer as usize][1].store(100 * rank as u64 + *peer as u64, Relaxed);
-                mesh.send(*peer, 0, (8, 8), &[rank as u8]).unwrap();
+                let from = boxes.0[3 + *peer as usize][1].as_ptr() as u64;
+                let word = Parcel { from, within: 8, bytes: 8 };
+                mesh.send(*peer, 0, &[word], &[rank as u8]).unwrap();
                 mesh.send_last(*peer, b"the end");
             }
             let mut heard = Vec::new();
@@ -806,8 +835,8 @@ mod tests {
             let (mesh, _boxes) = open(&id, rank, 2, 8);
             connect(&mesh, &[0, 1]).unwrap();
             if rank == 0 {
-                mesh.send(1, 0, (0, 0), b"later").unwrap();
-                mesh.send(1, 0, (0, 0), b"now").unwrap();
+                mesh.send(1, 0, &[], b"later").unwrap();
+                mesh.send(1, 0, &[], b"now").unwrap();
                 return hear(&mesh, 1, |_, note| assert_eq!(note, b"thanks"));
             }
             let mut taken = Vec::new();
@@ -825,7 +854,7 @@ mod tests {
                 mesh.poll(&mut each).unwrap();
             }
             assert_eq!(taken, [b"now".to_vec(), b"later".to_vec()]);
-            mesh.send(0, 0, (0, 0), b"thanks").unwrap();
+            mesh.send(0, 0, &[], b"thanks").unwrap();
             // Until the other has heard it.
             hear(&mesh, 0, |_, _| {});
         });
@@ -923,7 +952,9 @@ mod tests {
                 turn.wait();
                 connect(&mesh, &[0, 1]).unwrap();
                 boxes.0[2 + (1 - rank as usize)][0].store(round as u64, Relaxed);
-                mesh.send(1 - rank, 0, (0, 8), &[round]).unwrap();
+                let from = boxes.0[2 + (1 - rank as usize)].as_ptr() as u64;
+                let word = Parcel { from, within: 0, bytes: 8 };
+                mesh.send(1 - rank, 0, &[word], &[round]).unwrap();
                 hear(&mesh, 1, |source, note| {
                     assert_eq!((source, note), (1 - rank, &[round][..]));
                     assert_eq!(boxes.0[source as usize][0].load(Relaxed), round as u64);

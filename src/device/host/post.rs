@@ -80,7 +80,7 @@ impl Note {
 }
 
 /// Bytes of an expert's results for a rank, on average, from which on they are not copied first.
-const DIRECT: u64 = 16 << 10;
+const DIRECT: u64 = 128 << 10;
 
 /// What a slot's dispatches, and its combines, are sent on.
 fn lane(slot: u32, note: Note) -> u32 {

@@ -588,10 +588,14 @@ impl Office {
     /// Drives what is under way, and keeps what is heard.
     fn drive(&mut self, me: u32) -> Result<()> {
         let Office { courier, ways, used, active, heard, .. } = self;
+        let mut gone = Vec::new();
         let polled = courier.poll(&mut |peer, note| {
             if let Some(rank) = Office::rank_of(ways, peer) {
                 match note {
-                    GOODBYE => used[rank as usize] = Used::Left,
+                    GOODBYE => {
+                        used[rank as usize] = Used::Left;
+                        gone.push(rank);
+                    }
                     _ => heard.push_back((rank, note.to_vec())),
                 }
             }
@@ -609,6 +613,7 @@ impl Office {
             }
         });
         failed.into_iter().for_each(|(rank, why)| self.lose(me, rank, &why));
+        gone.into_iter().for_each(|rank| self.lose(me, rank, "it has said goodbye"));
         let Office { courier, ways, active, last, .. } = self;
         last.retain(|(rank, note)| {
             let Some(way) = ways[*rank as usize].as_ref().filter(|way| !way.is_lost) else { return false };

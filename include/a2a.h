@@ -1331,9 +1331,9 @@ a2a_status_t a2a_recover(struct a2a_comm_t *comm,
                          struct a2a_recover_out_t *output);
 
 /**
- * NIXL_ELASTIC: connects to ranks, each of which calls this too and names this rank; those that are connected already stay so.
+ * Connects to ranks, each of which calls this too and names this rank; those that are connected already stay so.
  * A rank that has been replaced is disconnected first. Connected ranks take no part in steps before a2a_activate_ranks, and steps
- * of those that do go on meanwhile.
+ * of those that do go on meanwhile. NIXL_ELASTIC; windows have the ranks that they were created with.
  *
  * ranks: [count] int32, in any order, this rank among them or not; below max_ranks. timeout_ms: 0 = the config's
  * setup_timeout_ms. On failure none of those that were new is connected. Memory: of a rank whose predecessor did not say goodbye
@@ -1349,8 +1349,9 @@ a2a_status_t a2a_connect_ranks(struct a2a_comm_t *comm,
                                int64_t timeout_ms);
 
 /**
- * NIXL_ELASTIC: agrees with ranks, all of which call this with the same ones, that from now on they take part, and nobody else:
- * ranks join, and others leave, by it. Every slot is idle or closed, and is idle afterwards; steps begin anew, routings of before are not
+ * Agrees with ranks, all of which call this with the same ones, that from now on they take part, and nobody else: ranks join, and
+ * others leave, by it. Windows: some of those that take part, or all; it is a2a_recover without those that are not named (what
+ * is said there of memory and of CUDA holds here), and who is named and does not come is left out too: PEER_LOST. Every slot is idle or closed, and is idle afterwards; steps begin anew, routings of before are not
  * replayed (A2A_DISPATCH_REUSE). Experts of ranks that take no part get no rows: their ids count as bad ids.
  *
  * ranks: [count] int32, in any order, this rank among them, the others connected. timeout_ms: 0 = the config's
@@ -1367,7 +1368,7 @@ a2a_status_t a2a_activate_ranks(struct a2a_comm_t *comm,
                                 uint64_t *generation);
 
 /**
- * NIXL_ELASTIC: forgets ranks that take no part. Nothing is sent to them or heard of them any more, and what a rank that does not
+ * Forgets ranks that take no part. Nothing is sent to them or heard of them any more, and what a rank that does not
  * know it writes is looked at by nobody. Those that are not connected are passed over.
  *
  * ranks: [count] int32, in any order. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT (a rank that takes part),

@@ -62,6 +62,7 @@ fn main() -> ExitCode {
             &[&[0, 1, 2, 3], &[0, 1, 2, 3, 4, 5, 6, 7], &[0, 1, 2, 3, 4, 5, -6, 7], &[0, 1, 2, 3, 4, 5]],
         )
     });
+    add("plan/of_32", || play(32, 2, &[&[0, 1], &[0, 1, 31], &[0, 17, 31], &[17, -31]]));
     add("plan/a_sparse_start", || play(4, 1, &[&[0], &[0, 2], &[0, 2, 3], &[2, 3]]));
     add("a_rank_is_replaced", a_rank_is_replaced);
     add("a_stopped_rank_is_named_and_writes_nowhere", a_stopped_rank);
@@ -648,7 +649,8 @@ fn play_on(hosts: Option<Hosts>, world: usize, first: usize, plan: &[&[i32]]) ->
     group.destroy(&left)
 }
 
-/// A cable is out for less than TCP waits: steps go on, and nothing is lost.
+/// A cable is out for less than TCP waits: steps go on, and nothing is lost. For 3 s, which is as long: all of it is right, or
+/// a loss is named.
 fn a_cable_is_out_for_a_while() -> Result<(), String> {
     let mut group = Group::on(Hosts::new(3)?, 3, 3)?;
     group.spawn(&[0, 1, 2])?;
@@ -665,7 +667,24 @@ fn a_cable_is_out_for_a_while() -> Result<(), String> {
             }
         }
     }
-    group.destroy(&[0, 1, 2])
+    group.tell(&[0, 1, 2], "steps 0,1,2 5000 500")?;
+    sleep(Duration::from_millis(20));
+    group.plug(1, false)?;
+    sleep(Duration::from_secs(3));
+    group.plug(1, true)?;
+    let begun = Instant::now();
+    let answers = group.answers(&[0, 1, 2])?;
+    let in_order = |line: &String| {
+        let lost = [A2A_TIMEOUT, A2A_PEER_LOST].iter().any(|status| line.starts_with(&status.to_string()));
+        line.starts_with("fine") || lost && line.contains("rank")
+    };
+    if !answers.iter().all(in_order) || begun.elapsed() > Duration::from_millis(STEP_MS as u64) + PROMISE {
+        return Err(format!("after 3 s without a cable, {:?} later: {answers:?}", begun.elapsed()));
+    }
+    if answers.iter().all(|line| line.starts_with("fine")) {
+        group.destroy(&[0, 1, 2])?;
+    }
+    Ok(())
 }
 
 /// A cable is out for good: who is behind it is named in time, and the others go on; it finds itself alone.

@@ -552,19 +552,18 @@ impl Bare {
 /// By half, sender and receiver: bytes of counts and rows, and of results.
 fn sizes(shape: &Shape) -> Result<[Vec<Vec<usize>>; 2], String> {
     let (ranks, row) = (shape.of.ranks, 2 * shape.of.hidden);
-    let mut sizes = [vec![vec![0; ranks]; ranks], vec![vec![0; ranks]; ranks]];
+    let (mut rows, mut results) = (vec![vec![0; ranks]; ranks], vec![vec![0; ranks]; ranks]);
     let beside = 2 * 4 * shape.of.topk + 8;
     let experts = shape.of.experts + shape.of.experts / ranks;
-    for source in 0..ranks {
+    for (source, rows) in rows.iter_mut().enumerate() {
         let ids = ids(shape, source)?;
-        for (peer, bytes) in sizes[0][source].iter_mut().enumerate() {
-            let tokens =
-                ids.chunks_exact(shape.of.topk).filter(|ids| ids.iter().any(|id| owner(shape, *id) == peer));
-            *bytes = 4 * experts + tokens.count() * (row + beside);
+        for (peer, bytes) in rows.iter_mut().enumerate() {
+            let goes = |ids: &&[i32]| ids.iter().any(|id| owner(shape, *id) == peer);
+            *bytes = 4 * experts + ids.chunks_exact(shape.of.topk).filter(goes).count() * (row + beside);
         }
         for id in &ids {
-            sizes[1][owner(shape, *id)][source] += row;
+            results[owner(shape, *id)][source] += row;
         }
     }
-    Ok(sizes)
+    Ok([rows, results])
 }

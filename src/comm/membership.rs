@@ -60,14 +60,27 @@ impl Comm {
         };
         let timeout_ms = milliseconds("timeout_ms", timeout_ms, self.config.meeting.timeout_ms)?;
         let patience = Duration::from_millis(milliseconds("patience_ms", patience_ms, PATIENCE_MS)?);
+        self.reform(&device, Members::none(), timeout_ms, patience)
+    }
+
+    /// Goes on among those that come. `without`: ranks that are given up on, beside those of lost steps.
+    fn reform(
+        &self,
+        device: &Arc<dyn Device>,
+        without: Members,
+        timeout_ms: u64,
+        patience: Duration,
+    ) -> Result<Recovered> {
+        let rank = self.config.rank;
         let mut past = lock(&self.past);
         // From here on until all is done no step may run.
         let text = format!("rank {rank}: the comm is between generations: a2a_recover has not succeeded");
-        let standing = device.suspend(&Error::new(Status::PeerLost, text))?;
+        let mut standing = device.suspend(&Error::new(Status::PeerLost, text))?;
+        without.iter().for_each(|rank| standing.given_up.insert(rank));
         past.whole.resize(standing.whole.len(), 0);
         let begun = Instant::now();
         loop {
-            match self.meet(&device, &standing, &mut past, timeout_ms, patience) {
+            match self.meet(device, &standing, &mut past, timeout_ms, patience) {
                 // A survivor died meanwhile: all others know it, and meet again.
                 Err(error)
                     if error.status == Status::PeerLost
@@ -158,7 +171,7 @@ impl Comm {
             match self.plan.transport {
                 TransportKind::Nixl => self.invalid("the comm was destroyed"),
                 _ => Error::unsupported(format!(
-                    "rank {rank}: backend {backend} has the ranks that it was created with: after a loss a2a_recover goes on                      without some, and nixl_elastic (6) takes others in"
+                    "rank {rank}: backend {backend} has the ranks that it was created with, or fewer: nixl_elastic (6) takes others in"
                 )),
             }
         })
@@ -208,9 +221,12 @@ impl Comm {
 
     /// Beside calls that are in flight.
     pub fn connect_ranks(&self, ranks: &[i32], timeout_ms: i64) -> Result<()> {
-        let (mesh, deadline) = (self.mesh()?, self.deadline(timeout_ms)?);
-        let ranks = self.check_ranks(ranks)?;
+        let (ranks, deadline) = (self.check_ranks(ranks)?, self.deadline(timeout_ms)?);
         let members = self.device()?.membership().members;
+        if self.plan.transport == TransportKind::Window && ranks.iter().all(|rank| members.contains(*rank)) {
+            return Ok(());
+        }
+        let mesh = self.mesh()?;
         let new = mesh.connect(&ranks, deadline, &|| self.is_in_use())?;
         // A member that was lost comes back as another incarnation once it takes part no more.
         new.iter().filter(|rank| !members.contains(**rank)).for_each(|rank| self.health.returned(*rank));
@@ -221,11 +237,15 @@ impl Comm {
     /// Returns the generation.
     pub fn activate_ranks(&self, ranks: &[i32], timeout_ms: i64) -> Result<u64> {
         let (_call, device) = self.enter()?;
-        let (mesh, deadline) = (self.mesh()?, self.deadline(timeout_ms)?);
         let (ranks, me) = (self.check_ranks(ranks)?, self.config.rank);
+        let deadline = self.deadline(timeout_ms)?;
         if !ranks.contains(&me) {
             return Err(self.invalid(format!("ranks is {ranks:?}, rank {me} itself is to be among them")));
         }
+        if self.plan.transport == TransportKind::Window {
+            return self.shrink(&device, &ranks, deadline);
+        }
+        let mesh = self.mesh()?;
         if lock(&self.masked).is_some() {
             return Err(
                 self.invalid("rank mask: the other ranks are masked, unmask them first (a2a_set_rank_mask)")
@@ -246,14 +266,41 @@ impl Comm {
         Ok(generation)
     }
 
+    /// Windows: the same ranks, or some of them. The others' are not written to any more.
+    fn shrink(&self, device: &Arc<dyn Device>, ranks: &[u32], deadline: Instant) -> Result<u64> {
+        let wanted: Members = ranks.iter().copied().collect();
+        let members = device.membership().members;
+        if wanted.without(&members).len() > 0 {
+            self.mesh()?;
+        }
+        if let Some(slot) = device.busy_slot() {
+            return Err(self.invalid(format!("slot {slot} is in the middle of a step")));
+        }
+        let timeout_ms = deadline.saturating_duration_since(Instant::now()).as_millis().max(1) as u64;
+        let without = members.without(&wanted);
+        let recovered = self.reform(device, without, timeout_ms, Duration::from_millis(1))?;
+        if recovered.members == wanted {
+            return Ok(recovered.generation);
+        }
+        let (me, come) = (self.config.rank, recovered.members.iter().collect::<Vec<_>>());
+        let text = format!(
+            "rank {me}: of ranks {ranks:?} only {come:?} have come, and go on (generation {})",
+            recovered.generation
+        );
+        Err(Error::new(Status::PeerLost, text))
+    }
+
     pub fn disconnect_ranks(&self, ranks: &[i32]) -> Result<()> {
         let (_call, device) = self.enter()?;
-        let (mesh, ranks) = (self.mesh()?, self.check_ranks(ranks)?);
+        let ranks = self.check_ranks(ranks)?;
         let members = device.membership().members;
         if let Some(rank) = ranks.iter().find(|rank| members.contains(**rank)) {
             return Err(self.invalid(format!("rank {rank} takes part: activate the others without it first")));
         }
-        mesh.disconnect(&ranks);
+        if self.plan.transport == TransportKind::Window {
+            return Ok(());
+        }
+        self.mesh()?.disconnect(&ranks);
         log(Level::Info, || format!("rank {}: disconnected from ranks {ranks:?}", self.config.rank));
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use a2a::abi::calls::{a2a_destroy, a2a_get_rank_mask, a2a_set_log_callback};
+use a2a::abi::calls::{a2a_activate_ranks, a2a_destroy, a2a_get_rank_mask, a2a_set_log_callback};
 use a2a::abi::types::*;
 
 use super::common::*;
@@ -560,6 +560,21 @@ impl Member {
         outcome
     }
 
+    /// These are to take part from now on.
+    pub fn activate(&self, ranks: &[i32]) -> Outcome {
+        let mut generation = 0;
+        let mut outcome = Outcome::of(|| {
+            let (handle, count) = (self.comm.handle(), ranks.len() as i32);
+            // SAFETY: so many int32, a valid out-pointer.
+            check(unsafe { a2a_activate_ranks(handle, ranks.as_ptr(), count, 10_000, &mut generation) })
+        });
+        if outcome.status == A2A_SUCCESS {
+            self.members.store(ranks.iter().map(|rank| 1 << rank).sum(), Ordering::Relaxed);
+        }
+        outcome.words = vec![generation as i64];
+        outcome
+    }
+
     pub fn mask(&self) -> Outcome {
         let mut mask = vec![-1; self.world];
         // SAFETY: as many int32 as are said.
@@ -694,6 +709,10 @@ fn act(member: &Member, line: &str, words: &[&str]) -> Result<Outcome, String> {
         }
         "record" => member.record(),
         "recover" => member.recover(number(1)? as i64, number(2)? as i64),
+        "activate" => {
+            let ranks = words[1].split(',').map(|rank| rank.parse().expect("a rank")).collect::<Vec<i32>>();
+            member.activate(&ranks)
+        }
         "mask" => member.mask(),
         "watch" => {
             let history = member.history()?;

@@ -144,6 +144,32 @@ fn stopped_and_left_behind(pair: Pair, index: u64) -> Result<(), String> {
     group.fine(&EVERYBODY, "destroy")
 }
 
+/// Ranks leave one after another, all alive and in order: the others take part without them, and cannot take them in again.
+fn fewer_take_part(pair: Pair) -> Result<(), String> {
+    let mut group = Group::spawn(pair, false);
+    group.join(&EVERYBODY)?;
+    steps(&mut group, &EVERYBODY, 600)?;
+    let mut left = EVERYBODY.to_vec();
+    for generation in 2..5 {
+        let leaves = left.remove(1);
+        let list: Vec<String> = left.iter().map(usize::to_string).collect();
+        for outcome in group.all(&left, &format!("activate {}", list.join(",")))? {
+            outcome.is(A2A_SUCCESS, &[])?;
+            if outcome.words != [generation] {
+                return Err(format!("generation {:?}, expected {generation}", outcome.words));
+            }
+        }
+        steps(&mut group, &left, 700 + 10 * generation as u64)?;
+        let outcome = group.all(&[leaves], &dispatch(0, A2A_PHASE_BOTH, 1))?.remove(0);
+        outcome.is(A2A_PEER_LOST, &[&format!("rank {leaves}")])?;
+    }
+    let outcome = group.all(&left, "activate 0,1")?.remove(0);
+    outcome.is(A2A_UNSUPPORTED, &["rank 0", "nixl_elastic"])?;
+    let outcome = group.all(&left, "activate 9")?.remove(0);
+    outcome.is(A2A_INVALID_ARGUMENT, &["rank 0", "ranks[0] is 9"])?;
+    group.fine(&EVERYBODY, "destroy")
+}
+
 /// A rank stops for longer than the deadline, then goes on and comes too: nobody is lost, all go on.
 fn all_come(pair: Pair) -> Result<(), String> {
     let mut group = Group::spawn(pair, false);
@@ -340,6 +366,7 @@ pub fn cases(add: &mut impl FnMut(String, Run)) {
             add(format!("{how}/{name}"), Box::new(move || one_leaves(pair, destroy)));
         }
         add(format!("quarrel/{name}"), Box::new(move || after_a_quarrel(pair)));
+        add(format!("fewer_take_part/{name}"), Box::new(move || fewer_take_part(pair)));
     }
     for (who, leader) in [("leader", true), ("follower", false)] {
         add(format!("dies_meanwhile/{who}"), Box::new(move || one_dies_in_a_recovery(leader)));

@@ -34,7 +34,7 @@
  * Config flag, the same on all ranks, NIXL_ELASTIC: a step goes on without ranks that die, leave or do not come by its deadline,
  * and so do later ones, each rank for itself, until a2a_activate_ranks. Every status has A2A_STEP_DEGRADED and marks them, and
  * a2a_get_async_error has the first such loss. Their tokens are missing, and their experts' results in the sums, whose weights
- * stay as they are. Without it such a step is void.
+ * stay as they are. max_recv_rows is 0. Without it such a step is void.
  */
 #define A2A_CONFIG_DEGRADE 2
 
@@ -1340,8 +1340,8 @@ a2a_status_t a2a_recover(struct a2a_comm_t *comm,
  * (a2a_destroy), two boxes more: what it was given may still be written to.
  *
  * Threads: any, also while another thread is inside a call on the comm; one at a time of the calls that connect and activate.
- * Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), TIMEOUT, MISMATCH (another config or version), PEER_LOST (replaced
- * meanwhile), OUT_OF_MEMORY, SYSTEM_ERROR, NIXL_ERROR, ABORTED; or what a rank that cannot take part says.
+ * Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), TIMEOUT, MISMATCH (another config or version),
+ * OUT_OF_MEMORY, SYSTEM_ERROR, NIXL_ERROR, ABORTED; or what a rank that cannot take part says.
  */
 a2a_status_t a2a_connect_ranks(struct a2a_comm_t *comm,
                                const int32_t *ranks,
@@ -1537,7 +1537,7 @@ a2a_status_t a2a_get_history(struct a2a_comm_t *comm,
 a2a_status_t a2a_get_stats(struct a2a_comm_t *comm, struct a2a_stats_t *stats);
 
 /**
- * Sends the library's log lines to a callback, for the whole process. Without one, the environment variable A2A_LOG
+ * Sends the library's log lines to a callback, for the whole process, which calls nothing of the library. Without one, the environment variable A2A_LOG
  * (error, warn, info, debug) sends them to standard error.
  *
  * callback: NULL restores the default. user: passed to it. Both must stay valid until replaced and until calls in

@@ -277,8 +277,8 @@ pub unsafe extern "C" fn a2a_recover(
 /// (a2a_destroy), two boxes more: what it was given may still be written to.
 ///
 /// Threads: any, also while another thread is inside a call on the comm; one at a time of the calls that connect and activate.
-/// Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), TIMEOUT, MISMATCH (another config or version), PEER_LOST (replaced
-/// meanwhile), OUT_OF_MEMORY, SYSTEM_ERROR, NIXL_ERROR, ABORTED; or what a rank that cannot take part says.
+/// Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), TIMEOUT, MISMATCH (another config or version),
+/// OUT_OF_MEMORY, SYSTEM_ERROR, NIXL_ERROR, ABORTED; or what a rank that cannot take part says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_connect_ranks(
     comm: *mut a2a_comm_t,
@@ -600,7 +600,7 @@ pub unsafe extern "C" fn a2a_get_stats(comm: *mut a2a_comm_t, stats: *mut a2a_st
     })
 }
 
-/// Sends the library's log lines to a callback, for the whole process. Without one, the environment variable A2A_LOG
+/// Sends the library's log lines to a callback, for the whole process, which calls nothing of the library. Without one, the environment variable A2A_LOG
 /// (error, warn, info, debug) sends them to standard error.
 ///
 /// callback: NULL restores the default. user: passed to it. Both must stay valid until replaced and until calls in

@@ -156,7 +156,7 @@ pub const A2A_CONFIG_REMOTE: u64 = 1;
 /// Config flag, the same on all ranks, NIXL_ELASTIC: a step goes on without ranks that die, leave or do not come by its deadline,
 /// and so do later ones, each rank for itself, until a2a_activate_ranks. Every status has A2A_STEP_DEGRADED and marks them, and
 /// a2a_get_async_error has the first such loss. Their tokens are missing, and their experts' results in the sums, whose weights
-/// stay as they are. Without it such a step is void.
+/// stay as they are. max_recv_rows is 0. Without it such a step is void.
 pub const A2A_CONFIG_DEGRADE: u64 = 2;
 
 /// Which half of an operation a call performs.

@@ -139,6 +139,13 @@ fn check_fields(config: &Config) -> Result<()> {
             config.transport as i32
         )));
     }
+    if config.degrades && config.max_recv_rows != 0 {
+        return Err(Error::unsupported(format!(
+            "rank {}: flags has A2A_CONFIG_DEGRADE (2) and max_recv_rows is {}: ranks that lose different peers would drop different \
+             rows (it needs 0)",
+            config.rank, config.max_recv_rows
+        )));
+    }
     if config.nccl_comm.is_some()
         && (config.device, config.transport) != (DeviceKind::Cuda, TransportKind::Nccl)
     {

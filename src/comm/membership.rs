@@ -35,6 +35,9 @@ pub(super) struct Past {
     whole: Vec<u64>,
 }
 
+/// Of the generation of a rank that masks all others.
+const ALONE: u64 = 1 << 63;
+
 /// How long ranks that were given up on, but live, are waited for.
 const PATIENCE_MS: u64 = 1000;
 
@@ -222,7 +225,7 @@ impl Comm {
     /// Beside calls that are in flight.
     pub fn connect_ranks(&self, ranks: &[i32], timeout_ms: i64) -> Result<()> {
         let (ranks, deadline) = (self.check_ranks(ranks)?, self.deadline(timeout_ms)?);
-        let members = self.device()?.membership().members;
+        let members = lock(&self.masked).as_ref().unwrap_or(&self.device()?).membership().members;
         if self.plan.transport == TransportKind::Window && ranks.iter().all(|rank| members.contains(*rank)) {
             return Ok(());
         }
@@ -293,7 +296,7 @@ impl Comm {
     pub fn disconnect_ranks(&self, ranks: &[i32]) -> Result<()> {
         let (_call, device) = self.enter()?;
         let ranks = self.check_ranks(ranks)?;
-        let members = device.membership().members;
+        let members = lock(&self.masked).as_ref().unwrap_or(&device).membership().members;
         if let Some(rank) = ranks.iter().find(|rank| members.contains(**rank)) {
             return Err(self.invalid(format!("rank {rank} takes part: activate the others without it first")));
         }
@@ -327,7 +330,8 @@ impl Comm {
         let next = if wanted == all {
             masked.take().ok_or_else(|| Error::internal("nothing was masked"))?
         } else if wanted == alone {
-            let generation = device.membership().generation;
+            // What is dispatched alone is not replayed among others, nor the other way round.
+            let generation = device.membership().generation | ALONE;
             let next = device.clone().recovered(Membership { generation, members: alone })?;
             *masked = Some(device);
             next

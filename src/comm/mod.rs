@@ -108,7 +108,8 @@ impl Comm {
         if is_posted {
             let plan =
                 explain::affordable(&config).inspect_err(|error| nixl::decline(&config.meeting, error))?;
-            let built = build_posted(&config, &plan, &health)?;
+            let built = build_posted(&config, &plan, &health)
+                .inspect_err(|error| nixl::decline(&config.meeting, error))?;
             return Comm::new(config, plan, health, bootstrap::random()?, built, None);
         }
 

@@ -29,7 +29,7 @@ pub fn bytes(map: &Map) -> u64 {
 impl Apart {
     pub fn new(rank: u32, map: &Map) -> Result<Apart> {
         let bytes = bytes(map);
-        let own = Mapping::new(&WindowFd::create(rank, bytes)?, rank, bytes)?;
+        let own = Mapping::new(&WindowFd::create(rank, bytes)?, rank, bytes)?.never_reused();
         // Of these a few pages are written to, and none is taken before.
         let shadow = |_| {
             let (anywhere, bytes) = (std::ptr::null_mut(), map.window_bytes());
@@ -61,10 +61,10 @@ impl Apart {
         self.box_bytes
     }
 
-    /// The window: address and bytes, and what keeps it.
+    /// The window and the first boxes: address and bytes, and what keeps them.
     pub fn window(&self) -> (u64, u64, Arc<dyn Any + Send + Sync>) {
         let own = &self.own;
-        (own.0.start() as u64, own.1[0].bytes(), own.clone())
+        (own.0.start() as u64, own.0.bytes(), own.clone())
     }
 
     /// What a peer's boxes lie in, in and out; `anew`: in memory of their own from now on, because who had them may still write
@@ -73,7 +73,8 @@ impl Apart {
         let mut keep: Arc<dyn Any + Send + Sync> = self.own.clone();
         if anew {
             let bytes = 2 * self.box_bytes;
-            let fresh = Arc::new(Mapping::new(&WindowFd::create(self.rank, bytes)?, self.rank, bytes)?);
+            let window = WindowFd::create(self.rank, bytes)?;
+            let fresh = Arc::new(Mapping::new(&window, self.rank, bytes)?.never_reused());
             let (inbox, outbox) = (fresh.start(), fresh.start().wrapping_add(self.box_bytes as usize));
             keep = fresh;
             // SAFETY: page-aligned parts of a mapping, which the courier keeps with `keep`.

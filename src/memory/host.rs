@@ -82,6 +82,8 @@ fn available_memory() -> Option<u64> {
 pub(super) struct Mapping {
     ptr: *mut u8,
     bytes: u64,
+    /// Peers may write there when it is gone: nothing else is to lie there.
+    is_for_peers: bool,
 }
 
 // SAFETY: an address range; who touches it when is the protocol's business.
@@ -100,11 +102,16 @@ impl Mapping {
         let ptr = fault::call(Point::Map, map);
         let ptr =
             ptr.map_err(|e| Error::system(format!("mmap of {bytes} bytes of rank {peer}'s window"), e))?;
-        Ok(Mapping { ptr: ptr as *mut u8, bytes })
+        Ok(Mapping { ptr: ptr as *mut u8, bytes, is_for_peers: false })
     }
     /// Of what was mapped elsewhere, which is this one's from now on.
     pub(super) fn of(ptr: *mut u8, bytes: u64) -> Mapping {
-        Mapping { ptr, bytes }
+        Mapping { ptr, bytes, is_for_peers: false }
+    }
+    /// The memory goes on drop, the addresses do not: who still writes there finds nothing.
+    pub(super) fn never_reused(self) -> Mapping {
+        let this = std::mem::ManuallyDrop::new(self);
+        Mapping { ptr: this.ptr, bytes: this.bytes, is_for_peers: true }
     }
     pub(super) fn start(&self) -> *mut u8 {
         self.ptr
@@ -116,6 +123,14 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if self.is_for_peers {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+            // SAFETY: the range is this one's, and nobody looks at it any more.
+            let _ = unsafe {
+                rustix::mm::mmap_anonymous(self.ptr as *mut _, self.bytes as usize, ProtFlags::empty(), flags)
+            };
+            return;
+        }
         // SAFETY: mapped, and this one's; unmapped once.
         let _ = unsafe { rustix::mm::munmap(self.ptr as *mut _, self.bytes as usize) };
     }
@@ -140,7 +155,7 @@ impl Windows {
     /// Maps another window of a rank at the address of its former one, whose memory goes with its last mapping: who
     /// still maps it writes nowhere else.
     pub fn replace(&self, peer: u32, window: &WindowFd) -> Result<()> {
-        let Mapping { ptr, bytes } = self.mappings[peer as usize];
+        let Mapping { ptr, bytes, .. } = self.mappings[peer as usize];
         let flags = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the range is ours, of that size, and stays mapped; no call of this comm is in flight.
         let mapped = unsafe {

@@ -502,6 +502,9 @@ impl Host {
     /// A RECV that fails leaves nothing on offer either: other slots' rows are none of its failure's business, and
     /// their tensors are the caller's again.
     pub(super) fn flush_after_failure(&self, call: &Call) {
+        if let Some(post) = &self.post {
+            post.rest();
+        }
         let mut slot = self.slot(call.slot);
         if !self.map.sizes.uses.fifos || self.send_rest(call, &mut slot).is_empty() {
             return;

@@ -93,6 +93,7 @@ impl Host {
         let slot = &mut *guard;
         let mut l = self.ledger(d.memory);
         slot.placed = self.present();
+        self.keep_told(d.call.slot, d.grid.bound, &mut slot.told);
         self.place_by_counts(d.call.slot, &d.grid, &mut l, &mut slot.demands);
         let limit = d.grid.limit;
         let over = |demand: &u64| limit > 0 && *demand > limit;

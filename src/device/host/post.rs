@@ -128,6 +128,8 @@ impl Host {
             });
         }
         let _ = self.hear();
+        // Nobody may call again.
+        post.rest();
     }
 
     fn with_note<T>(&self, slot: u32, note: Note, peer: u32, send: impl FnOnce(&[u8]) -> T) -> T {
@@ -219,6 +221,10 @@ impl Host {
             let Some(first) = late.next() else { return Ok(()) };
             let late: Vec<u32> = std::iter::once(first).chain(late).collect();
             self.hear()?;
+            // Who has left does not take the rest.
+            let end = self.endpoint(call.slot);
+            let has_left = |peer: &&u32| end.why_gone(**peer, &self.health.vitals).is_some();
+            late.iter().filter(has_left).for_each(|peer| post.abandon(*peer));
             self.check_aborted(call, slot, flag)?;
             if call.started.elapsed() >= call.budget {
                 let why = Why::Late { deadline: call.budget };
@@ -270,9 +276,26 @@ impl Host {
         self.bases.half(self.rank, at).load(Acquire).min(bound)
     }
 
-    /// As `told_rows`, of all keys of a rank's.
-    fn told_to(&self, slot: u32, source: u32, rank: u32, bound: u32) -> u64 {
-        self.keys_of(rank).map(|key| self.told_rows(slot, source, key, bound) as u64).sum()
+    /// Keeps what the sources have told of this rank's experts: a peer that is a step ahead tells more.
+    pub(super) fn keep_told(&self, number: u32, bound: u32, told: &mut [u32]) {
+        if !self.map.sizes.uses.posted {
+            return;
+        }
+        let local = self.experts.count(self.rank) as usize;
+        for source in self.members() {
+            for (place, key) in self.keys_of(self.rank).enumerate() {
+                told[source as usize * local + place] = self.told_rows(number, source, key, bound);
+            }
+        }
+    }
+
+    /// A source's rows by own expert, as they are kept.
+    fn told_by<'a>(&self, told: &'a [u32], source: u32) -> &'a [u32] {
+        let local = self.experts.count(self.rank) as usize;
+        &told[source as usize * local..][..local]
+    }
+    fn all_told(&self, told: &[u32], source: u32) -> u64 {
+        self.told_by(told, source).iter().map(|rows| *rows as u64).sum()
     }
 
     /// The keys of a rank's experts.
@@ -283,18 +306,19 @@ impl Host {
 
     /// A source's results by key: the key's first row and how many are kept, and how many of the source's lie before them where they
     /// are brought. Dropped rows leave gaps there.
-    fn runs(
+    fn runs<'a>(
         &self,
-        c: &Combine,
-        l: &Ledger,
+        l: &'a Ledger,
+        told: &'a [u32],
         (placed, source): (Members, u32),
-    ) -> impl Iterator<Item = (u64, u64, u64)> {
-        let (number, bound) = (c.call.slot, c.grid.bound);
+    ) -> impl Iterator<Item = (u64, u64, u64)> + use<'a> {
+        let local = self.experts.count(self.rank) as usize;
+        let rows = move |rank: u32, place: usize| told[rank as usize * local + place] as u64;
         let mut at = 0;
-        self.keys_of(self.rank).enumerate().map(move |(place, key)| {
-            let told = |rank: u32| self.told_rows(number, rank, key, bound) as u64;
-            let before: u64 = placed.iter().take_while(|rank| *rank < source).map(told).sum();
-            let (first, mine) = (l.starts[place] as u64 + before, told(source));
+        (0..local).map(move |place| {
+            let before: u64 =
+                placed.iter().take_while(|rank| *rank < source).map(|rank| rows(rank, place)).sum();
+            let (first, mine) = (l.starts[place] as u64 + before, rows(source, place));
             let end = l.starts[place] as u64 + l.counts[place] as u64;
             let run = (first, (first + mine).min(end) - first.min(end), at);
             at += mine;
@@ -304,10 +328,10 @@ impl Host {
 
     /// If a source's results are fetched from where the experts wrote them: in as many parcels as there are experts, which pays
     /// where those are large.
-    fn is_direct(&self, c: &Combine, source: u32) -> bool {
+    fn is_direct(&self, c: &Combine, told: &[u32], source: u32) -> bool {
         let size = c.hidden as u64 * c.send_type.bytes() as u64;
         let keys = self.experts.count(self.rank) as u64;
-        c.send.is_none() && self.told_to(c.call.slot, source, self.rank, c.grid.bound) * size >= keys * DIRECT
+        c.send.is_none() && self.all_told(told, source) * size >= keys * DIRECT
     }
 
     /// Puts each source's results one behind the other, by expert and position, into the outbox for it, unless they are fetched from
@@ -320,16 +344,17 @@ impl Host {
         }
         // The caller's rows are there as long as the call is.
         guard.in_place = c.send.is_none() || !c.split;
-        let (number, bound) = (c.call.slot, c.grid.bound);
+        let number = c.call.slot;
         let size = c.hidden as u64 * c.send_type.bytes() as u64;
         let is_compact = c.send.is_none_or(|rows| rows.is_compact());
         let results = self.map.results(number, self.rank);
         let (mut rows, mut bytes, mut remote) = (0, 0, 0);
         for source in self.members() {
-            let all = self.told_to(number, source, self.rank, bound) * size;
+            let all = self.all_told(&guard.told, source) * size;
             let weights = self.map.result_weights(number, self.rank, all);
-            let stays = if source == self.rank { guard.in_place } else { self.is_direct(c, source) };
-            for (first, kept, at) in self.runs(c, &l, (guard.placed, source)) {
+            let stays =
+                if source == self.rank { guard.in_place } else { self.is_direct(c, &guard.told, source) };
+            for (first, kept, at) in self.runs(&l, &guard.told, (guard.placed, source)) {
                 let together = if is_compact { kept.max(1) } else { 1 };
                 for i in (0..if stays { 0 } else { kept }).step_by(together as usize) {
                     let (bytes, last) = (together * size, first + i + together - 1);
@@ -368,20 +393,25 @@ impl Host {
     }
 
     /// The results for a peer.
-    pub(super) fn returned(&self, c: &Combine, (placed, peer): (Members, u32), parcels: &mut Vec<Parcel>) {
+    pub(super) fn returned(
+        &self,
+        c: &Combine,
+        (placed, told, peer): (Members, &[u32], u32),
+        parcels: &mut Vec<Parcel>,
+    ) {
         let size = c.hidden as u64 * c.send_type.bytes() as u64;
-        let rows = self.told_to(c.call.slot, peer, self.rank, c.grid.bound);
+        let rows = self.all_told(told, peer);
         let start = self.map.results(c.call.slot, self.rank);
         if rows == 0 {
             return;
         }
         let weights = self.map.result_weights(c.call.slot, self.rank, rows * size);
-        if !self.is_direct(c, peer) {
+        if !self.is_direct(c, told, peer) {
             let end = if c.has_row_weights { weights + rows * 4 } else { start + rows * size };
             return parcels.push(self.of_outbox(peer, start, end - start));
         }
         let l = self.ledger(c.memory);
-        for (first, kept, at) in self.runs(c, &l, (placed, peer)).filter(|(_, kept, _)| *kept > 0) {
+        for (first, kept, at) in self.runs(&l, told, (placed, peer)).filter(|(_, kept, _)| *kept > 0) {
             self.result(c, first + kept - 1, size);
             let from = self.result(c, first, size) as u64;
             parcels.push(Parcel { from, ..self.of_outbox(peer, start + at * size, kept * size) });

@@ -52,6 +52,8 @@ pub(super) struct Slot {
     pub(super) beside: Vec<u64>,
     /// This rank's own results are not among those that are brought: they stay where the experts left them.
     pub(super) in_place: bool,
+    /// Scratch, where couriers carry: by source and own expert, its rows, as the dispatch has placed them.
+    pub(super) told: Vec<u32>,
     /// The ranks whose rows the dispatch has placed.
     pub(super) placed: Members,
     /// Scratch: what goes to one peer.
@@ -77,6 +79,7 @@ impl Slot {
             cursors: vec![0; by_expert(sizes.experts)],
             firsts: vec![0; if sizes.uses.posted { sizes.num_experts as usize } else { 0 }],
             beside: vec![0; if sizes.uses.posted { ranks } else { 0 }],
+            told: vec![0; if sizes.uses.posted { ranks * sizes.experts as usize } else { 0 }],
             parcels: Vec::with_capacity(if sizes.uses.posted { sizes.experts as usize + 1 } else { 0 }),
             scratch: vec![0; sizes.scratch_bytes() as usize],
             pulls: Vec::with_capacity(ranks.max(MAX_TOPK as usize)),
@@ -324,10 +327,12 @@ impl Host {
             0
         });
         fault::at(Point::CombineAfterFlags);
-        let placed = slot.placed;
-        self.post(c.call.slot, &mut slot, Flag::Combine, c.split, |peer, parcels| {
-            self.returned(c, (placed, peer), parcels)
-        })
+        let (placed, told) = (slot.placed, std::mem::take(&mut slot.told));
+        let sent = self.post(c.call.slot, &mut slot, Flag::Combine, c.split, |peer, parcels| {
+            self.returned(c, (placed, &told, peer), parcels)
+        });
+        slot.told = told;
+        sent
     }
 
     /// Views end with this rank's combine SEND: in a debug build who reads them afterwards reads NaN.

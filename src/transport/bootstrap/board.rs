@@ -31,6 +31,8 @@ use crate::log::{Level, log};
 
 /// Between two attempts to find a board, or to be one.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Any other rank than 0 looks for a board so long before it is one.
+const PATIENCE: Duration = Duration::from_millis(300);
 /// Who serves answers within this.
 const ANSWER_MS: u64 = 2000;
 /// Of a name and its value: a message has room for more.
@@ -243,6 +245,9 @@ impl Run {
     }
 
     fn run(self) {
+        // Rank 0 serves if it is there: who serves must not stand still.
+        let patience = if self.party.rank == 0 { Duration::ZERO } else { PATIENCE };
+        let mut since = Instant::now();
         while !self.is_over() {
             let soon = Deadline::after_ms(ANSWER_MS);
             let (address, remote) = (&self.party.id.address, self.party.remote);
@@ -250,10 +255,16 @@ impl Run {
                 Ok(line) => {
                     self.shared.lock().trouble = None;
                     self.visit(line);
+                    since = Instant::now();
                     continue;
                 }
                 Err(error) => error,
             };
+            if since.elapsed() < patience {
+                self.shared.lock().trouble = Some(trouble.to_string());
+                std::thread::sleep(PAUSE);
+                continue;
+            }
             match Listener::open(address, remote, soon, "somebody serves there") {
                 Ok(listener) => return self.serve(listener),
                 Err(error) => self.shared.lock().trouble = Some(format!("{trouble}; {error}")),

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! rank/R      who rank R is: its incarnation, what it was configured to, or why it does not come
-//! way/R/P     how rank P writes into R's inbox for it: {R's incarnation, P's, address, card}
-//! met/R/P     R hears what P sends: {R's incarnation, P's}
+//! way/R/P     how rank P writes into R's inbox for it: {R's incarnation, P's, the way's number, address, card}
+//! met/R/P     R hears what P sends: {the number of R's way, of P's}
 //! plan/R      which ranks R is to take part with: {a number that grows, its generation, ranks}
 //! seen/R/D    R has seen the plans of all of them; D is a digest of their numbers and generations
 //! ```
@@ -136,6 +136,8 @@ struct Past {
 struct Way {
     peer: Peer,
     incarnation: u64,
+    /// Of the peer's way: it has another number when it connects anew.
+    number: u64,
     /// Where its inbox for this rank lies over there.
     inbox: u64,
     is_lost: bool,
@@ -365,7 +367,7 @@ impl Shared {
         if presence(self.rank, rank, &said)?.incarnation == incarnation {
             return Ok(());
         }
-        let text = format!("rank {}: rank {rank} was replaced meanwhile: connect to it again", self.rank);
+        let text = format!("rank {}: rank {rank} was replaced meanwhile", self.rank);
         Err(Error::new(Status::PeerLost, text))
     }
 
@@ -375,7 +377,27 @@ impl Shared {
     }
 
     fn connect(&self, ranks: &[u32], deadline: Instant, check: Check) -> Result<Vec<u32>> {
-        let _changing = self.changing.lock().unwrap_or_else(|e| e.into_inner());
+        let mut past = self.changing.lock().unwrap_or_else(|e| e.into_inner());
+        loop {
+            match self.try_to_connect(&mut past, ranks, deadline, check) {
+                // What the board said was of its former incarnation: anew, with the one that is there now.
+                Err(error) if error.status == Status::PeerLost && !left(deadline).is_zero() => {
+                    log(Level::Info, || error.to_string());
+                    std::thread::sleep(PAUSE);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// PEER_LOST if one is replaced meanwhile.
+    fn try_to_connect(
+        &self,
+        past: &mut Past,
+        ranks: &[u32],
+        deadline: Instant,
+        check: Check,
+    ) -> Result<Vec<u32>> {
         let me = self.rank;
         let mut new: Vec<u32> = ranks.iter().copied().filter(|rank| *rank != me).collect();
         if new.is_empty() {
@@ -409,7 +431,18 @@ impl Shared {
                 )));
             }
         }
-        new.retain(|rank| self.known(*rank).is_none());
+        // One that has disconnected meanwhile, or connects anew, is not connected any more.
+        new.iter().for_each(|rank| board.read(&format!("way/{rank}/{me}")));
+        let same = |rank: &u32| {
+            let way = board.value(&format!("way/{rank}/{me}"));
+            let number = way.as_ref().and_then(|way| words::<4>(way)).map(|(way, _)| way[2]);
+            self.lock().ways[*rank as usize]
+                .as_ref()
+                .is_some_and(|way| number == Some(way.number) && !way.is_lost)
+        };
+        new.retain(|rank| !same(rank));
+        self.forget(&new);
+        new.iter().for_each(|rank| past.used[*rank as usize] = 0);
         let met = self.meet(board, &new, &incarnations, deadline, check);
         // Who failed to connect begins anew.
         met.inspect_err(|_| self.forget(&new))?;
@@ -425,39 +458,50 @@ impl Shared {
         check: Check,
     ) -> Result<()> {
         let me = self.rank;
+        let mut numbers = vec![0; self.party.ranks as usize];
         for rank in new {
             let at = *rank as usize;
             let used = std::mem::replace(&mut self.lock().used[at], Used::Perhaps);
             let (inbox, outbox, keep) = (self.memory.boxes)(*rank, used == Used::Perhaps)?;
+            numbers[at] = u64::from_le_bytes(random()?);
             let mut office = self.lock();
-            for at in [inbox, outbox].into_iter().filter(|_| used != Used::Left) {
+            for at in [inbox, outbox].into_iter().filter(|_| used == Used::Perhaps) {
                 // SAFETY: boxes that `keep` keeps; what peers write into an inbox is looked at after its note alone.
                 unsafe { office.courier.register(at, self.memory.box_bytes, keep.clone())? };
             }
             let card = office.courier.card()?;
-            let way = [&bytes_of(&[self.incarnation, incarnations[at], inbox])[..], &card].concat();
-            board.put(&format!("way/{me}/{rank}"), &way)?;
+            let head = bytes_of(&[self.incarnation, incarnations[at], numbers[at], inbox]);
+            board.put(&format!("way/{me}/{rank}"), &[&head[..], &card].concat())?;
         }
+        new.iter().for_each(|rank| board.read(&format!("met/{rank}/{me}")));
         for rank in new {
-            let incarnation = incarnations[*rank as usize];
+            let (incarnation, mine) = (incarnations[*rank as usize], numbers[*rank as usize]);
             let wanted = [incarnation, self.incarnation];
             let check = || check().and_then(|()| self.still(board, *rank, incarnation));
-            let is_right = |way: &[u8]| words::<3>(way).is_some_and(|(said, _)| said[..2] == wanted);
-            let way = board.wait_until(&format!("way/{rank}/{me}"), left(deadline), check, is_right)?;
-            let Some(([_, _, inbox], card)) = words::<3>(&way) else { continue };
-            let mut office = self.lock();
-            let met = office.courier.meet(card);
-            let peer = met.map_err(|e| e.context(format!("rank {me}: the way to rank {rank}")))?;
-            let way = Way { peer, incarnation, inbox, is_lost: false, is_told: false };
-            office.ways[*rank as usize] = Some(way);
-            drop(office);
-            board.put(&format!("met/{me}/{rank}"), &bytes_of(&[self.incarnation, incarnation]))?;
-        }
-        for rank in new {
-            let incarnation = incarnations[*rank as usize];
-            let wanted = bytes_of(&[incarnation, self.incarnation]);
-            let check = || check().and_then(|()| self.still(board, *rank, incarnation));
-            board.wait_until(&format!("met/{rank}/{me}"), left(deadline), check, |met| met == wanted)?;
+            let is_right = |way: &[u8]| words::<4>(way).is_some_and(|(said, _)| said[..2] == wanted);
+            loop {
+                let way = board.wait_until(&format!("way/{rank}/{me}"), left(deadline), check, is_right)?;
+                let Some(([_, _, number, inbox], card)) = words::<4>(&way) else { continue };
+                let mut office = self.lock();
+                let former = office.ways[*rank as usize].as_ref().map(|way| (way.peer, way.number));
+                if former.is_none_or(|(_, former)| former != number) {
+                    former.iter().for_each(|(peer, _)| office.courier.forget(*peer));
+                    let met = office.courier.meet(card);
+                    let peer = met.map_err(|e| e.context(format!("rank {me}: the way to rank {rank}")))?;
+                    let way = Way { peer, incarnation, number, inbox, is_lost: false, is_told: false };
+                    office.ways[*rank as usize] = Some(way);
+                }
+                drop(office);
+                board.put(&format!("met/{me}/{rank}"), &bytes_of(&[mine, number]))?;
+                let met = bytes_of(&[number, mine]);
+                let soon = left(deadline).min(AGAIN);
+                match board.wait_until(&format!("met/{rank}/{me}"), soon, check, |said| said == met) {
+                    Ok(_) => break,
+                    // It may have another way by now.
+                    Err(error) if error.status == Status::Timeout && !left(deadline).is_zero() => {}
+                    Err(error) => return Err(error),
+                }
+            }
         }
         Ok(())
     }
@@ -494,6 +538,9 @@ impl Shared {
         let mut past = self.changing.lock().unwrap_or_else(|e| e.into_inner());
         let me = self.rank;
         if *ranks == [me] {
+            let mut office = self.lock();
+            let others: Vec<u32> = office.active.iter().map(|(rank, _)| *rank).collect();
+            others.into_iter().for_each(|rank| office.abandon(me, rank));
             return Ok(generation + 1);
         }
         let board = self.board()?;
@@ -760,7 +807,8 @@ mod tests {
             let at = |i: u32| all.0[i as usize].as_ptr() as u64;
             Ok((at(peer), at(ranks + peer), all.clone()))
         };
-        let window = (0, 0, boxes.clone() as Arc<dyn Any + Send + Sync>);
+        let bytes = 2 * ranks as u64 * BOX;
+        let window = (boxes.0.as_ptr() as u64, bytes, boxes.clone() as Arc<dyn Any + Send + Sync>);
         let memory = Memory { window, box_bytes: BOX, boxes: Box::new(of) };
         let party = Party { meeting, ranks, fields: vec![("max_topk".into(), field)] };
         let courier =
@@ -868,7 +916,14 @@ mod tests {
     #[test]
     fn ranks_that_differ_are_told_in_what() {
         let id = new_unique_id().unwrap();
-        let met = of_all(&[0, 1], |rank| connect(&open(&id, rank, 2, 8 + rank as u64).0, &[0, 1]).map(drop));
+        let turn = std::sync::Barrier::new(2);
+        let met = of_all(&[0, 1], |rank| {
+            let (mesh, _boxes) = open(&id, rank, 2, 8 + rank as u64);
+            let met = connect(&mesh, &[0, 1]);
+            // Who leaves at once may not be compared with.
+            turn.wait();
+            met.map(drop)
+        });
         for (rank, met) in met.into_iter().enumerate() {
             let (error, other) = (met.unwrap_err(), 1 - rank);
             assert_eq!(error.status, Status::Mismatch, "{error}");

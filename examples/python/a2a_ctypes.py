@@ -26,11 +26,11 @@ SCALES_ROW, SCALES_COLUMN = range(2)
 PLACEMENT_CONTIGUOUS, PLACEMENT_TABLE = range(2)
 OVERFLOW_ERROR, OVERFLOW_DROP = range(2)
 BOOTSTRAP_UNIQUE_ID, BOOTSTRAP_ALLGATHER = range(2)
-CONFIG_REMOTE = 1
+CONFIG_REMOTE, CONFIG_DEGRADE = 1, 2
 PHASE_BOTH, PHASE_SEND, PHASE_RECV = range(3)
 DISPATCH_HOST_COUNTS, DISPATCH_ZERO_PADDING, DISPATCH_UNIFORM, DISPATCH_REUSE = 1, 2, 4, 8
 COMBINE_ACCUMULATE, COMBINE_NO_WEIGHTS, COMBINE_NCCL_SUM = 1, 2, 4
-STEP_BAD_ID, STEP_DROPPED, STEP_VOID, STEP_OVERFLOW = 1, 2, 4, 8
+STEP_BAD_ID, STEP_DROPPED, STEP_VOID, STEP_OVERFLOW, STEP_DEGRADED = 1, 2, 4, 8, 16
 LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG = range(1, 5)
 MAX_EXTRAS, MAX_TOPK, MAX_RANKS = 8, 32, 1024
 
@@ -334,6 +334,10 @@ SIGNATURES = {
     "a2a_get_info": (None, [c_void_p, POINTER(Info)]),
     "a2a_set_timeout": (None, [c_void_p, c_int64, c_int64]),
     "a2a_recover": (None, [c_void_p, POINTER(RecoverIn), POINTER(RecoverOut)]),
+    "a2a_connect_ranks": (None, [c_void_p, POINTER(c_int32), c_int32, c_int64]),
+    "a2a_activate_ranks": (None, [c_void_p, POINTER(c_int32), c_int32, c_int64, POINTER(c_uint64)]),
+    "a2a_disconnect_ranks": (None, [c_void_p, POINTER(c_int32), c_int32]),
+    "a2a_set_rank_mask": (None, [c_void_p, POINTER(c_int32), c_int32]),
     "a2a_get_rank_mask": (None, [c_void_p, POINTER(c_int32), c_int32]),
     "a2a_abort": (None, [c_void_p]),
     "a2a_destroy": (None, [c_void_p]),

@@ -2,8 +2,8 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, NIXL into
-#                   target/nixl, and nvcc and valgrind, if there are none, into target/cuda and target/valgrind
+#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and, if there are
+#                   none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
 #   make incidents  what `make test` does of faults at named points, with 100 seeds a kind instead of 5
@@ -133,28 +133,25 @@ test-clippy:
 	$(CPU_ONLY) cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 
-test-rust:
-	cargo test --release --package a2a --package nccl-sys --package nixl-sys
-
-# What needs a real NIXL: the environment's (A2A_NIXL_LIB), or the wheel's, where there is one for the platform.
-ifneq ($(A2A_NIXL_LIB),)
-test-nixl:
+# A real NCCL and a real NIXL, which some tests open: the environment's, or those of wheels, where the platform has them.
+ifneq ($(and $(A2A_NCCL_LIB),$(A2A_NIXL_LIB)),)
 else ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),)
-test-nixl: export A2A_NIXL_LIB := $(CURDIR)/target/nixl/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
-test-nixl: target/nixl/ready
-else ifeq ($(A2A_REQUIRE_NIXL),1)
-NO_NIXL := exit 1
+test-rust test-nixl: target/carriers/ready
+test-rust test-nixl: export A2A_NCCL_LIB ?= $(CURDIR)/target/carriers/site/nvidia/nccl/lib/libnccl.so.2
+test-rust test-nixl: export A2A_NIXL_LIB ?= $(CURDIR)/target/carriers/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
 else
-NO_NIXL := exit 0
+NO_CARRIERS := there are no wheels of NCCL and NIXL for $(shell uname -s -m), and A2A_NCCL_LIB and A2A_NIXL_LIB name none
 endif
+
+# Nothing is ignored where they are there.
+test-rust:
+	cargo test --release --package a2a --package nccl-sys --package nixl-sys $(if $(NO_CARRIERS),,-- --include-ignored)
+
 test-nixl:
-ifdef NO_NIXL
-	@echo 'skipped: there is no wheel of NIXL for $(shell uname -s -m), and A2A_NIXL_LIB names none'; $(NO_NIXL)
+ifdef NO_CARRIERS
+	@echo 'skipped: $(NO_CARRIERS)'; test '$(A2A_REQUIRE_CARRIERS)' != 1
 else
-	cargo test --release --package nixl-sys -- --include-ignored
-	cargo test --release --package a2a --package nccl-sys --package nixl-sys --lib -- --include-ignored nixl
 	A2A_TEST_TRANSPORT=nixl cargo test --release --package a2a --test conformance -- --test-threads 2 low_latency
-	cargo test --release --package a2a --test elastic
 endif
 
 # A debug build checks every addition, and poisons views that have ended.
@@ -292,10 +289,10 @@ target/venv/blocks: tests/requirements-blocks.txt target/venv/ready
 	-target/venv/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $< && touch $@
 
 # `site` is its place, by a name without Python's version.
-target/nixl/ready: tests/requirements-nixl.txt
-	$(PYTHON) -m venv target/nixl
-	target/nixl/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $<
-	cd target/nixl && ln -sfn lib/python3*/site-packages site
+target/carriers/ready: tests/requirements-carriers.txt
+	$(PYTHON) -m venv target/carriers
+	target/carriers/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $<
+	cd target/carriers && ln -sfn lib/python3*/site-packages site
 	touch $@
 
 # The compiler of device code and what it needs; toolkit is their place, by a name without Python's version.

@@ -446,6 +446,9 @@ typedef struct a2a_info_t {
      */
     size_t struct_size;
     int32_t rank;
+    /**
+     * With NIXL_ELASTIC max_ranks, whoever takes part.
+     */
     int32_t num_ranks;
     int32_t max_ranks;
     a2a_device_t device;

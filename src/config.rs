@@ -58,6 +58,17 @@ code_enum!(
     }
 );
 code_enum!(TransportKind, "transport" { Auto = 0 / "auto", Window = 1 / "window", Nccl = 2 / "nccl", Nixl = 3 / "nixl" });
+
+impl TransportKind {
+    /// If couriers carry rows: asked for by themselves, or by the strategy that needs them.
+    pub fn wants_nixl(self, backend: BackendKind) -> bool {
+        match self {
+            TransportKind::Auto => backend == BackendKind::NixlElastic,
+            transport => transport == TransportKind::Nixl,
+        }
+    }
+}
+
 code_enum!(
     LayoutKind, "layout" {
         Auto = 0 / "auto",
@@ -448,12 +459,8 @@ impl Config {
         hidden as u64 * self.combine_dtype.bytes() as u64
     }
 
-    /// If couriers carry rows: asked for by the strategy that needs them, or by themselves.
     pub fn wants_nixl(&self) -> bool {
-        match self.transport {
-            TransportKind::Auto => self.backend == BackendKind::NixlElastic,
-            transport => transport == TransportKind::Nixl,
-        }
+        self.transport.wants_nixl(self.backend)
     }
 
     /// What every rank must agree on, by the name the user knows.

@@ -2,7 +2,7 @@
 //! oracle, or a loss that is named in time.
 //!
 //! A plan says who takes part, phase by phase; a rank with a minus dies in that phase. Every rank is a process that does what it is told,
-//! line by line. Needs NIXL (`make test-nixl`): where A2A_NIXL_LIB names none and the loader finds none, all is ignored.
+//! line by line. Needs NIXL (`make test-rust`): where A2A_NIXL_LIB names none and the loader finds none, all is ignored.
 
 use std::collections::BTreeSet;
 use std::io::BufRead;
@@ -674,10 +674,7 @@ fn a_cable_is_out_for_a_while() -> Result<(), String> {
     group.plug(1, true)?;
     let begun = Instant::now();
     let answers = group.answers(&[0, 1, 2])?;
-    let in_order = |line: &String| {
-        let lost = [A2A_TIMEOUT, A2A_PEER_LOST].iter().any(|status| line.starts_with(&status.to_string()));
-        line.starts_with("fine") || lost && line.contains("rank")
-    };
+    let in_order = |line: &String| line.starts_with("fine") || is_lost(line) && line.contains("rank");
     if !answers.iter().all(in_order) || begun.elapsed() > Duration::from_millis(STEP_MS as u64) + PROMISE {
         return Err(format!("after 3 s without a cable, {:?} later: {answers:?}", begun.elapsed()));
     }
@@ -685,6 +682,20 @@ fn a_cable_is_out_for_a_while() -> Result<(), String> {
         group.destroy(&[0, 1, 2])?;
     }
     Ok(())
+}
+
+/// If an answer is the status of a step that waited for a rank in vain.
+fn is_lost(answer: &str) -> bool {
+    [A2A_TIMEOUT, A2A_PEER_LOST].iter().any(|status| answer.starts_with(&status.to_string()))
+}
+
+/// A loss is known by the step's deadline and the promise.
+fn in_time(begun: Instant, rank: usize) -> Result<(), String> {
+    let (took, deadline) = (begun.elapsed(), Duration::from_millis(STEP_MS as u64));
+    match took > deadline + PROMISE {
+        true => Err(format!("rank {rank} was given up on after {took:?}")),
+        false => Ok(()),
+    }
 }
 
 /// A cable is out for good: who is behind it is named in time, and the others go on; it finds itself alone.
@@ -699,15 +710,11 @@ fn a_cable_is_out_for_good() -> Result<(), String> {
     for (rank, line) in (0..).zip(group.answers(&[0, 1, 2])?) {
         let named =
             if rank == 2 { line.contains("rank") } else { line.contains("rank 2") || line.contains(", 2 ") };
-        if !named || ![A2A_TIMEOUT, A2A_PEER_LOST].iter().any(|status| line.starts_with(&status.to_string()))
-        {
+        if !named || !is_lost(&line) {
             return Err(format!("rank {rank} got {line:?}"));
         }
     }
-    let deadline = Duration::from_millis(STEP_MS as u64);
-    if begun.elapsed() > deadline + PROMISE {
-        return Err(format!("rank 2 was given up on after {:?}", begun.elapsed()));
-    }
+    in_time(begun, 2)?;
     group.activate(&[0, 1])?;
     group.all(&[0, 1], "disconnect 2")?;
     group.steps(&[0, 1], 300, STEPS)?;
@@ -757,10 +764,7 @@ fn a_stopped_rank() -> Result<(), String> {
             return Err(format!("{line:?} does not name rank 1"));
         }
     }
-    let deadline = Duration::from_millis(STEP_MS as u64);
-    if begun.elapsed() > deadline + PROMISE {
-        return Err(format!("rank 1 was given up on after {:?}", begun.elapsed()));
-    }
+    in_time(begun, 1)?;
     group.activate(&[0, 2])?;
     group.all(&[0, 2], "disconnect 1")?;
     group.steps(&[0, 2], 200, STEPS)?;
@@ -774,7 +778,7 @@ fn a_stopped_rank() -> Result<(), String> {
         group.steps(&[0, 1, 2], from, STEPS)?;
     }
     let line = zombie.line(ANSWER)?;
-    if ![A2A_TIMEOUT, A2A_PEER_LOST].iter().any(|status| line.starts_with(&status.to_string())) {
+    if !is_lost(&line) {
         return Err(format!("the late rank got {line:?}"));
     }
     group.destroy(&[0, 1, 2])

@@ -108,7 +108,7 @@ fn a_missing_one_says_what_to_install() {
 
 /// Without a GPU a real NCCL tells its version, makes ids and explains its results.
 #[test]
-#[ignore = "needs a real NCCL, which A2A_NCCL_LIB names"]
+#[ignore = "needs a real NCCL, which A2A_NCCL_LIB names: make test-rust"]
 fn a_real_one_answers() {
     let nccl = Nccl::get().unwrap_or_else(|e| panic!("{e}"));
     let mut ids = [ncclUniqueId { internal: [0; 128] }; 2];

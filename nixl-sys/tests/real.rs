@@ -1,4 +1,4 @@
-//! A real NIXL, which `A2A_NIXL_LIB` names: bytes and words from one agent to another over TCP on the loopback. `make test-nixl`
+//! A real NIXL, which `A2A_NIXL_LIB` names: bytes and words from one agent to another over TCP on the loopback. `make test-rust`
 //! installs one.
 
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -131,7 +131,7 @@ impl End {
 
 /// A transfer that is posted again moves what then stands there, and its word is heard when the bytes are there.
 #[test]
-#[ignore = "needs a real NIXL, which A2A_NIXL_LIB names: make test-nixl"]
+#[ignore = "needs a real NIXL, which A2A_NIXL_LIB names: make test-rust"]
 fn bytes_and_words_reach_the_other_agent() {
     let nixl = Nixl::get().unwrap_or_else(|e| panic!("{e}"));
     // UCX calls no destructors of agents that are left behind; names are the process's own.
@@ -167,7 +167,7 @@ fn bytes_and_words_reach_the_other_agent() {
 
 /// Whoever is not there is found out when a request is made, not by a wait.
 #[test]
-#[ignore = "needs a real NIXL, which A2A_NIXL_LIB names: make test-nixl"]
+#[ignore = "needs a real NIXL, which A2A_NIXL_LIB names: make test-rust"]
 fn an_agent_that_nobody_knows_is_refused() {
     let nixl = Nixl::get().unwrap_or_else(|e| panic!("{e}"));
     let (from, to) = (End::new(nixl, "alone"), End::new(nixl, "unknown"));

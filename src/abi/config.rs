@@ -26,10 +26,9 @@ fn positive(rank: i32, name: &str, value: i64, default: i64, high: i64) -> Resul
 
 /// If ranks come and go: what is made is made for as many as there may be. A code that is none is refused elsewhere.
 fn is_elastic(raw: &a2a_config_t) -> bool {
-    match raw.transport {
-        A2A_TRANSPORT_AUTO => raw.backend == A2A_BACKEND_NIXL_ELASTIC,
-        transport => transport == A2A_TRANSPORT_NIXL,
-    }
+    let transport = TransportKind::from_code(raw.rank, raw.transport);
+    let backend = BackendKind::from_code(raw.rank, raw.backend);
+    matches!((transport, backend), (Ok(transport), Ok(backend)) if transport.wants_nixl(backend))
 }
 
 /// The part by which a rank finds the others; the rest may still be refused.

@@ -425,6 +425,7 @@ pub struct a2a_info_t {
     /// sizeof(a2a_info_t) of the caller.
     pub struct_size: usize,
     pub rank: i32,
+    /// With NIXL_ELASTIC max_ranks, whoever takes part.
     pub num_ranks: i32,
     pub max_ranks: i32,
     pub device: a2a_device_t,

@@ -106,10 +106,8 @@ impl Comm {
         config.chosen = Some((plan.backend, plan.layout));
         let health = Arc::new(Health::new(config.num_ranks));
         if is_posted {
-            let plan =
-                explain::affordable(&config).inspect_err(|error| nixl::decline(&config.meeting, error))?;
-            let built = build_posted(&config, &plan, &health)
-                .inspect_err(|error| nixl::decline(&config.meeting, error))?;
+            let plan = explain::affordable(&config).inspect_err(tell)?;
+            let built = build_posted(&config, &plan, &health).inspect_err(tell)?;
             return Comm::new(config, plan, health, bootstrap::random()?, built, None);
         }
 

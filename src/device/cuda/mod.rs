@@ -884,7 +884,7 @@ impl Device for Cuda {
         *lock(&self.membership)
     }
     fn busy_slot(&self) -> Option<u32> {
-        // Only the kernels know, and nobody asks: no courier serves a GPU.
+        // Only the kernels know. `suspend` ends what they are at.
         None
     }
     fn suspend(&self, why: &Error) -> Result<Standing> {

@@ -496,7 +496,11 @@ impl Host {
         if lost != late {
             what += &format!(", for want of those of {}", list(&lost));
         }
-        Err(self.lose(call, slot, flag, Status::Timeout, &lost, (0, 0), Why::Other(what)))
+        Err(self.lose(
+            call,
+            slot,
+            self.void(call, slot, flag, Status::Timeout, &lost, (0, 0), Why::Other(what)),
+        ))
     }
 
     /// A RECV that fails leaves nothing on offer either: other slots' rows are none of its failure's business, and

@@ -230,9 +230,13 @@ impl Host {
                 let why = Why::Late { deadline: call.budget };
                 let values = (slot.epoch() as u64, slot.epoch() as u64);
                 if !self.degrades {
-                    return Err(self.lose(call, slot, flag, Status::Timeout, &late, values, why));
+                    return Err(self.lose(
+                        call,
+                        slot,
+                        self.void(call, slot, flag, Status::Timeout, &late, values, why),
+                    ));
                 }
-                self.go_on_without(call, slot, flag, Status::Timeout, &late, values, why);
+                self.go_on_without(self.void(call, slot, flag, Status::Timeout, &late, values, why));
             }
             backoff.pause();
         }
@@ -289,13 +293,10 @@ impl Host {
         }
     }
 
-    /// A source's rows by own expert, as they are kept.
-    fn told_by<'a>(&self, told: &'a [u32], source: u32) -> &'a [u32] {
-        let local = self.experts.count(self.rank) as usize;
-        &told[source as usize * local..][..local]
-    }
+    /// A source's rows, as they are kept by own expert.
     fn all_told(&self, told: &[u32], source: u32) -> u64 {
-        self.told_by(told, source).iter().map(|rows| *rows as u64).sum()
+        let local = self.experts.count(self.rank) as usize;
+        told[source as usize * local..][..local].iter().map(|rows| *rows as u64).sum()
     }
 
     /// The keys of a rank's experts.

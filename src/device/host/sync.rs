@@ -359,7 +359,11 @@ impl Host {
             let replays = end.told(peer, mail::REPLAYS);
             if replays != d.reuse as u32 {
                 let values = (d.reuse as u64, replays as u64);
-                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Replay));
+                return Err(self.lose(
+                    &d.call,
+                    slot,
+                    self.void(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Replay),
+                ));
             }
             self.compare_shape(&d.call, slot, flag, peer, &words, Shape::name)?;
             let tokens = end.told(peer, mail::TOKENS);
@@ -370,7 +374,11 @@ impl Host {
             };
             if let Some(told) = told.filter(|told| *told != tokens) {
                 let values = (told as u64, tokens as u64);
-                return Err(self.lose(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Told));
+                return Err(self.lose(
+                    &d.call,
+                    slot,
+                    self.void(&d.call, slot, flag, Status::Mismatch, &[peer], values, Why::Told),
+                ));
             }
             let word = end.flag(peer, flag) as u32;
             // A count is what a peer wrote: bounded before it is an index.
@@ -424,7 +432,11 @@ impl Host {
             if theirs != *mine {
                 let values = (*mine as u64, theirs as u64);
                 let why = Why::Word { name: name(i) };
-                return Err(self.lose(call, slot, flag, Status::Mismatch, &[peer], values, why));
+                return Err(self.lose(
+                    call,
+                    slot,
+                    self.void(call, slot, flag, Status::Mismatch, &[peer], values, why),
+                ));
             }
         }
         Ok(())
@@ -516,16 +528,17 @@ impl Host {
                 (Status::Timeout, late, values, Why::Late { deadline: call.budget })
             }
         };
-        if self.degrades && matches!(why, Why::Gone { .. } | Why::Late { .. }) {
-            self.go_on_without(call, slot, flag, status, &lost, values, why);
+        let may_go_on = matches!(why, Why::Gone { .. } | Why::Late { .. });
+        let void = self.void(call, slot, flag, status, &lost, values, why);
+        if self.degrades && may_go_on {
+            self.go_on_without(void);
             return Ok(());
         }
-        Err(self.lose(call, slot, flag, status, &lost, values, why))
+        Err(self.lose(call, slot, void))
     }
 
-    /// The step goes on, and so do later ones: nothing is sent to these ranks or heard of them any more.
     #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
-    pub(super) fn go_on_without(
+    pub(super) fn void(
         &self,
         call: &Call,
         slot: &Slot,
@@ -534,44 +547,8 @@ impl Host {
         lost: &[u32],
         (expected, seen): (u64, u64),
         why: Why,
-    ) {
-        let void = Void {
-            rank: self.rank,
-            slot: call.slot,
-            sequence: slot.sequence,
-            operation: flag.operation(),
-            status,
-            lost: lost.to_vec(),
-            expected,
-            seen,
-            why,
-        };
-        let error = void.error_of("goes on degraded");
-        log(Level::Warn, || error.to_string());
-        self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
-        // What is under way to them reads what later steps write.
-        lost.iter()
-            .filter_map(|rank| self.post.as_ref().map(|post| (post, rank)))
-            .for_each(|(post, rank)| post.abandon(*rank));
-        let mut all = self.lost.lock().unwrap_or_else(|e| e.into_inner());
-        lost.iter().for_each(|rank| all.insert(*rank));
-    }
-
-    /// Gives a step up: tells every rank, closes the slot, keeps the first error.
-    #[allow(clippy::too_many_arguments, reason = "one place builds the whole record")]
-    pub(super) fn lose(
-        &self,
-        call: &Call,
-        slot: &mut Slot,
-        flag: Flag,
-        status: Status,
-        lost: &[u32],
-        (expected, seen): (u64, u64),
-        why: Why,
-    ) -> Error {
-        let origin = if let Why::GaveUp { origin } = why { origin } else { self.rank };
-        self.endpoint(call.slot).give_up(slot.epoch(), status as u32, lost, origin);
-        let error = Void {
+    ) -> Void {
+        Void {
             rank: self.rank,
             slot: call.slot,
             sequence: slot.sequence,
@@ -582,7 +559,27 @@ impl Host {
             seen,
             why,
         }
-        .error();
+    }
+
+    /// The step goes on, and so do later ones: nothing is sent to the lost ranks or heard of them any more.
+    pub(super) fn go_on_without(&self, void: Void) {
+        let lost = void.lost.clone();
+        let error = void.error_of("goes on degraded");
+        log(Level::Warn, || error.to_string());
+        self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+        // What is under way to them reads what later steps write.
+        if let Some(post) = &self.post {
+            lost.iter().for_each(|rank| post.abandon(*rank));
+        }
+        let mut all = self.lost.lock().unwrap_or_else(|e| e.into_inner());
+        lost.iter().for_each(|rank| all.insert(*rank));
+    }
+
+    /// Gives a step up: tells every rank, closes the slot, keeps the first error.
+    pub(super) fn lose(&self, call: &Call, slot: &mut Slot, void: Void) -> Error {
+        let origin = if let Why::GaveUp { origin } = void.why { origin } else { self.rank };
+        self.endpoint(call.slot).give_up(slot.epoch(), void.status as u32, &void.lost, origin);
+        let error = void.error();
         self.first_error.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_with(|| error.clone());
         slot.closed = Some(error.clone());
         slot.fifos.clear();

@@ -538,9 +538,7 @@ impl Shared {
         let mut past = self.changing.lock().unwrap_or_else(|e| e.into_inner());
         let me = self.rank;
         if *ranks == [me] {
-            let mut office = self.lock();
-            let others: Vec<u32> = office.active.iter().map(|(rank, _)| *rank).collect();
-            others.into_iter().for_each(|rank| office.abandon(me, rank));
+            self.lock().abandon_others(me, ranks);
             return Ok(generation + 1);
         }
         let board = self.board()?;
@@ -597,10 +595,7 @@ impl Shared {
             let is_seen =
                 |all: &&Vec<(u64, u64)>| peers().all(|rank| board.value(&seen_by(rank, all)).is_some());
             if let Some(all) = seen.iter().find(is_seen) {
-                // What is under way to others reads what the next steps write.
-                let mut office = self.lock();
-                let others: Vec<u32> = office.active.iter().map(|(rank, _)| *rank).collect();
-                others.iter().filter(|rank| !ranks.contains(rank)).for_each(|rank| office.abandon(me, *rank));
+                self.lock().abandon_others(me, ranks);
                 for (rank, plan) in ranks.iter().zip(all) {
                     past.used[*rank as usize] = plan.0;
                 }
@@ -682,6 +677,12 @@ impl Office {
         if let Some(way) = &self.ways[rank as usize] {
             self.courier.forget(way.peer);
         }
+    }
+
+    /// What is under way to ranks that take no part reads what the next steps write.
+    fn abandon_others(&mut self, me: u32, ranks: &[u32]) {
+        let busy: Vec<u32> = self.active.iter().map(|(rank, _)| *rank).collect();
+        busy.iter().filter(|rank| !ranks.contains(rank)).for_each(|rank| self.abandon(me, *rank));
     }
 
     /// The ranks to which something is under way.

@@ -259,7 +259,7 @@ mod tests {
             }
             mod over_nixl {
                 $(#[test]
-                #[ignore = "needs a real NIXL, which A2A_NIXL_LIB names: make test-nixl"]
+                #[ignore = "needs a real NIXL, which A2A_NIXL_LIB names: make test-rust"]
                 fn $test() {
                     super::$test(&super::nixl);
                 })+

@@ -270,9 +270,10 @@ __device__ __forceinline__ void say_counted(const Seat& seat, uint32_t epoch, bo
 }
 
 // Tells every rank this rank's counts of the step that a slot is to begin, and that they are on their way, if the slot may. A
-// block calls it; `experts` is its shared memory.
+// block calls it; `experts` is its shared memory. `absent`: in the place of those that take part no more too.
 __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at, const Route& route, const Counts& counts,
-                                            const Choices& choices, uint32_t topk_bits, uint32_t* experts) {
+                                            const Choices& choices, uint32_t topk_bits, uint32_t* experts,
+                                            bool absent) {
   const uint32_t epoch = at.epoch + 1;
 #pragma unroll 1
   for (uint32_t base = 0; base < choices.experts; base += kExpertsAtOnce) {
@@ -283,7 +284,7 @@ __device__ __forceinline__ void tell_counts(const Seat& seat, const Standing& at
     __syncthreads();
     // Not before: the slot and the ids are on their way at the same time.
     if (!at.opens()) return;
-    store_counts(seat, counts, epoch, base, some, experts, at.absent);
+    store_counts(seat, counts, epoch, base, some, experts, absent);
     __syncthreads();
   }
   if (threadIdx.x >= blockDim.x - 32) say_counted(seat, epoch, at.absent);

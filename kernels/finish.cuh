@@ -35,7 +35,9 @@ __device__ __forceinline__ Loss difference(const Seat& seat, const Receive& rece
   const uint8_t* box = mailbox(seat, seat.rank, source);
   const auto* words = reinterpret_cast<const uint32_t*>(box + kDispatchShape);
   const uint32_t replays = *reinterpret_cast<const uint32_t*>(box + kReplays);
-  if (replays != seat.replays) return Loss{kMismatch, kCauseReplay, source, 0, seat.rank, seat.replays, replays, 0};
+  if (replays != seat.replays) {
+    return Loss{kMismatch, kCauseReplay, source, 0, seat.rank, min(seat.replays, 1u), min(replays, 1u), 0};
+  }
   for (uint32_t i = 0; i < kShapeWords; ++i) {
     if (words[i] != receive.shape[i]) {
       return Loss{kMismatch, kCauseDispatchShape, source, i, seat.rank, receive.shape[i], words[i], 0};

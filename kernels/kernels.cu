@@ -18,5 +18,6 @@
 #include "quant.cu"
 
 #include "carried.cu"
+#include "posted.cu"
 
 #include "poison.cu"

@@ -169,7 +169,7 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
   // Collectives carry rows of all.
   uint64_t rows = static_cast<uint64_t>(p.tokens) * (p.marks != nullptr ? seat.ranks : present(seat)), mine = p.tokens;
   // Those that go through FIFOs count where they come from.
-  const bool sends = p.flags & kThroughFifos;
+  const bool sends = p.flags & (kThroughFifos | kResultsPosted);
   const int32_t* moved = sends ? p.kept_counts : p.rows_for;
   // Messages bring every rank's rows.
   if (!(p.flags & kEveryone) && p.marks == nullptr) {
@@ -179,8 +179,9 @@ __device__ __forceinline__ void settle(const MeetParams& p) {
   uint64_t* counters = seat.shared->counters;
   ptx::add_relaxed_gpu(counters + kCombines, 1);
   ptx::add_relaxed_gpu(counters + kHops, 1);
-  ptx::add_relaxed_gpu(counters + (sends ? kRowsFifo : kRowsPulled), rows);
-  ptx::add_relaxed_gpu(counters + (sends ? kBytesFifo : kBytesPulled), rows * p.result_bytes);
+  const uint32_t way = !sends ? kRowsPulled : p.flags & kThroughFifos ? kRowsFifo : kRowsPushed;
+  ptx::add_relaxed_gpu(counters + way, rows);
+  ptx::add_relaxed_gpu(counters + way + 1, rows * p.result_bytes);
   ptx::add_relaxed_gpu(counters + kBytesRemote, (rows - mine) * p.result_bytes);
   if (p.staged_bytes == 0) return;
   uint64_t staged = 0;

@@ -56,6 +56,9 @@ struct Feed {
   bool landed;
 };
 
+// Rows go to the places that they had.
+__device__ __forceinline__ bool is_replay(const Seat& seat) { return seat.replays == 1; }
+
 // A block's share of jobs, of which each row has some.
 struct Share {
   uint64_t first;
@@ -138,7 +141,7 @@ struct Mover {
   const uint32_t epoch;
 
   __device__ __forceinline__ const Route& route() const { return p.route; }
-  __device__ __forceinline__ bool replays() const { return p.seat.replays && !feed.landed; }
+  __device__ __forceinline__ bool replays() const { return is_replay(p.seat) && !feed.landed; }
 
   __device__ __forceinline__ Place place(uint8_t* window, uint32_t row, uint32_t local) const {
     const uint64_t words = p.scale_words;
@@ -563,7 +566,7 @@ __device__ __forceinline__ void decide(const PairsParams& p, PairShared& s, Fini
 #endif
   const auto is_late = [&] { return ptx::globaltimer() - started >= patience; };
   const auto is_stored = [&] { return ptx::ld_relaxed_sys(&seat.slot->arrived) == gridDim.x - 1; };
-  const bool in_place = look_for_counts(p, finish.epoch, seat.rank, is_late);
+  const bool in_place = !(p.flags & kPosted) && look_for_counts(p, finish.epoch, seat.rank, is_late);
   if (threadIdx.x == 0) ptx::st_relaxed_sys(&placed, pack(finish.epoch, in_place ? kInPlace : kInBanks));
   if (!in_place) {
     finish.mark = 1u << 31, finish.row_bytes = p.bank_bytes;
@@ -600,13 +603,15 @@ __device__ __forceinline__ void keep(const PairsParams& p, PairShared& s) {
   Finish finish(seat, p.receive, p.flags, s.ranks, at, end, totals);
   // A second half may start when the movers have stored.
   if (!waits) ptx::launch_dependents();
-  if (raises && !seat.replays) {
-    tell_counts(seat, at, p.route, p.counts, own_choices(p.route), p.topk_bits, s.experts);
+  if (raises && !is_replay(seat)) {
+    // What couriers bring of counts has the absent's too (a2a_fetch).
+    const bool absent = at.absent && !(p.flags & kPosted);
+    tell_counts(seat, at, p.route, p.counts, own_choices(p.route), p.topk_bits, s.experts, absent);
   }
   bool lost = false;
   if (raises ? at.opens() : at.receives(seat.routing)) {
     if (raises && threadIdx.x >= kPairThreads - 32) tell_shape(seat, p.receive, finish.epoch, at.absent);
-    if (seat.replays || (!raises && placed == pack(finish.epoch, kInPlace | kAddedUp))) {
+    if (is_replay(seat) || (!raises && placed == pack(finish.epoch, kInPlace | kAddedUp))) {
       recall(p, s);
     } else if (waits) {
       const Wait wait{kDispatch, finish.epoch, finish.sequence, true, kCountsFlag};
@@ -681,7 +686,7 @@ __device__ __forceinline__ void pad_blocks(const PairsParams& p, uint32_t mover,
   for (uint32_t i = warp; i < parts * local; i += warps) {
     const uint32_t part = i / local, place = i - part * local;
     uint32_t rows = 0;
-    if (seat.replays) {
+    if (is_replay(seat)) {
       rows = p.block_counts[place];
     } else {
 #pragma unroll 1
@@ -778,7 +783,7 @@ __device__ __forceinline__ void move(const PairsParams& p, PairShared& s) {
       if (!(p.flags & kWaits)) return;
       // While rows are on their way.
       pad_blocks(p, number, movers, epoch);
-      if (seat.replays) return;
+      if (is_replay(seat)) return;
       if (!await_sources(seat, epoch, raises, s.ranks)) return;
       if (threadIdx.x == 0) s.banked = share_of(banked_rows(seat, s.ranks) * jobs, number, movers);
       landing = true;

@@ -329,7 +329,7 @@ __device__ __forceinline__ Trouble find_cause(const Seat& seat, const Wait& wait
 #pragma unroll 1
   for (uint32_t peer = threadIdx.x; peer < seat.ranks; peer += blockDim.x) {
     uint32_t why = ptx::ld_acquire_sys(gone + peer);
-    if (why == 0 && ptx::ld_acquire_sys(&seat.control->dead[peer]) != 0) why = 3;
+    if (why == 0) why = ptx::ld_acquire_sys(&seat.control->dead[peer]);
     if (why != 0 && !has_come(seat, wait, peer)) {
       mark(meeting, peer);
       atomicMin(&meeting.best, 8ull * peer + why);

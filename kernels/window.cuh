@@ -72,7 +72,7 @@ enum Cause : uint32_t {
   kCauseOrder = 10,        // detail: the state the slot was in
 };
 
-// Pinned, one a comm. dead[r]: rank r's process is gone.
+// Pinned, one a comm. dead[r]: why rank r sends nothing more (kCauseGone), or 0.
 struct Control {
   uint32_t aborted;
   uint32_t reserved;
@@ -194,7 +194,7 @@ struct Seat {
   uint32_t ranks;
   // M of the step.
   uint32_t bound;
-  // REUSE.
+  // REUSE. 1: rows go to their places; 2: couriers carry them, and everything is told anew.
   uint32_t replays;
   uint8_t* near[kNearRanks];
 };
@@ -564,12 +564,94 @@ struct PairsParams {
   uint32_t scale_pitch;
   uint32_t sides;
   // As FinishParams has it, and: 4: into the banks, if counts are late; 8: follows a2a_open; 16: padding gets weights; 32: and sources;
-  // 64: UE8M0 scales.
+  // 64: UE8M0 scales; 128: into the banks, which couriers carry, and the counts.
   uint32_t flags;
   Side side[kSides];
 };
-constexpr uint32_t kBanks = 4, kAfterOpen = 8, kPadsWeights = 16, kPadsSource = 32, kPairPowers = 64;
+constexpr uint32_t kBanks = 4, kAfterOpen = 8, kPadsWeights = 16, kPadsSource = 32, kPairPowers = 64, kPosted = 128;
 static_assert(sizeof(PairsParams) == sizeof(Seat) + sizeof(Route) + sizeof(Receive) + 16 + 136 + 32 + sizeof(Side) * kSides);
+
+// A plane of rows that a courier has brought: its bank, the bytes of a row, the widest access that all rows allow.
+struct Plane {
+  uint64_t bank;
+  uint32_t bytes;
+  uint32_t unit;
+};
+static_assert(sizeof(Plane) == 16);
+
+// a2a_fetch: a dispatch's counts and rows from inboxes to where peers store them that address this rank's window.
+struct FetchParams {
+  Seat seat;
+  Counts counts;
+  // [ranks]; in each, where counts and rows of the slot start.
+  const uint8_t* const* inboxes;
+  uint64_t counts_at;
+  uint64_t rows_at;
+  // Blocks that share a source's.
+  uint32_t parts;
+  uint32_t planes;
+  Plane plane[4 + kSides];
+};
+static_assert(sizeof(FetchParams) == sizeof(Seat) + 16 + 32 + sizeof(Plane) * (4 + kSides));
+
+// a2a_order: where this rank's results of each expert start.
+struct OrderParams {
+  Seat seat;
+  Owners owners;
+  Counts counts;
+  // [ranks + 1]: the number of a rank's first expert, where they are numbered rank after rank.
+  const int32_t* firsts;
+  // [experts + 1], by those numbers: a list of RoutingMap.
+  uint32_t* starts;
+};
+static_assert(sizeof(OrderParams) == sizeof(Seat) + sizeof(Owners) + 32);
+
+// a2a_return: results to the desks of the ranks whose tokens they are of, and this rank's own to where they are summed.
+struct ReturnParams {
+  Seat seat;
+  Counts counts;
+  const int32_t* firsts;
+  const uint32_t* starts;
+  // [local experts]: the experts by their places.
+  const int32_t* own;
+  const uint8_t* rows;
+  uint64_t stride;
+  // Beside each row a float32, or null.
+  const uint8_t* weights;
+  uint64_t weights_stride;
+  // Where a peer's results start, from what is its window here; and in the own window, where they are brought.
+  uint64_t results;
+  uint64_t brought;
+  uint64_t brought_weights;
+  uint32_t local;
+  // Rows of an expert's block.
+  uint32_t block;
+  uint32_t vectors;
+  // Blocks that share a run of rows.
+  uint32_t spread;
+};
+static_assert(sizeof(ReturnParams) == sizeof(Seat) + 16 + 80 + 16);
+
+// a2a_bring: results from inboxes to where they are summed, and which of them is whose.
+struct BringParams {
+  OrderParams order;
+  // As in FetchParams; in each, where results start.
+  const uint8_t* const* inboxes;
+  uint64_t results;
+  uint64_t brought;
+  uint64_t brought_weights;
+  const int32_t* ids;
+  const int32_t* pair_rows;
+  // [tokens, topk]: a result's number among all that are brought, or -1: a list of RoutingMap.
+  int32_t* result_rows;
+  uint32_t tokens;
+  uint32_t topk;
+  uint32_t block;
+  uint32_t vectors;
+  uint32_t parts;
+  uint32_t has_weights;
+};
+static_assert(sizeof(BringParams) == sizeof(OrderParams) + 80);
 
 // A plane as it is handed out.
 struct Out {
@@ -660,13 +742,14 @@ struct MeetParams {
   uint32_t digest;
   uint32_t tokens;
   // 1: sends; 2: waits; 4: every rank has a result for every token; 8: follows a2a_stage; 16: nothing sums behind it; 32:
-  // results go through FIFOs
+  // results go through FIFOs; 64: couriers carry them
   uint32_t flags;
   uint32_t reserved;
   // As in Receive.
   uint64_t* marks;
 };
-constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32;
+constexpr uint32_t kSends = 1, kMeetWaits = 2, kEveryone = 4, kStaged = 8, kSettles = 16, kThroughFifos = 32,
+                   kResultsPosted = 64;
 static_assert(sizeof(MeetParams) == sizeof(Seat) + 96);
 
 // a2a_reduce_*, a2a_weigh_*: each token's results, summed, or weighted and summed.

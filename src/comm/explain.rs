@@ -28,20 +28,21 @@ const AUTO: [BackendKind; 5] = [
 ];
 
 /// The strategies whose ops have kernels.
-const ON_CUDA: [BackendKind; 5] = [
+const ON_CUDA: [BackendKind; 6] = [
     BackendKind::NvlinkOneSided,
     BackendKind::AllgatherReducescatter,
     BackendKind::LowLatency,
     BackendKind::HighThroughput,
     BackendKind::NvlinkTwoSided,
+    BackendKind::NixlElastic,
 ];
 
 /// Why a strategy's kernels cannot keep to a number of multiprocessors that is not 0.
 fn check_sms(kind: BackendKind, max_sms: u32) -> std::result::Result<(), String> {
     match kind {
         BackendKind::HighThroughput => Ok(()),
-        BackendKind::LowLatency if max_sms > 1 => Ok(()),
-        BackendKind::LowLatency => Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 2")),
+        BackendKind::LowLatency | BackendKind::NixlElastic if max_sms > 1 => Ok(()),
+        BackendKind::LowLatency | BackendKind::NixlElastic => Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 2")),
         BackendKind::NvlinkTwoSided if max_sms > 2 => Ok(()),
         BackendKind::NvlinkTwoSided => {
             Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 3"))
@@ -101,6 +102,9 @@ fn memory(device: DeviceKind, map: &Map, routing: &RoutingMap) -> Memory {
             (apart::bytes(map), map.private_bytes().saturating_add(words))
         }
         DeviceKind::Cpu => (map.window_bytes(), map.private_bytes()),
+        DeviceKind::Cuda if map.sizes.uses.posted => {
+            (map.window_bytes().saturating_add(cuda::PostedMemory::pinned_bytes(map)), cuda::private_bytes(map))
+        }
         DeviceKind::Cuda => (vmm::rounded(map.window_bytes()), cuda::private_bytes(map)),
     };
     let routing = routing.bytes();
@@ -172,8 +176,8 @@ fn check_fields(config: &Config) -> Result<()> {
         TransportKind::Nixl => {}
     }
     if config.wants_nixl() {
-        if config.device == DeviceKind::Cuda {
-            return refuse("device", "cuda (2)".into(), "cpu (1) with transport nixl (3)");
+        if config.device == DeviceKind::Cuda && config.degrades {
+            return refuse("flags", "A2A_CONFIG_DEGRADE (2)".into(), "0 on cuda (2): a step of which a rank is lost is void");
         }
         nixl::probe().map(|_| ()).map_err(|e| {
             e.context(format!(
@@ -391,6 +395,9 @@ fn sizes(config: &Config, kind: BackendKind, layout: LayoutKind) -> Sizes {
         fifo_rows: config.fifo_rows,
         fifo_pieces: 0,
     };
+    if sizes.uses.posted && config.device == DeviceKind::Cuda {
+        (sizes.uses.banks, sizes.uses.fetched) = (true, true);
+    }
     if sizes.uses.fifos && config.device == DeviceKind::Cuda {
         sizes.fifo_pieces = cuda::fifo_pieces(&sizes);
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Comm, lock};
-use crate::config::{MAX_TIMEOUT_MS, TransportKind};
+use crate::config::{DeviceKind, MAX_TIMEOUT_MS, TransportKind};
 use crate::device::members::Members;
 use crate::device::{Device, Membership, Standing};
 use crate::error::{Error, Result, Status};
@@ -313,6 +313,11 @@ impl Comm {
         let (_call, device) = self.enter()?;
         self.mesh()?;
         let me = self.config.rank;
+        if self.config.device == DeviceKind::Cuda {
+            return Err(Error::unsupported(format!(
+                "rank {me}: device is cuda (2), whose kernels go by one group at a time: warm up before ranks are activated"
+            )));
+        }
         if mask.len() != self.config.num_ranks as usize {
             let (count, ranks) = (mask.len(), self.config.num_ranks);
             return Err(self.invalid(format!("count is {count}, max_ranks is {ranks}")));

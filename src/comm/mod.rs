@@ -591,14 +591,7 @@ impl OwnWindow {
             return Ok((OwnWindow::Host, WindowFd::create(config.rank, bytes)?.into_fd()));
         }
         let Some(lifeline) = shared.first() else { return Err(Error::internal("no lifeline was made")) };
-        let on_device = |e: Error| e.context(format!("rank {}", config.rank));
-        let ground = cuda::Ground::new(
-            config.device_ordinal,
-            config.num_slots,
-            config.ranks_per_device,
-            config.num_ranks,
-        )
-        .map_err(on_device)?;
+        let ground = ground_of(config)?;
         let window = VmmWindow::create(ground.context(), config.rank, bytes, lifeline.as_fd())?;
         let fd = window.export()?;
         Ok((OwnWindow::Cuda(Box::new(ground), window), fd))
@@ -620,19 +613,50 @@ fn ucx_settings(remote: bool) -> String {
     format!("TCP_USER_TIMEOUT=3s{reach}")
 }
 
+/// A rank's own memory where couriers carry, before it has met anybody.
+enum OwnMemory {
+    Host(Host),
+    Cuda(Box<Cuda>),
+}
+
+impl OwnMemory {
+    /// And what of it couriers are told.
+    fn create(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<(OwnMemory, nixl::Memory)> {
+        let (rank, map, experts) = (config.rank, plan.map.clone(), config.experts.clone());
+        if config.device == DeviceKind::Cpu {
+            let memory = Apart::new(rank, &map)?;
+            let host = Host::new(rank, map, experts, memory.bases(), health.clone());
+            let (window, box_bytes) = (memory.window(), memory.box_bytes());
+            let boxes = Box::new(move |peer, anew| memory.boxes(peer, anew));
+            return Ok((OwnMemory::Host(host), nixl::Memory { window, box_bytes, boxes }));
+        }
+        let mut ground = ground_of(config)?;
+        let memory = cuda::PostedMemory::new(&mut ground, rank, &map)?;
+        let (bases, desks) = (memory.bases(rank, &map), memory.desks);
+        let attic = Arc::new(cuda::Attic::default());
+        let cuda = Cuda::new(rank, map, experts, bases, health.clone(), ground, attic)?;
+        let (window, box_bytes) = (desks.all(), desks.box_bytes());
+        let boxes = Box::new(move |peer, anew| desks.boxes(peer, anew));
+        Ok((OwnMemory::Cuda(Box::new(cuda)), nixl::Memory { window, box_bytes, boxes }))
+    }
+}
+
+fn ground_of(config: &Config) -> Result<cuda::Ground> {
+    let (slots, sharing) = (config.num_slots, config.ranks_per_device);
+    let ground = cuda::Ground::new(config.device_ordinal, slots, sharing, config.num_ranks);
+    ground.map_err(|e| e.context(format!("rank {}", config.rank)))
+}
+
 /// A rank's own memory, and its ways to all others.
 fn build_posted(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<Built> {
     let (rank, first) = (config.rank, config.meeting.num_ranks);
     let deadline = Instant::now() + Duration::from_millis(config.meeting.timeout_ms);
     let on_rank = |e: Error| e.context(format!("rank {rank}"));
-    let memory = Apart::new(rank, &plan.map)?;
-    let host = Host::new(rank, plan.map.clone(), config.experts.clone(), memory.bases(), health.clone());
+    let (own, memory) = OwnMemory::create(config, plan, health)?;
     let agreed = config.agreed().into_iter().map(|(name, value)| (name.to_string(), value));
     let party =
         nixl::Party { meeting: config.meeting.clone(), ranks: config.num_ranks, fields: agreed.collect() };
-    let (window, box_bytes) = (memory.window(), memory.box_bytes());
-    let boxes = Box::new(move |peer, anew| memory.boxes(peer, anew));
-    let mesh = nixl::Mesh::open(party, nixl::Memory { window, box_bytes, boxes }, |incarnation| {
+    let mesh = nixl::Mesh::open(party, memory, |incarnation| {
         let name = format!("a2a.{rank}.{incarnation:016x}");
         let agent = nixl::Agent::new(&name, &ucx_settings(config.meeting.remote)).map_err(on_rank)?;
         Ok(Box::new(agent))
@@ -647,7 +671,15 @@ fn build_posted(config: &Config, plan: &Plan, health: &Arc<Health>) -> Result<Bu
         mesh.connect(&members, deadline, &|| Ok(()))?;
     }
     let mesh = Arc::new(mesh);
-    let device = Arc::new(host.posted_by(mesh.clone(), membership, config.degrades));
+    let device: Arc<dyn Device> = match own {
+        OwnMemory::Host(host) => Arc::new(host.posted_by(mesh.clone(), membership, config.degrades)),
+        OwnMemory::Cuda(cuda) => {
+            cuda.post_with(mesh.clone(), membership)?;
+            Arc::new(*cuda)
+        }
+    };
+    let milliseconds = Duration::from_millis;
+    device.set_timeout(milliseconds(config.first_step_timeout_ms), milliseconds(config.timeout_ms));
     Ok(Built { device, windows: Mapped::Apart, watchdog: None, watch: None, mesh: Some(mesh) })
 }
 

@@ -34,6 +34,8 @@ pub enum Plane {
     Extra0 = 5,
 }
 pub const PLANES: usize = 13;
+/// Planes of a source's rows start at multiples of this in an inbox.
+pub const INBOX_ALIGN: u64 = 16;
 pub const TOKENS: usize = Plane::Tokens as usize;
 pub const IDS: usize = Plane::Ids as usize;
 pub const WEIGHTS: usize = Plane::Weights as usize;
@@ -63,6 +65,8 @@ pub struct Uses {
     /// Couriers bring what others send: counts, rows and results, into an inbox for each source, in the place of banks and of
     /// counts in the window. Nobody else reads or writes the window.
     pub posted: bool,
+    /// On CUDA: what they bring is fetched into banks and counts in the window after all, and results into brought ones.
+    pub fetched: bool,
 }
 
 /// The maxima a map is made from.
@@ -190,9 +194,6 @@ struct Inboxes {
     results: u64,
 }
 
-/// Rows of an inbox start at multiples of this, plane by plane.
-const INBOX_ALIGN: u64 = 16;
-
 /// Hands out aligned regions one after another.
 struct Cursor(Option<u64>);
 
@@ -218,7 +219,7 @@ impl Inboxes {
         // A token has a row for each of its experts that the rank owns.
         let results = bound * sizes.experts.min(grid.topk) as u64;
         let mut at = Cursor(Some(0));
-        at.take(Some(keys * 4));
+        at.take(Some(if sizes.uses.fetched { count_bytes(keys) } else { keys * 4 }));
         let planes = sizes.plane_bytes.map(|bytes| bound * (bytes as u64).next_multiple_of(INBOX_ALIGN));
         let rows = at.take(Some(planes.iter().sum()));
         let weights = (results * sizes.combine_weight_bytes()).checked_add(INBOX_ALIGN);
@@ -239,7 +240,8 @@ impl Map {
         let mut at = Cursor(Some(0));
         at.take(Some(ranks * mail::BYTES));
         let loss_masks = at.take(Some(ranks * mask_words(sizes.ranks()) as u64 * 8));
-        let counts = at.take(Some(if uses.counts && !uses.posted { ranks * count_bytes(keys) } else { 0 }));
+        let in_window = uses.counts && (!uses.posted || uses.fetched);
+        let counts = at.take(Some(if in_window { ranks * count_bytes(keys) } else { 0 }));
         let expert_counts = at.take(Some(sizes.experts as u64 * 4));
         let expert_offsets = at.take(Some((sizes.experts as u64 + 1) * 4));
         let rank_counts = at.take(Some(ranks * 4));
@@ -257,10 +259,16 @@ impl Map {
         });
         let combine = at.take(rows.checked_mul(sizes.combine_bytes));
         let combine_weights = at.take(rows.checked_mul(sizes.combine_weight_bytes()));
-        let brought = |bytes: u64| if uses.carried { (ranks * bound).checked_mul(bytes) } else { Some(0) };
+        let brought_rows = match (uses.carried, uses.fetched) {
+            (true, _) => ranks * bound,
+            (_, true) => bound * sizes.grid.topk as u64,
+            _ => 0,
+        };
+        let brought = |bytes: u64| brought_rows.checked_mul(bytes);
         let results = at.take(brought(sizes.combine_bytes));
         let weights = at.take(brought(sizes.combine_weight_bytes()));
-        let scales = at.take(brought(if sizes.columns { sizes.plane_bytes[SCALES] as u64 } else { 0 }));
+        let scales = if uses.carried && sizes.columns { sizes.plane_bytes[SCALES] as u64 } else { 0 };
+        let scales = at.take(brought(scales));
         let boxes = at.take(Some(if uses.carried { ranks * mail::BYTES + BOXED_BYTES } else { 0 }));
         let entry_bytes = sizes.entry_bytes();
         let entries = if uses.fifos { ranks * sizes.fifo_rows as u64 } else { 0 };
@@ -405,7 +413,7 @@ impl Map {
     }
     /// int32[keys]: rows of `source` by key. On CUDA {epoch << 32 | rows}[keys].
     pub fn counts(&self, slot: u32, source: u32) -> u64 {
-        if self.sizes.uses.posted {
+        if self.sizes.uses.posted && !self.sizes.uses.fetched {
             return self.inbox(slot, source);
         }
         self.slot(slot) + self.counts + source as u64 * self.count_stride()
@@ -450,7 +458,13 @@ impl Map {
     pub fn combine_weights(&self, slot: u32) -> u64 {
         self.slot(slot) + self.combine_weights
     }
-    /// ranks * max_tokens results, a step's own bound apart by rank.
+    /// Where couriers bring a slot's part of any inbox: its counts, its rows, its results.
+    pub fn in_inbox(&self, slot: u32) -> (u64, u64, u64) {
+        let Inboxes { slot_bytes, rows, results, .. } = self.inboxes;
+        let start = slot as u64 * slot_bytes;
+        (start, start + rows, start + results)
+    }
+    /// ranks * max_tokens results, a step's own bound apart by rank; or max_tokens * top-k, by expert.
     pub fn brought(&self, slot: u32) -> u64 {
         self.slot(slot) + self.brought
     }
@@ -536,6 +550,10 @@ pub struct RoutingMap {
     pub counts: List,
     /// [ranks]: rows received from each rank.
     pub rank_counts: List,
+    /// [keys + 1], [max_tokens, K], where results are fetched: where this rank's results for a key start, and a result's number
+    /// among all of them, or -1.
+    pub result_starts: List,
+    pub result_rows: List,
     /// [ranks], on CUDA: rows that each is to receive; this rank's at each, where they are (token, expert) pairs.
     pub demands: List,
     pub pairs_for: List,
@@ -571,6 +589,8 @@ impl RoutingMap {
             starts: list(blocks),
             counts: list(blocks),
             rank_counts: list(ranks),
+            result_starts: list(if uses.fetched { keys + 1 } else { 0 }),
+            result_rows: list(if uses.fetched { choices } else { 0 }),
             demands: list(if uses.counts { ranks } else { 0 }),
             pairs_for: list(by_expert(ranks)),
             summary: list(4),

@@ -11,6 +11,7 @@ mod loss;
 mod mail;
 pub mod map;
 pub mod members;
+mod note;
 mod order;
 mod protocol;
 
@@ -257,10 +258,13 @@ pub struct Health {
     mirror: OnceLock<Mirror>,
 }
 
+/// Of a rank that is gone: its process has ended, for all that is known (`loss::why_gone`).
+const ENDED: u32 = 3;
+
 /// Words that kernels read: not 0 is true.
 struct Mirror {
     aborted: *const AtomicU32,
-    /// One a rank.
+    /// One a rank, which says why.
     dead: *const AtomicU32,
     _keep: Arc<dyn Any + Send + Sync>,
 }
@@ -299,7 +303,7 @@ impl Health {
     }
     pub fn abort(&self) {
         self.vitals.abort();
-        self.reflect(|mirror| mirror.aborted);
+        self.reflect(|mirror| mirror.aborted, 1);
     }
     /// From now on nobody watches the peers.
     pub fn blinded(&self, error: Error) {
@@ -313,19 +317,24 @@ impl Health {
     }
     /// A rank is there in another incarnation.
     pub fn returned(&self, rank: u32) {
+        self.reflect(|mirror| mirror.dead.wrapping_add(rank as usize), 0);
         self.proven[rank as usize].store(false, Ordering::SeqCst);
         self.vitals.returned(rank);
     }
     /// A rank takes part no more. True if it was not known.
     pub fn left(&self, rank: u32) -> bool {
+        self.left_because(rank, ENDED)
+    }
+    /// The same, for what its gone word would say.
+    pub fn left_because(&self, rank: u32, why: u32) -> bool {
         let is_new = self.vitals.died(rank);
-        self.reflect(|mirror| mirror.dead.wrapping_add(rank as usize));
+        self.reflect(|mirror| mirror.dead.wrapping_add(rank as usize), why);
         is_new
     }
-    fn reflect(&self, word: impl Fn(&Mirror) -> *const AtomicU32) {
+    fn reflect(&self, word: impl Fn(&Mirror) -> *const AtomicU32, value: u32) {
         if let Some(mirror) = self.mirror.get() {
             // SAFETY: kept, and as many as there are ranks.
-            unsafe { (*word(mirror)).store(1, Ordering::SeqCst) };
+            unsafe { (*word(mirror)).store(value, Ordering::SeqCst) };
         }
     }
 
@@ -343,10 +352,10 @@ impl Health {
         // What happened before; what happens now is reflected by who does it.
         let Vitals { aborted, dead } = &self.vitals;
         if aborted.load(Ordering::SeqCst) {
-            self.reflect(|mirror| mirror.aborted);
+            self.reflect(|mirror| mirror.aborted, 1);
         }
         for rank in (0..dead.len()).filter(|rank| dead[*rank].load(Ordering::SeqCst)) {
-            self.reflect(|mirror| mirror.dead.wrapping_add(rank));
+            self.reflect(|mirror| mirror.dead.wrapping_add(rank), ENDED);
         }
     }
 }

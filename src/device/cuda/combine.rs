@@ -109,7 +109,9 @@ impl Cuda {
     }
 
     pub(super) fn meet_params(&self, c: &Combine, sends: bool, waits: bool) -> MeetParams {
-        let staged = sends && (self.staged_rows(c).is_some() || c.row_weights.is_some());
+        let staged = sends && !self.is_posted() && (self.staged_rows(c).is_some() || c.row_weights.is_some());
+        // What goes back beside a result is posted with it.
+        let beside = if self.is_posted() && c.row_weights.is_some() { 4 } else { 0 };
         let weights = if c.row_weights.is_some() { c.weight_bytes() as u64 } else { 0 };
         let rows = if self.staged_rows(c).is_some() { Self::result_bytes(c) } else { 0 };
         let shape = [c.hidden, c.send_type as u32, c.has_row_weights as u32, c.wire_sums as u32];
@@ -130,7 +132,7 @@ impl Cuda {
             } else {
                 0
             },
-            result_bytes: Self::result_bytes(c),
+            result_bytes: Self::result_bytes(c) + beside,
             staged_bytes: if staged { rows + weights } else { 0 },
             weight_bytes: c.weight_bytes() as u64,
             shape,
@@ -140,7 +142,8 @@ impl Cuda {
             flags: if sends { flag::SENDS } else { 0 }
                 | if waits { flag::MEET_WAITS } else { 0 }
                 | if c.everyone { flag::EVERYONE } else { 0 }
-                | if staged { flag::STAGED } else { 0 },
+                | if staged { flag::STAGED } else { 0 }
+                | if self.is_posted() { flag::RESULTS_POSTED } else { 0 },
             reserved: 0,
             marks: self.marks_of(c.call.slot),
         }
@@ -167,7 +170,8 @@ impl Cuda {
         if self.is_carried() && !c.split {
             self.launch_send(c)?;
         }
-        let mut meet = self.meet_params(c, !c.split && !self.is_carried(), true);
+        let sends = !c.split && !self.is_carried() && !self.is_posted();
+        let mut meet = self.meet_params(c, sends, true);
         let sums = c.tokens > 0 && self.takes_sums(c).is_none();
         let (Some(out), true) = (&c.out, sums) else {
             meet.flags |= flag::SETTLES;
@@ -182,7 +186,7 @@ impl Cuda {
         let waiting = self.waiting_blocks.saturating_sub(1) / c.tokens;
         // What a collective carries has come before any of them begins.
         let may = self.is_carried() || meet.flags & flag::STAGED == 0 && waiting >= splits.div_ceil(2);
-        let itself = may && c.call.max_sms == 0;
+        let itself = may && c.call.max_sms == 0 && !self.is_posted();
         if itself && !self.is_carried() {
             splits = splits.min(waiting);
         }
@@ -192,8 +196,11 @@ impl Cuda {
         if !itself {
             self.launch_meet(c, &meet)?;
         }
+        if self.is_posted() {
+            self.launch_bring(c)?;
+        }
         let (weights, weights_stride) = self.weights_of(c);
-        let params = ReduceParams {
+        let mut params = ReduceParams {
             meet,
             owners: self.owners,
             target_ranks: self.list(c.memory, self.routing.target_ranks),
@@ -226,6 +233,9 @@ impl Cuda {
                 | if c.wire_sums { flag::REDUCE_SUMMED } else { 0 },
             own: if self.is_carried() { self.own_results(c) } else { 0 },
         };
+        if self.is_posted() {
+            self.sums_of_brought(c, &mut params);
+        }
         // One more meets for all.
         let blocks = blocks + itself as u64;
         let grid = u32::try_from(blocks).map_err(|_| Error::internal("more blocks than a grid has"))?;

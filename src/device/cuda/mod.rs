@@ -8,6 +8,7 @@
 mod carried;
 mod combine;
 mod contiguous;
+mod desks;
 mod dispatch;
 pub mod driver;
 mod failure;
@@ -18,6 +19,8 @@ mod jitter;
 mod module;
 mod pairs;
 mod params;
+mod posted;
+mod proxy;
 
 use std::any::Any;
 use std::mem::offset_of;
@@ -39,12 +42,16 @@ use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
+use desks::Desks;
 use params::{Control, MAX_RANKS, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
+
+use proxy::Proxy;
 
 pub use contiguous::MOST_KEYS;
 pub use driver::probe;
 pub use fifo::{MOST_BESIDE as FIFO_MOST_BESIDE, beside as fifo_beside, most_pieces as fifo_pieces};
 pub use module::check_kernels;
+pub use posted::Memory as PostedMemory;
 
 /// What the host knows of one slot.
 #[derive(Default)]
@@ -134,6 +141,7 @@ pub struct Ground {
     stream_blocks: u32,
     sharing: u32,
     wire: Option<Arc<dyn Wire>>,
+    desks: Option<Arc<Desks>>,
 }
 
 /// Grids that a device runs at a time, by CUDA's table of compute capabilities: a waiting kernel takes one of them.
@@ -157,7 +165,7 @@ impl Ground {
         let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let pair_blocks = pairs::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let stream_blocks = fifo::waiting_blocks(&station.kernels, station.sms(), sharing, slots, ranks)?;
-        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire: None })
+        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire: None, desks: None })
     }
     /// Rows and words are carried, in the place of windows that peers address.
     pub fn carried_by(&mut self, wire: Arc<dyn Wire>) {
@@ -207,6 +215,9 @@ struct Layout {
     slots: u64,
     /// What a rank knows of its FIFOs.
     fifos: u64,
+    /// Where couriers carry: by rank, its inbox; the own window.
+    inboxes: u64,
+    alone: u64,
     bytes: u64,
 }
 
@@ -220,6 +231,7 @@ impl Layout {
             at
         };
         let slots = map.sizes.slots as u64;
+        let inboxes = if map.sizes.uses.posted { ranks * 8 } else { 0 };
         Layout {
             windows: take(ranks * 8),
             owner: take(experts * 4),
@@ -230,6 +242,8 @@ impl Layout {
             shared: take(size_of::<Shared>() as u64),
             slots: take(slots * size_of::<Slot>() as u64),
             fifos: take(slots * fifo::state_bytes(map)),
+            inboxes: take(inboxes),
+            alone: take(inboxes),
             bytes: end,
         }
     }
@@ -269,6 +283,9 @@ pub struct Cuda {
     bases: Bases,
     /// What carries rows and words, where windows do not reach.
     wire: Option<Arc<dyn Wire>>,
+    /// What couriers carry, and who hands it to them.
+    desks: Option<Arc<Desks>>,
+    proxy: Mutex<Option<Proxy>>,
     station: Arc<Station>,
 }
 
@@ -292,6 +309,9 @@ fn idle(absent: bool) -> Slot {
     Slot { epoch: FIRST_EPOCH.wrapping_sub(1), absent: absent as u32, ..Slot::default() }
 }
 
+/// A replay of which everything is told anew.
+const ANEW: u32 = 2;
+
 /// A slot's state that the host does not know: a dispatch follows a dispatch, and every rank has read the former one.
 const OPENED: u32 = 4;
 
@@ -306,7 +326,7 @@ impl Cuda {
         ground: Ground,
         attic: Arc<Attic>,
     ) -> Result<Cuda> {
-        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire } = ground;
+        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire, desks } = ground;
         let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
         if by_pairs && pair_blocks.iter().any(|blocks| *blocks < 2) {
             return Err(Error::unsupported(format!(
@@ -380,6 +400,8 @@ impl Cuda {
             attic,
             bases,
             wire,
+            desks,
+            proxy: Mutex::new(None),
             health,
             station,
             private,
@@ -398,11 +420,16 @@ impl Cuda {
             membership: Mutex::new(Membership::first(ranks)),
         };
         cuda.reset_window()?;
+        cuda.write_inboxes()?;
         Ok(cuda)
     }
 
     /// Control words are zero, and no flag of the first epoch has come.
     fn reset_window(&self) -> Result<()> {
+        if let Some(desks) = &self.desks {
+            desks.reset();
+            return Ok(());
+        }
         let window = |offset, bytes| self.bases.at(self.rank, offset, bytes) as u64;
         let gone = self.ranks as u64 * 4;
         self.write(window(0, gone), &vec![0; gone as usize])?;
@@ -462,6 +489,9 @@ impl Cuda {
 
     /// What each rank has written of its end.
     fn gone_words(&self) -> Result<Vec<u32>> {
+        if let Some(desks) = &self.desks {
+            return Ok((0..self.ranks).map(|rank| desks.gone(rank).load(Ordering::Acquire)).collect());
+        }
         let mut bytes = vec![0; self.ranks as usize * 4];
         // SAFETY: words at the start of this rank's own window.
         unsafe { self.station.stream.copy_out(self.own(self.map.gone(0)), &mut bytes)? };
@@ -481,7 +511,11 @@ impl Cuda {
 
     /// All slots idle among other members, at the same addresses: captured graphs go on.
     fn begin_anew(&self, membership: Membership) -> Result<()> {
-        self.reset_window()?;
+        match &*lock(&self.proxy) {
+            Some(proxy) => proxy.begin_anew(membership),
+            None => self.reset_window()?,
+        }
+        self.write_inboxes()?;
         let mut absent = [0u32; 1 + MAX_RANKS / 32];
         for rank in (0..self.ranks).filter(|rank| !membership.members.contains(*rank)) {
             (absent[0], absent[1 + rank as usize / 32]) =
@@ -551,6 +585,14 @@ impl Cuda {
         self.wire.as_ref().map_or(0, |_| self.marks(slot))
     }
 
+    /// Where words are in every window: those of desks, where couriers carry.
+    fn words_at(&self, on_desks: impl FnOnce(&desks::WordMap) -> u64, in_window: u64) -> u64 {
+        match &self.desks {
+            Some(desks) => self.to_desks().wrapping_add(on_desks(desks.words())),
+            None => in_window,
+        }
+    }
+
     fn seat(&self, call: &Call, bound: u32, replays: bool) -> Seat {
         let private = self.private.address();
         let mut near = [0; NEAR_RANKS];
@@ -564,13 +606,13 @@ impl Cuda {
             record: self.control() + Self::record_offset(call.slot) as u64,
             slot: private + self.layout.slots + call.slot as u64 * size_of::<Slot>() as u64,
             shared: private + self.layout.shared,
-            mailboxes: self.map.mailbox(call.slot, 0),
-            loss_masks: self.map.loss_mask(call.slot, 0),
+            mailboxes: self.words_at(|words| words.mailbox(call.slot, 0), self.map.mailbox(call.slot, 0)),
+            loss_masks: self.words_at(|words| words.loss_mask(call.slot, 0), self.map.loss_mask(call.slot, 0)),
             routing: call.routing,
             rank: self.rank,
             ranks: self.ranks,
             bound,
-            replays: replays as u32,
+            replays: if replays && self.is_posted() { ANEW } else { replays as u32 },
         }
     }
 
@@ -656,6 +698,8 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // Kernels that wait end at the abort.
         self.health.abort();
+        // What kernels have left is sent, and that this rank leaves; who waits for this one's kernels waits no longer.
+        drop(lock(&self.proxy).take());
         // Communicators go with the comm, and so what uses them must have ended: who watches them ends what does not.
         if self.wire.is_some()
             && let Err(error) = self.station.context.synchronize()
@@ -776,10 +820,8 @@ impl Device for Cuda {
     }
 
     fn return_rows(&self, c: &Combine) -> Result<()> {
-        Err(Error::internal(format!(
-            "rank {}: no courier carries results of slot {} on cuda",
-            self.rank, c.call.slot
-        )))
+        self.keep_weights(c)?;
+        self.launch_return(c)
     }
     fn stage_rows(&self, c: &Combine) -> Result<()> {
         self.keep_weights(c)?;
@@ -791,6 +833,7 @@ impl Device for Cuda {
         match c.split {
             true if self.is_streamed() => self.launch_stream_results(c, true, false),
             true => self.launch_send(c),
+            false if self.is_posted() => self.launch_send(c),
             false => Ok(()),
         }
     }
@@ -855,7 +898,8 @@ impl Device for Cuda {
         if let Some(error) = self.too_many_sms() {
             return Some(error);
         }
-        self.first_failure().or_else(|| self.wire.as_ref()?.failure())
+        let of_proxy = || lock(&self.proxy).as_ref().and_then(Proxy::failure);
+        self.first_failure().or_else(|| self.wire.as_ref()?.failure()).or_else(of_proxy)
     }
     fn stats(&self) -> &Stats {
         let mut bytes = [0u8; size_of::<Shared>()];
@@ -884,8 +928,14 @@ impl Device for Cuda {
         *lock(&self.membership)
     }
     fn busy_slot(&self) -> Option<u32> {
-        // Only the kernels know. `suspend` ends what they are at.
-        None
+        // Only the kernels know. `suspend` ends what they are at; where couriers carry, they come to their end.
+        if !self.is_posted() {
+            return None;
+        }
+        self.busy_when_done().unwrap_or_else(|error| {
+            log(Level::Error, || format!("rank {}: {error}", self.rank));
+            Some(0)
+        })
     }
     fn suspend(&self, why: &Error) -> Result<Standing> {
         self.end_work()?;
@@ -936,6 +986,10 @@ impl Device for Cuda {
             return;
         }
         let word = if aborted { 2u32 } else { 1 };
+        if self.is_posted() {
+            lock(&self.proxy).iter().for_each(|proxy| proxy.leave(word));
+            return;
+        }
         // SAFETY: the last word of the pinned memory, which only this call writes.
         let from = unsafe {
             let at = self.pinned.as_ptr().add(pinned_bytes(self.map.sizes.slots) - 16);
@@ -1016,7 +1070,9 @@ impl Cuda {
 
     /// A dispatch, or either half of it.
     fn launch_halves(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
-        if self.is_streamed() {
+        if self.is_posted() {
+            self.launch_posted(d, sends, waits)
+        } else if self.is_streamed() {
             self.launch_stream(d, sends, waits)
         } else if self.is_by_pairs() {
             self.launch_pairs(d, sends, waits)

@@ -25,7 +25,7 @@ impl Cuda {
     pub(super) fn launch_pairs(&self, d: &Dispatch, sends: bool, waits: bool) -> Result<()> {
         let slot = d.call.slot;
         let opens = sends && lock(&self.slots[slot as usize]).opens;
-        let banks = sends && !waits && !d.reuse;
+        let banks = sends && !waits && (!d.reuse || self.is_posted());
         let receive = self.receive_params(d)?;
         if opens {
             self.launch_open(d)?;
@@ -49,6 +49,9 @@ impl Cuda {
                 Some((_, QuantKind::Fp8Ue8m0)) => flag::PAIR_POWERS,
                 _ => 0,
             };
+        if sends {
+            self.onto_desks(d, &mut params);
+        }
         let grid = within(&d.call, 1 + self.movers(d, &params, kernel, sends, waits));
         // A second half starts while a first one before it ends, and waits for the end of whatever is before it.
         let after_previous = opens || !sends;

@@ -31,6 +31,7 @@ const STREAM: usize = FINISH + PLACE + FIFOS + OFFER + 72;
 const SETTLE: usize = SEAT + 96 + SIDE * SIDES;
 const PAIRS: usize = SEAT + ROUTE + RECEIVE + 184;
 const MEET: usize = SEAT + 96;
+const ORDER: usize = SEAT + 72;
 
 /// Addresses in device memory, or 0.
 pub type Address = u64;
@@ -143,6 +144,24 @@ twins! {
         expert_offsets: Address, block_counts: Address, summary: Address, bank_bytes: u64, block: u32, limit: u32, vectors: u32,
         topk_bits: u32, scale_words: u32, scale_pitch: u32, sides: u32, flags: u32, side: [Side; SIDES],
     }
+    Plane: 16, unit at 12 => { bank: u64, bytes: u32, unit: u32 }
+    FetchParams: SEAT + 48 + 16 * OUTS, plane at SEAT + 48 => {
+        seat: Seat, counts: Counts, inboxes: Address, counts_at: u64, rows_at: u64, parts: u32, planes: u32,
+        plane: [Plane; OUTS],
+    }
+    OrderParams: ORDER, starts at ORDER - 8 => {
+        seat: Seat, owners: Owners, counts: Counts, firsts: Address, starts: Address,
+    }
+    ReturnParams: SEAT + 112, spread at SEAT + 108 => {
+        seat: Seat, counts: Counts, firsts: Address, starts: Address, own: Address, rows: Address, stride: u64,
+        weights: Address, weights_stride: u64, results: u64, brought: u64, brought_weights: u64, local: u32, block: u32,
+        vectors: u32, spread: u32,
+    }
+    BringParams: ORDER + 80, has_weights at ORDER + 76 => {
+        order: OrderParams, inboxes: Address, results: u64, brought: u64, brought_weights: u64, ids: Address,
+        pair_rows: Address, result_rows: Address, tokens: u32, topk: u32, block: u32, vectors: u32, parts: u32,
+        has_weights: u32,
+    }
     Out: 56, kind at 52 => {
         region: u64, to: Address, stride: u64, bytes: u32, unit: u32, pitch: u64, block_stride: u64, from_pitch: u32,
         kind: u32,
@@ -237,6 +256,7 @@ pub mod flag {
     pub const PADS_WEIGHTS: u32 = 16;
     pub const PADS_SOURCE: u32 = 32;
     pub const PAIR_POWERS: u32 = 64;
+    pub const POSTED: u32 = 128;
 
     pub const GATHERED: u32 = 1;
     pub const ZERO_PADDING: u32 = 2;
@@ -249,6 +269,7 @@ pub mod flag {
     pub const STAGED: u32 = 8;
     pub const SETTLES: u32 = 16;
     pub const THROUGH_FIFOS: u32 = 32;
+    pub const RESULTS_POSTED: u32 = 64;
 
     pub const HAS_CHOICES: u32 = 1;
 

@@ -11,71 +11,21 @@ use super::route::{Ledger, keep_weights};
 use super::sync::{Backoff, Slot};
 use super::{Host, copy_row};
 use crate::device::loss::Why;
-use crate::device::map::mask_words;
 use crate::device::members::Members;
 use crate::device::protocol::Flag;
-use crate::device::{Call, Combine, Dispatch, Heard, Parcel, Taken, Weighting, mail};
+use crate::device::note::{Note, Read, Written};
+use crate::device::{Call, Combine, Dispatch, Heard, Parcel, Taken, Weighting};
 use crate::error::{Result, Status};
 use crate::fault::Point;
 use crate::log::{Level, log};
 
-/// What a note says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum Note {
-    Dispatch = 1,
-    Combine,
-    Read,
-    Loss,
-    Gone,
-}
-
-/// The words of a mailbox that a dispatch's note carries: shape, tokens, what the source is at, flags.
-const DISPATCH_WORDS: [u64; 12] = {
-    let mut words = [0; 12];
-    let mut i = 0;
-    while i < 8 {
-        words[i] = mail::DISPATCH_SHAPE + i as u64 * 8;
-        i += 1;
-    }
-    [words[8], words[9], words[10], words[11]] =
-        [mail::TOKENS, mail::PROGRESS, mail::COUNTS_FLAG, mail::DISPATCH_FLAG];
-    words
-};
-const COMBINE_WORDS: [u64; 4] =
-    [mail::COMBINE_SHAPE, mail::COMBINE_SHAPE + 8, mail::PROGRESS, mail::COMBINE_FLAG];
-const READ_WORDS: [u64; 2] = [mail::PROGRESS, mail::READ_FLAG];
-const LOSS_WORDS: [u64; 2] = [mail::LOSS_ORIGIN, mail::LOSS];
-
-/// {kind, 0, slot: u16, generation: u32}, little-endian, and then words.
-const HEADER: usize = 8;
-const MOST_WORDS: usize = 12 + mask_words(crate::config::MAX_RANKS);
-const MOST: usize = HEADER + 8 * MOST_WORDS;
-
-impl Note {
-    fn from_byte(byte: u8) -> Option<Note> {
-        [Note::Dispatch, Note::Combine, Note::Read, Note::Loss, Note::Gone]
-            .into_iter()
-            .find(|note| *note as u8 == byte)
-    }
-    /// Those of the mailbox, in the order in which they are stored.
-    fn words(self) -> &'static [u64] {
-        match self {
-            Note::Dispatch => &DISPATCH_WORDS,
-            Note::Combine => &COMBINE_WORDS,
-            Note::Read => &READ_WORDS,
-            Note::Loss => &LOSS_WORDS,
-            Note::Gone => &[],
-        }
-    }
-    fn of(flag: Flag) -> Option<Note> {
-        match flag {
-            Flag::Dispatch | Flag::Replay => Some(Note::Dispatch),
-            Flag::Combine => Some(Note::Combine),
-            Flag::Read => Some(Note::Read),
-            // They go with the dispatch; FIFOs are not for couriers.
-            Flag::Counts | Flag::Rows | Flag::Results => None,
-        }
+fn note_of(flag: Flag) -> Option<Note> {
+    match flag {
+        Flag::Dispatch | Flag::Replay => Some(Note::Dispatch),
+        Flag::Combine => Some(Note::Combine),
+        Flag::Read => Some(Note::Read),
+        // They go with the dispatch; FIFOs are not for couriers.
+        Flag::Counts | Flag::Rows | Flag::Results => None,
     }
 }
 
@@ -102,7 +52,7 @@ impl Host {
         is_last: bool,
         parcels: impl Fn(u32, &mut Vec<Parcel>),
     ) -> Result<()> {
-        let (Some(post), Some(note)) = (&self.post, Note::of(flag)) else { return Ok(()) };
+        let (Some(post), Some(note)) = (&self.post, note_of(flag)) else { return Ok(()) };
         for peer in self.peers() {
             slot.parcels.clear();
             parcels(peer, &mut slot.parcels);
@@ -133,27 +83,14 @@ impl Host {
     }
 
     fn with_note<T>(&self, slot: u32, note: Note, peer: u32, send: impl FnOnce(&[u8]) -> T) -> T {
-        let mut bytes = [0; MOST];
-        let mut length = HEADER;
-        bytes[0] = note as u8;
-        bytes[2..4].copy_from_slice(&(slot as u16).to_le_bytes());
-        bytes[4..8].copy_from_slice(&(self.membership.generation as u32).to_le_bytes());
-        let mut put = |word: u64| {
-            bytes[length..length + 8].copy_from_slice(&word.to_le_bytes());
-            length += 8;
-        };
-        let mailbox = self.map.mailbox(slot, self.rank);
-        match note {
-            Note::Gone => put(self.bases.half(peer, self.map.gone(self.rank)).load(Relaxed) as u64),
-            Note::Loss => {
-                let masks = self.map.loss_mask(slot, self.rank);
-                (0..mask_words(self.ranks) as u64)
-                    .for_each(|word| put(self.bases.word(peer, masks + word * 8).load(Relaxed)));
-            }
-            _ => {}
-        }
-        note.words().iter().for_each(|word| put(self.bases.word(peer, mailbox + word).load(Relaxed)));
-        send(&bytes[..length])
+        let (mailbox, masks) = (self.map.mailbox(slot, self.rank), self.map.loss_mask(slot, self.rank));
+        let word = |offset| self.bases.word(peer, offset).load(Relaxed);
+        let before = (0..note.words_before(self.ranks) as u64).map(|at| match note {
+            Note::Gone => self.bases.half(peer, self.map.gone(self.rank)).load(Relaxed) as u64,
+            _ => word(masks + at * 8),
+        });
+        let words = before.chain(note.words(false).iter().map(|at| word(mailbox + at)));
+        send(Written::new(note, slot, self.membership.generation, words).bytes())
     }
 
     /// Drives what couriers carry, and stores what they have brought word of.
@@ -181,32 +118,25 @@ impl Host {
 
     /// `None` if it is no note.
     fn store_note(&self, source: u32, bytes: &[u8]) -> Option<Taken> {
-        let (header, words) = bytes.split_first_chunk::<HEADER>()?;
-        let note = Note::from_byte(header[0])?;
-        let slot = u16::from_le_bytes([header[2], header[3]]) as u32;
-        let generation = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
-        let masks = if note == Note::Loss { mask_words(self.ranks) } else { usize::from(note == Note::Gone) };
-        if slot >= self.map.sizes.slots || words.len() != 8 * (masks + note.words().len()) {
-            return None;
-        }
+        let read = Read::new(bytes, (self.ranks, self.map.sizes.slots), false)?;
         // Of a rank that is ahead, it is this one's soon; of one that is behind, never more.
-        let ahead = generation.wrapping_sub(self.membership.generation as u32) as i32;
+        let ahead = read.ahead_of(self.membership.generation);
         if ahead != 0 {
             return Some(if ahead > 0 { Taken::Later } else { Taken::Now });
         }
-        let mut words =
-            words.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
+        let (slot, note, mut words) = (read.slot, read.note, read.words());
+        let before = note.words_before(self.ranks) as u64;
         if note == Note::Gone {
             let gone = self.bases.half(self.rank, self.map.gone(source));
             let _ = gone.compare_exchange(0, words.next()? as u32, Release, Relaxed);
             return Some(Taken::Now);
         }
         let region = self.map.loss_mask(slot, source);
-        for (word, at) in words.by_ref().take(masks).zip(0..) {
+        for (at, word) in (0..before).zip(words.by_ref()) {
             self.bases.word(self.rank, region + at * 8).store(word, Relaxed);
         }
         let mailbox = self.map.mailbox(slot, source);
-        for (at, word) in note.words().iter().zip(words) {
+        for (at, word) in note.words(false).iter().zip(words) {
             self.bases.word(self.rank, mailbox + at).store(word, Release);
         }
         Some(Taken::Now)
@@ -214,7 +144,7 @@ impl Host {
 
     /// Returns when what the slot has sent for a flag has been delivered, as far as its receivers live.
     pub(super) fn await_delivery(&self, call: &Call, slot: &mut Slot, flag: Flag) -> Result<()> {
-        let (Some(post), Some(note)) = (&self.post, Note::of(flag)) else { return Ok(()) };
+        let (Some(post), Some(note)) = (&self.post, note_of(flag)) else { return Ok(()) };
         let mut backoff = Backoff::new();
         loop {
             let mut late = self.peers().filter(|peer| post.is_under_way(*peer, lane(call.slot, note)));

@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use super::Host;
 use super::fifo::Fifos;
-use super::post::Note;
 use super::reduce::Pull;
 use super::route::{DEMAND, DROPPED, END};
 use crate::config::{LayoutKind, MAX_TOPK};
@@ -20,6 +19,7 @@ use crate::device::loss::{Void, Why, operation_name, result_word, why_gone};
 use crate::device::map::TOKENS;
 use crate::device::map::{FIRST_EPOCH, Map};
 use crate::device::members::Members;
+use crate::device::note::Note;
 use crate::device::order::State;
 use crate::device::protocol::{Awaited, AwaitedRows, Endpoint, Flag, Signal, Trouble, Words};
 use crate::device::{Bases, Call, Combine, Dispatch, Float, Half, Parcel, Shape, mail};

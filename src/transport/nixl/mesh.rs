@@ -27,7 +27,7 @@ use crate::log::{Level, log};
 use crate::transport::bootstrap::{Board, random};
 
 /// A rank whose entries are missing for so long is gone: a board that ends is replaced much sooner.
-const ABSENT: Duration = Duration::from_secs(2);
+const ABSENT: Duration = Duration::from_millis(1500);
 /// Between two looks at that.
 const LOOK: Duration = Duration::from_millis(100);
 /// The helper's, between two polls, at first and at last.

@@ -435,6 +435,10 @@ typedef struct a2a_memory_t {
      * window_bytes + private_bytes + num_slots * routing_bytes: what memory_limit is compared with.
      */
     uint64_t total_bytes;
+    /**
+     * Beside those, pinned host memory taken by a2a_create, which couriers carry from and to: NIXL_ELASTIC on A2A_DEVICE_CUDA; else 0.
+     */
+    uint64_t pinned_bytes;
 } a2a_memory_t;
 
 /**

@@ -162,7 +162,8 @@ impl Backend {
     }
     /// A whole dispatch raises its flags only when it knows everybody's counts.
     fn waits_for_counts(self) -> bool {
-        !matches!(self, Backend::OneSided | Backend::Gather)
+        // Couriers bring counts with the rows.
+        !matches!(self, Backend::OneSided | Backend::Gather) && !(self == Backend::LowLatency && over_nixl())
     }
     /// Rows have two dimensions.
     fn in_blocks(self) -> bool {

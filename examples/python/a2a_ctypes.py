@@ -182,6 +182,7 @@ class Memory(Sized):
         ("private_bytes", c_uint64),
         ("routing_bytes", c_uint64),
         ("total_bytes", c_uint64),
+        ("pinned_bytes", c_uint64),
     ]
 
 

@@ -153,6 +153,7 @@ pub unsafe extern "C" fn a2a_query_memory(
             private_bytes: need.private,
             routing_bytes: need.routing,
             total_bytes: need.total,
+            pinned_bytes: need.pinned,
         };
         // SAFETY: forwarded from the caller.
         unsafe { write_struct(memory, &value) }

@@ -416,6 +416,8 @@ pub struct a2a_memory_t {
     pub routing_bytes: u64,
     /// window_bytes + private_bytes + num_slots * routing_bytes: what memory_limit is compared with.
     pub total_bytes: u64,
+    /// Beside those, pinned host memory taken by a2a_create, which couriers carry from and to: NIXL_ELASTIC on A2A_DEVICE_CUDA; else 0.
+    pub pinned_bytes: u64,
 }
 
 /// What a comm is.
@@ -691,7 +693,7 @@ const _: () = {
     assert!(offset_of!(a2a_config_t, expert_owner) == 184);
     assert!(offset_of!(a2a_config_t, unique_id) == 200);
     assert!(offset_of!(a2a_config_t, nccl_comm) == 344);
-    assert!(size_of::<a2a_memory_t>() == 56);
+    assert!(size_of::<a2a_memory_t>() == 64);
     assert!(size_of::<a2a_info_t>() == 88);
     assert!(size_of::<a2a_stats_t>() == 136);
     assert!(size_of::<a2a_error_info_t>() == 696);

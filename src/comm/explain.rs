@@ -72,6 +72,8 @@ pub struct Memory {
     pub private: u64,
     pub routing: u64,
     pub total: u64,
+    /// Of the host, beside those.
+    pub pinned: u64,
 }
 
 impl Plan {
@@ -102,9 +104,7 @@ fn memory(device: DeviceKind, map: &Map, routing: &RoutingMap) -> Memory {
             (apart::bytes(map), map.private_bytes().saturating_add(words))
         }
         DeviceKind::Cpu => (map.window_bytes(), map.private_bytes()),
-        DeviceKind::Cuda if map.sizes.uses.posted => {
-            (map.window_bytes().saturating_add(cuda::PostedMemory::pinned_bytes(map)), cuda::private_bytes(map))
-        }
+        DeviceKind::Cuda if map.sizes.uses.posted => (map.window_bytes(), cuda::private_bytes(map)),
         DeviceKind::Cuda => (vmm::rounded(map.window_bytes()), cuda::private_bytes(map)),
     };
     let routing = routing.bytes();
@@ -117,6 +117,10 @@ fn memory(device: DeviceKind, map: &Map, routing: &RoutingMap) -> Memory {
         total: window
             .saturating_add(private)
             .saturating_add((map.sizes.slots as u64).saturating_mul(routing)),
+        pinned: match device {
+            DeviceKind::Cuda if map.sizes.uses.posted => cuda::PostedMemory::pinned_bytes(map),
+            _ => 0,
+        },
     }
 }
 
@@ -486,6 +490,7 @@ pub fn explain(config: &Config) -> String {
                 "private_bytes": need.private,
                 "routing_bytes": need.routing,
                 "total_bytes": need.total,
+                "pinned_bytes": need.pinned,
                 "memory_limit": config.memory_limit,
             });
             report["limits"] = json!({

@@ -162,8 +162,12 @@ impl Backend {
     }
     /// A whole dispatch raises its flags only when it knows everybody's counts.
     fn waits_for_counts(self) -> bool {
-        // Couriers bring counts with the rows.
-        !matches!(self, Backend::OneSided | Backend::Gather) && !(self == Backend::LowLatency && over_nixl())
+        match self {
+            Backend::OneSided | Backend::Gather => false,
+            // Couriers bring counts with the rows.
+            Backend::LowLatency => !over_nixl(),
+            _ => true,
+        }
     }
     /// Rows have two dimensions.
     fn in_blocks(self) -> bool {

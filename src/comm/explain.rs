@@ -42,7 +42,9 @@ fn check_sms(kind: BackendKind, max_sms: u32) -> std::result::Result<(), String>
     match kind {
         BackendKind::HighThroughput => Ok(()),
         BackendKind::LowLatency | BackendKind::NixlElastic if max_sms > 1 => Ok(()),
-        BackendKind::LowLatency | BackendKind::NixlElastic => Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 2")),
+        BackendKind::LowLatency | BackendKind::NixlElastic => {
+            Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 2"))
+        }
         BackendKind::NvlinkTwoSided if max_sms > 2 => Ok(()),
         BackendKind::NvlinkTwoSided => {
             Err(format!("max_sms is {max_sms}, on cuda (2) it needs 0 or at least 3"))
@@ -181,7 +183,11 @@ fn check_fields(config: &Config) -> Result<()> {
     }
     if config.wants_nixl() {
         if config.device == DeviceKind::Cuda && config.degrades {
-            return refuse("flags", "A2A_CONFIG_DEGRADE (2)".into(), "0 on cuda (2): a step of which a rank is lost is void");
+            return refuse(
+                "flags",
+                "A2A_CONFIG_DEGRADE (2)".into(),
+                "0 on cuda (2): a step of which a rank is lost is void",
+            );
         }
         nixl::probe().map(|_| ()).map_err(|e| {
             e.context(format!(

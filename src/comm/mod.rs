@@ -615,7 +615,7 @@ fn ucx_settings(remote: bool) -> String {
 
 /// A rank's own memory where couriers carry, before it has met anybody.
 enum OwnMemory {
-    Host(Host),
+    Host(Box<Host>),
     Cuda(Box<Cuda>),
 }
 
@@ -628,7 +628,7 @@ impl OwnMemory {
             let host = Host::new(rank, map, experts, memory.bases(), health.clone());
             let (window, box_bytes) = (memory.window(), memory.box_bytes());
             let boxes = Box::new(move |peer, anew| memory.boxes(peer, anew));
-            return Ok((OwnMemory::Host(host), nixl::Memory { window, box_bytes, boxes }));
+            return Ok((OwnMemory::Host(Box::new(host)), nixl::Memory { window, box_bytes, boxes }));
         }
         let mut ground = ground_of(config)?;
         let memory = cuda::PostedMemory::new(&mut ground, rank, &map)?;

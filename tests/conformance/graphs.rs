@@ -8,6 +8,8 @@ use std::io::BufRead;
 use std::thread::sleep;
 use std::time::Instant;
 
+use a2a::abi::calls::a2a_activate_ranks;
+
 use super::common::cuda::{self, Beside, Graph};
 use super::*;
 
@@ -72,6 +74,15 @@ pub fn add(add: &mut impl FnMut(String, Left, Run)) {
         let reason = || "its ranks meet over NCCL (A2A_TEST_TRANSPORT=nccl)".to_string();
         Backend::Gather.refused_here().or_else(|| (!over_nccl()).then(reason))
     };
+    let over_nixl_alone = || {
+        let reason = || "its ranks come and go over NIXL (A2A_TEST_TRANSPORT=nixl)".to_string();
+        Backend::LowLatency.refused_here().or_else(|| (!over_nixl()).then(reason))
+    };
+    add(
+        "gpu/a_graph_outlives_its_members".into(),
+        Box::new(over_nixl_alone),
+        Box::new(a_graph_outlives_its_members),
+    );
     add("gpu/nccl_sums".into(), Box::new(|| Backend::Gather.refused_here()), Box::new(nccl_sums));
     add("gpu/callers_communicator".into(), Box::new(over_nccl_alone), Box::new(callers_communicator));
 }
@@ -455,6 +466,62 @@ fn a_layer_replayed(backend: Backend, world: usize) -> Result<(), String> {
         }
         // The ordinary calls go on where the graph has stopped.
         layer.ordinary(&inputs(world, backend, 2)).map_err(|error| format!("after the replays: {error}"))?;
+        meet(seat)
+    })
+}
+
+/// What was captured among all goes on among some of them, and among all again. Ids of the experts of those that take no part count
+/// as none, and are counted.
+fn a_graph_outlives_its_members() -> Result<(), String> {
+    let (world, backend) = (4, Backend::LowLatency);
+    let phases: [&[i32]; 5] = [&[0, 1, 2, 3], &[0, 1, 2], &[0, 1, 2, 3], &[1, 3], &[0, 1, 2, 3]];
+    threads(world, GPU_LIMIT, move |seat| {
+        let comm = Comm::create(&small(seat, backend))?;
+        let mut layer = Layer::new(seat, backend, &comm, 0)?;
+        meet(seat)?;
+        layer.ordinary(&inputs(world, backend, 0)).map_err(|error| format!("an ordinary step: {error}"))?;
+        meet(seat)?;
+        let graph = Graph::capture(|| layer.whole())?;
+        for (phase, ranks) in phases.iter().enumerate() {
+            let takes_part = |rank: usize| ranks.contains(&(rank as i32));
+            meet(seat)?;
+            if takes_part(seat.rank) {
+                let mut generation = 0;
+                // SAFETY: a list of so many int32, and a valid out-pointer.
+                check(unsafe {
+                    a2a_activate_ranks(
+                        comm.handle(),
+                        ranks.as_ptr(),
+                        ranks.len() as i32,
+                        20_000,
+                        &mut generation,
+                    )
+                })?;
+                expect("a generation", generation, phase as u64 + 2)?;
+            }
+            meet(seat)?;
+            for at in (0..BATCH).filter(|_| takes_part(seat.rank)) {
+                let number = 9000 + phase * BATCH + at;
+                let given = inputs(world, backend, number);
+                layer.put(&given);
+                graph.launch(1)?;
+                cuda::synchronize()?;
+                nothing_on_record(&comm)?;
+                let mut meant = given;
+                let owner = meant.owner.clone();
+                let absent = |id: &i64| owner.get(*id as usize).is_some_and(|owner| !takes_part(*owner));
+                for input in &mut meant.ranks {
+                    let ids = input.ids.as_mut().expect("given");
+                    ids.iter_mut().filter(|id| absent(id)).for_each(|id| *id = EXPERTS as i64);
+                }
+                for rank in (0..world).filter(|rank| !takes_part(*rank)) {
+                    let rows = Rows { row_bytes: meant.ranks[rank].rows.row_bytes, bytes: Vec::new() };
+                    let (ids, weights) = (Some(Vec::new()), Some(Vec::new()));
+                    meant.ranks[rank] = Input { tokens: 0, ids, weights, rows, ..Default::default() };
+                }
+                layer.check(&meant).map_err(|error| format!("among {ranks:?}, replay {number}: {error}"))?;
+            }
+        }
         meet(seat)
     })
 }

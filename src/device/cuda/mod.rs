@@ -40,9 +40,9 @@ use super::{
 use crate::config::{Experts, LayoutKind};
 use crate::error::{Error, Result, Status};
 use crate::log::{Level, log};
+use desks::Desks;
 use driver::{Context, DeviceMemory, Launch, Pinned, Pool, RawStream, Stream, launch};
 use module::Kernels;
-use desks::Desks;
 use params::{Control, MAX_RANKS, NEAR_RANKS, Owners, Record, Seat, Shared, Slot, TOO_MANY};
 
 use proxy::Proxy;
@@ -165,7 +165,16 @@ impl Ground {
         let waiting_blocks = combine::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let pair_blocks = pairs::waiting_blocks(&station.kernels, station.sms(), sharing, slots)?;
         let stream_blocks = fifo::waiting_blocks(&station.kernels, station.sms(), sharing, slots, ranks)?;
-        Ok(Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire: None, desks: None })
+        Ok(Ground {
+            station,
+            pinned,
+            waiting_blocks,
+            pair_blocks,
+            stream_blocks,
+            sharing,
+            wire: None,
+            desks: None,
+        })
     }
     /// Rows and words are carried, in the place of windows that peers address.
     pub fn carried_by(&mut self, wire: Arc<dyn Wire>) {
@@ -326,7 +335,8 @@ impl Cuda {
         ground: Ground,
         attic: Arc<Attic>,
     ) -> Result<Cuda> {
-        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire, desks } = ground;
+        let Ground { station, pinned, waiting_blocks, pair_blocks, stream_blocks, sharing, wire, desks } =
+            ground;
         let by_pairs = map.sizes.grid.layout == LayoutKind::ExpertPadded;
         if by_pairs && pair_blocks.iter().any(|blocks| *blocks < 2) {
             return Err(Error::unsupported(format!(
@@ -607,7 +617,8 @@ impl Cuda {
             slot: private + self.layout.slots + call.slot as u64 * size_of::<Slot>() as u64,
             shared: private + self.layout.shared,
             mailboxes: self.words_at(|words| words.mailbox(call.slot, 0), self.map.mailbox(call.slot, 0)),
-            loss_masks: self.words_at(|words| words.loss_mask(call.slot, 0), self.map.loss_mask(call.slot, 0)),
+            loss_masks: self
+                .words_at(|words| words.loss_mask(call.slot, 0), self.map.loss_mask(call.slot, 0)),
             routing: call.routing,
             rank: self.rank,
             ranks: self.ranks,

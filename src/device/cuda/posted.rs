@@ -9,7 +9,9 @@ use std::sync::Arc;
 use super::desks::{self, Desks};
 use super::dispatch::unit;
 use super::driver::{DeviceMemory, Launch};
-use super::params::{BringParams, Counts, FetchParams, OrderParams, PairsParams, Plane, ReturnParams, Seat, flag};
+use super::params::{
+    BringParams, Counts, FetchParams, OrderParams, PairsParams, Plane, ReturnParams, Seat, flag,
+};
 use super::proxy::Proxy;
 use super::{Cuda, Ground, lock, within};
 use crate::device::map::{IDS, INBOX_ALIGN, Map, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};

@@ -359,7 +359,8 @@ impl Office {
 
     fn has_sent_all(&self, state: &State) -> bool {
         let lanes = (0..self.map.sizes.slots).flat_map(|slot| [2 * slot, 2 * slot + 1]);
-        lanes.flat_map(|lane| self.peers(state).map(move |peer| (peer, lane)))
+        lanes
+            .flat_map(|lane| self.peers(state).map(move |peer| (peer, lane)))
             .all(|(peer, lane)| self.health.is_dead(peer) || !self.post.is_under_way(peer, lane))
     }
 

@@ -76,9 +76,10 @@ impl Beside {
     pub fn run(&self, out: &mut dyn Write) -> Result<(), String> {
         let failed = |error: std::io::Error| error.to_string();
         Nixl::get().map_err(|why| why.to_string())?;
+        // Where there is a GPU, NIXL takes no transports that leave its memory out.
         if std::env::var_os("UCX_TLS").is_none() {
             // SAFETY: no other thread exists yet.
-            unsafe { std::env::set_var("UCX_TLS", "tcp") };
+            unsafe { std::env::set_var("UCX_TLS", if cuda::is_enabled() { "tcp,cuda_copy" } else { "tcp" }) };
         }
         let tls = std::env::var("UCX_TLS").unwrap_or_default();
         writeln!(

@@ -313,11 +313,6 @@ impl Comm {
         let (_call, device) = self.enter()?;
         self.mesh()?;
         let me = self.config.rank;
-        if self.config.device == DeviceKind::Cuda {
-            return Err(Error::unsupported(format!(
-                "rank {me}: device is cuda (2), whose kernels go by one group at a time: warm up before ranks are activated"
-            )));
-        }
         if mask.len() != self.config.num_ranks as usize {
             let (count, ranks) = (mask.len(), self.config.num_ranks);
             return Err(self.invalid(format!("count is {count}, max_ranks is {ranks}")));
@@ -334,6 +329,10 @@ impl Comm {
         }
         let next = if wanted == all {
             masked.take().ok_or_else(|| Error::internal("nothing was masked"))?
+        } else if wanted == alone && self.config.device == DeviceKind::Cuda {
+            return Err(Error::unsupported(format!(
+                "rank {me}: device is cuda (2), where a rank that takes part cannot be alone for a while: warm up before it is activated"
+            )));
         } else if wanted == alone {
             // What is dispatched alone is not replayed among others, nor the other way round.
             let generation = device.membership().generation | ALONE;

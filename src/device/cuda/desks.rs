@@ -10,11 +10,11 @@
 //! box is its inbox of itself.
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::Ground;
-use super::driver::{Context, Pinned};
+use super::driver::Pinned;
 use crate::device::mail;
 use crate::device::map::{FIRST_EPOCH, Map, mask_words};
 use crate::error::{Error, Result};
@@ -63,37 +63,57 @@ pub fn bytes(map: &Map) -> u64 {
     (WordMap::new(map).bytes() + each).saturating_mul(ranks).saturating_add(each.saturating_mul(ranks - 1))
 }
 
+/// Takes so many zeroed bytes, at an address that the host and kernels have alike, and says what keeps them.
+type Take = dyn Fn(u64) -> Result<(u64, Keep)> + Send + Sync;
+type Keep = Arc<dyn Any + Send + Sync>;
+
 pub struct Desks {
     rank: u32,
     words: WordMap,
     box_bytes: u64,
-    pinned: Pinned,
-    context: Arc<Context>,
+    take: Box<Take>,
+    start: u64,
+    bytes: u64,
+    _keep: Keep,
     /// By rank: where couriers bring what it sends, and take what is for it: its inbox and the box of its desk, but others once another
     /// incarnation of it may still write into the former, or be sent what is in the latter.
     inboxes: Vec<AtomicU64>,
     outboxes: Vec<AtomicU64>,
+    kept: Mutex<Vec<Keep>>,
 }
 
 impl Desks {
     pub fn new(ground: &Ground, rank: u32, map: &Map) -> Result<Arc<Desks>> {
         let context = ground.context().clone();
-        let pinned = Pinned::new(&context, bytes(map) as usize)?;
-        // What couriers are told is what kernels are told.
-        if pinned.address() != pinned.as_ptr() as u64 {
-            return Err(Error::unsupported(format!(
-                "rank {rank}: {} has other addresses for host memory than the CPU",
-                context.describe()
-            )));
-        }
+        let take = move |bytes: u64| {
+            let pinned =
+                Pinned::new(&context, bytes as usize).map_err(|e| e.context(format!("rank {rank}")))?;
+            let address = pinned.address();
+            if address != pinned.as_ptr() as u64 {
+                return Err(Error::unsupported(format!(
+                    "rank {rank}: {} has other addresses for host memory than the CPU",
+                    context.describe()
+                )));
+            }
+            Ok((address, Arc::new(pinned) as Keep))
+        };
+        Desks::of(rank, map, Box::new(take))
+    }
+
+    fn of(rank: u32, map: &Map, take: Box<Take>) -> Result<Arc<Desks>> {
+        let bytes = bytes(map);
+        let (start, keep) = take(bytes)?;
         let mut desks = Desks {
             rank,
             words: WordMap::new(map),
             box_bytes: map.inboxes().1,
-            pinned,
-            context,
+            take,
+            start,
+            bytes,
+            _keep: keep,
             inboxes: Vec::new(),
             outboxes: Vec::new(),
+            kept: Mutex::default(),
         };
         let ranks = map.sizes.ranks();
         let inbox = |peer: u32| match peer == rank {
@@ -111,7 +131,7 @@ impl Desks {
     }
     /// Where the desk for a rank is.
     pub fn desk(&self, rank: u32) -> u64 {
-        self.pinned.address() + rank as u64 * (self.words.bytes() + self.box_bytes)
+        self.start + rank as u64 * (self.words.bytes() + self.box_bytes)
     }
     /// The box that kernels fill for a rank.
     pub fn box_of(&self, rank: u32) -> u64 {
@@ -129,10 +149,8 @@ impl Desks {
     }
 
     /// All of it: address and bytes, and what keeps it.
-    pub fn all(self: &Arc<Desks>) -> (u64, u64, Arc<dyn Any + Send + Sync>) {
-        let ranks = self.inboxes.len() as u64;
-        let bytes = (self.words.bytes() + self.box_bytes) * ranks + self.box_bytes * (ranks - 1);
-        (self.pinned.address(), bytes, self.clone())
+    pub fn all(self: &Arc<Desks>) -> (u64, u64, Keep) {
+        (self.start, self.bytes, self.clone())
     }
     pub fn box_bytes(&self) -> u64 {
         self.box_bytes
@@ -140,14 +158,15 @@ impl Desks {
 
     /// A peer's inbox and outbox; `anew`: in memory of their own from now on. The peer takes no part. What keeps them is to be
     /// kept as long as anybody may write there.
-    pub fn boxes(self: &Arc<Desks>, peer: u32, anew: bool) -> Result<(u64, u64, Arc<dyn Any + Send + Sync>)> {
-        let mut keep: Arc<dyn Any + Send + Sync> = self.clone();
+    pub fn boxes(self: &Arc<Desks>, peer: u32, anew: bool) -> Result<(u64, u64, Keep)> {
+        let mut keep: Keep = self.clone();
         if anew {
-            let fresh = Pinned::new(&self.context, 2 * self.box_bytes as usize)
-                .map_err(|e| e.context(format!("rank {}", self.rank)))?;
-            self.inboxes[peer as usize].store(fresh.address(), Ordering::Release);
-            self.outboxes[peer as usize].store(fresh.address() + self.box_bytes, Ordering::Release);
-            keep = Arc::new((self.clone(), fresh));
+            let (fresh, kept) = (self.take)(2 * self.box_bytes)?;
+            self.inboxes[peer as usize].store(fresh, Ordering::Release);
+            self.outboxes[peer as usize].store(fresh + self.box_bytes, Ordering::Release);
+            // Kernels go by it as long as they go by the desks.
+            self.kept.lock().unwrap_or_else(|e| e.into_inner()).push(kept.clone());
+            keep = Arc::new((self.clone(), kept));
         }
         Ok((self.inbox(peer), self.outbox(peer), keep))
     }
@@ -183,4 +202,15 @@ impl Desks {
             }
         }
     }
+}
+
+/// Desks for a test of what is no kernel.
+#[cfg(test)]
+pub fn over_plain_memory(rank: u32, map: &Map) -> Arc<Desks> {
+    let take = |bytes: u64| {
+        let words: Arc<Vec<AtomicU64>> =
+            Arc::new((0..bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect());
+        Ok((words.as_ptr() as u64, words as Keep))
+    };
+    Desks::of(rank, map, Box::new(take)).unwrap_or_else(|error| panic!("{error}"))
 }

@@ -13,10 +13,11 @@ use super::params::{
     BringParams, Counts, FetchParams, OrderParams, PairsParams, Plane, ReturnParams, Seat, flag,
 };
 use super::proxy::Proxy;
-use super::{Cuda, Ground, lock, within};
+use super::{Cuda, Ground, Station, lock, within};
 use crate::device::map::{IDS, INBOX_ALIGN, Map, PLANES, SCALES, SOURCE, TOKENS, WEIGHTS};
 use crate::device::{Bases, Combine, Dispatch, Membership, Post};
 use crate::error::Result;
+use crate::log::{Level, log};
 
 /// Threads of a block, as the kernels have it.
 const THREADS: u32 = 256;
@@ -31,15 +32,33 @@ const MOST_SPREAD: u32 = 16;
 /// A rank's window and desks.
 pub struct Memory {
     pub desks: Arc<Desks>,
-    window: Arc<DeviceMemory>,
+    window: Arc<OwnWindow>,
     bytes: u64,
+}
+
+/// Goes back to the device when it goes, and not to the pool alone.
+struct OwnWindow {
+    memory: Option<DeviceMemory>,
+    address: u64,
+    station: Arc<Station>,
+}
+
+impl Drop for OwnWindow {
+    fn drop(&mut self) {
+        self.memory = None;
+        if let Err(error) = self.station.pool.trim() {
+            log(Level::Debug, || format!("a window's memory: {error}"));
+        }
+    }
 }
 
 impl Memory {
     pub fn new(ground: &mut Ground, rank: u32, map: &Map) -> Result<Memory> {
         let named = |e: crate::error::Error| e.context(format!("rank {rank}"));
         let bytes = map.window_bytes();
-        let window = Arc::new(DeviceMemory::zeroed(&ground.station.pool, bytes).map_err(named)?);
+        let station = ground.station.clone();
+        let memory = DeviceMemory::zeroed(&station.pool, bytes).map_err(named)?;
+        let window = Arc::new(OwnWindow { address: memory.address(), memory: Some(memory), station });
         let desks = Desks::new(ground, rank, map).map_err(named)?;
         ground.desks = Some(desks.clone());
         Ok(Memory { desks, window, bytes })
@@ -50,7 +69,7 @@ impl Memory {
     }
     /// What kernels take for windows: the own one, and for each peer what has its words, and its box, on the desk for it.
     pub fn bases(&self, rank: u32, map: &Map) -> Bases {
-        let own = self.window.address();
+        let own = self.window.address;
         let window = |peer: u32| match peer == rank {
             true => own,
             false => own.wrapping_add(self.desks.desk(peer)).wrapping_sub(self.desks.desk(rank)),

@@ -427,3 +427,303 @@ const DISPATCH: u64 = 1;
 const COMBINE: u64 = 2;
 const READ: u64 = 3;
 const REPLAY: u64 = 4;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::super::desks;
+    use super::*;
+    use crate::config::LayoutKind;
+    use crate::device::grid::Grid;
+    use crate::device::map::{IDS, Sizes, TOKENS, Uses};
+
+    const BOUND: u32 = 4;
+    const EXPERTS: u32 = 4;
+    /// The first epoch of a comm.
+    const FIRST: u32 = FIRST_EPOCH;
+
+    fn map() -> Map {
+        let uses =
+            Uses { counts: true, rows: true, banks: true, posted: true, fetched: true, ..Uses::default() };
+        let mut plane_bytes = [0; PLANES];
+        plane_bytes[..4].copy_from_slice(&[32, 8, 8, 8]);
+        let grid =
+            Grid { layout: LayoutKind::ExpertPadded, ranks: 2, bound: 8, topk: 2, alignment: 1, limit: 0 };
+        Map::new(Sizes {
+            grid,
+            slots: 2,
+            num_experts: EXPERTS,
+            experts: 2,
+            plane_bytes,
+            quantises: false,
+            columns: false,
+            combine_bytes: 32,
+            uses,
+            fifo_rows: 0,
+            fifo_pieces: 0,
+        })
+        .unwrap()
+    }
+
+    struct Letter {
+        from: u32,
+        lane: u32,
+        parcels: Vec<(u64, Vec<u8>)>,
+        note: Vec<u8>,
+    }
+
+    /// Between two ranks of this process.
+    struct Street {
+        desks: [Arc<Desks>; 2],
+        letters: [Mutex<VecDeque<Letter>>; 2],
+        is_closed: AtomicBool,
+    }
+
+    struct End(u32, Arc<Street>);
+
+    impl Post for End {
+        fn send(&self, peer: u32, lane: u32, parcels: &[Parcel], note: &[u8]) -> Result<()> {
+            // SAFETY: bytes of this rank's boxes.
+            let read = |parcel: &Parcel| unsafe {
+                std::slice::from_raw_parts(parcel.from as *const u8, parcel.bytes as usize).to_vec()
+            };
+            let parcels = parcels.iter().map(|parcel| (parcel.within, read(parcel))).collect();
+            let letter = Letter { from: self.0, lane, parcels, note: note.to_vec() };
+            lock(&self.1.letters[peer as usize]).push_back(letter);
+            Ok(())
+        }
+        fn abandon(&self, _peer: u32) {}
+        fn send_last(&self, peer: u32, note: &[u8]) {
+            self.send(peer, 0, &[], note).unwrap();
+        }
+        fn poll(&self, hear: &mut dyn FnMut(Heard) -> Taken) -> Result<()> {
+            if self.1.is_closed.load(Acquire) {
+                return Ok(());
+            }
+            let letters = std::mem::take(&mut *lock(&self.1.letters[self.0 as usize]));
+            for letter in letters {
+                for (within, bytes) in &letter.parcels {
+                    let to = self.1.desks[self.0 as usize].inbox(letter.from) + within;
+                    // SAFETY: as many bytes as an inbox has, by `pack`'s own check.
+                    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
+                }
+                hear(Heard::Note(letter.from, &letter.note));
+            }
+            Ok(())
+        }
+        fn is_under_way(&self, peer: u32, lane: u32) -> bool {
+            let letters = lock(&self.1.letters[peer as usize]);
+            letters.iter().any(|letter| letter.lane == lane && !letter.parcels.is_empty())
+        }
+        fn rest(&self) {}
+    }
+
+    fn street() -> Arc<Street> {
+        let desks = [0, 1].map(|rank| {
+            let desks = desks::over_plain_memory(rank, &map());
+            desks.reset();
+            desks
+        });
+        Arc::new(Street { desks, letters: Default::default(), is_closed: AtomicBool::new(false) })
+    }
+
+    fn proxy(street: &Arc<Street>, rank: u32) -> (Proxy, Arc<Health>) {
+        let (health, experts) = (Arc::new(Health::new(2)), Experts::contiguous(EXPERTS, 2));
+        let who = (rank, &map(), &experts);
+        let post = Arc::new(End(rank, street.clone()));
+        let desks = street.desks[rank as usize].clone();
+        let proxy = Proxy::start(who, desks, post, health.clone(), Membership::first(2)).unwrap();
+        (proxy, health)
+    }
+
+    fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+        let begun = Instant::now();
+        while !is_so() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// What a rank's kernels do that store one of the mailbox's words for a peer.
+    fn say(desks: &Desks, rank: u32, peer: u32, slot: u32, word: u64, value: u64) {
+        desks.word(peer, desks.words().mailbox(slot, rank) + word).store(value, Release);
+    }
+    /// What a rank's kernels see.
+    fn see(desks: &Desks, rank: u32, source: u32, slot: u32, word: u64) -> u64 {
+        desks.word(rank, desks.words().mailbox(slot, source) + word).load(Acquire)
+    }
+    fn flag(epoch: u32, number: u32) -> u64 {
+        (epoch as u64) << 32 | number as u64
+    }
+
+    fn fill(at: u64, bytes: &[u8]) {
+        // SAFETY: inside a box.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+    }
+    fn bytes_at(at: u64, bytes: u64) -> Vec<u8> {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(at as *const u8, bytes as usize).to_vec() }
+    }
+    fn pattern(seed: u8, bytes: u64) -> Vec<u8> {
+        (0..bytes).map(|at| (at as u8).wrapping_mul(7) ^ seed).collect()
+    }
+
+    /// A dispatch of so many rows, planes as far apart as a step's bound has them; counts of each expert.
+    fn dispatch(desks: &Desks, (rank, peer, slot): (u32, u32, u32), epoch: u32, rows: u32, counts: [u32; 4]) {
+        let (at, mut plane_at, _) = map().in_inbox(slot);
+        for (expert, count) in (0..).zip(counts) {
+            fill(desks.box_of(peer) + at + expert * 8, &flag(epoch, count).to_le_bytes());
+        }
+        for (plane, bytes) in [(TOKENS, 32u64), (IDS, 8), (2, 8), (3, 8)] {
+            fill(desks.box_of(peer) + plane_at, &pattern(plane as u8 ^ epoch as u8, rows as u64 * bytes));
+            plane_at += (BOUND as u64 * bytes).next_multiple_of(16);
+        }
+        let mut shape = [0u32; Shape::WORDS];
+        shape[..7].copy_from_slice(&[BOUND, 2, 99, 32, 8, 8, 8]);
+        for (at, two) in shape.chunks_exact(2).enumerate() {
+            let word = mail::DISPATCH_SHAPE + at as u64 * 8;
+            say(desks, rank, peer, slot, word, (two[1] as u64) << 32 | two[0] as u64);
+        }
+        say(desks, rank, peer, slot, mail::TOKENS, 3);
+        say(desks, rank, peer, slot, mail::COUNTS_FLAG, flag(epoch, 0));
+        say(desks, rank, peer, slot, mail::DISPATCH_PAIR + 8, flag(epoch, 77));
+        say(desks, rank, peer, slot, mail::DISPATCH_PAIR, flag(epoch, 1 << 31 | rows));
+    }
+
+    fn combine(desks: &Desks, (rank, peer, slot): (u32, u32, u32), epoch: u32, has_weights: bool) {
+        say(desks, rank, peer, slot, mail::COMBINE_SHAPE, 16);
+        say(desks, rank, peer, slot, mail::COMBINE_SHAPE + 8, has_weights as u64);
+        say(desks, rank, peer, slot, mail::COMBINE_FLAG, flag(epoch, 5));
+    }
+
+    /// Rows come one plane behind the other, and before their flag; results as many as were told of.
+    #[test]
+    fn a_step_is_carried() {
+        for anew in [false, true] {
+            let street = street();
+            let [a, b] = &street.desks;
+            let _fresh =
+                anew.then(|| [a.boxes(1, true).unwrap(), b.boxes(0, true).unwrap()].map(|(.., keep)| keep));
+            let (_proxies, slot) = ([proxy(&street, 0), proxy(&street, 1)], 1);
+            dispatch(a, (0, 1, slot), FIRST, 3, [0, 0, 2, 1]);
+            until("no dispatch is heard", || see(b, 1, 0, slot, mail::DISPATCH_PAIR) >> 32 == FIRST as u64);
+            assert_eq!(see(b, 1, 0, slot, mail::DISPATCH_PAIR), flag(FIRST, 1 << 31 | 3));
+            assert_eq!(see(b, 1, 0, slot, mail::DISPATCH_PAIR + 8), flag(FIRST, 77));
+            let progress = (BOUND as u64) << 32 | 1 << 28 | FIRST as u64 & 0x0fff_ffff;
+            assert_eq!(see(b, 1, 0, slot, mail::PROGRESS), progress);
+            assert_eq!(see(b, 1, 0, slot, mail::TOKENS), 3);
+            let (counts, mut at, results) = map().in_inbox(slot);
+            let inbox = b.inbox(0);
+            assert_eq!(bytes_at(inbox + counts + 16, 8), flag(FIRST, 2).to_le_bytes());
+            for (plane, bytes) in [(TOKENS, 32u64), (IDS, 8), (2, 8), (3, 8)] {
+                let want = pattern(plane as u8 ^ FIRST as u8, 3 * bytes);
+                assert_eq!(bytes_at(inbox + at, 3 * bytes), want, "plane {plane}, anew {anew}");
+                at += (3 * bytes).next_multiple_of(16);
+            }
+            // Three results of 32 bytes go back, and a value beside each.
+            let back = pattern(9, 3 * 32 + 12);
+            fill(b.box_of(0) + results, &back);
+            dispatch(b, (1, 0, slot), FIRST, 0, [0; 4]);
+            combine(b, (1, 0, slot), FIRST, true);
+            until("no combine is heard", || see(a, 0, 1, slot, mail::COMBINE_FLAG) >> 32 == FIRST as u64);
+            assert_eq!(bytes_at(a.inbox(1) + results, 3 * 32 + 12), back);
+            assert_eq!(see(a, 0, 1, slot, mail::PROGRESS) >> 28 & 0xf, 2);
+        }
+    }
+
+    /// Whatever stands on a desk when the way is free again is sent in the order of the steps, and each note says its own progress.
+    #[test]
+    fn notes_keep_the_order_of_steps() {
+        let street = street();
+        let a = &street.desks[0];
+        let (_proxy, seat) = (proxy(&street, 0), (0, 1, 0));
+        street.is_closed.store(true, Release);
+        let sent = |count: usize| until("too few notes", || lock(&street.letters[1]).len() == count);
+        dispatch(a, seat, FIRST, 2, [0, 0, 1, 1]);
+        sent(1);
+        // Epochs wrap within these.
+        let epochs: Vec<u32> = (0..5).map(|step| FIRST.wrapping_add(step)).collect();
+        combine(a, seat, FIRST, false);
+        dispatch(a, seat, epochs[1], 1, [0, 0, 1, 0]);
+        std::thread::sleep(Duration::from_millis(20));
+        sent(1);
+        let mut heard = Vec::new();
+        let mut hear = |count: usize| {
+            until("too few notes are heard", || {
+                let letters = std::mem::take(&mut *lock(&street.letters[1]));
+                heard.extend(letters.into_iter().map(|letter| letter.note));
+                heard.len() >= count
+            });
+        };
+        hear(3);
+        // One that no combine follows: it has been read.
+        say(a, 0, 1, 0, mail::READ_FLAG, flag(epochs[1], 0));
+        hear(4);
+        dispatch(a, seat, epochs[2], 1, [0, 0, 1, 0]);
+        hear(5);
+        combine(a, seat, epochs[2], false);
+        dispatch(a, seat, epochs[3], 0, [0; 4]);
+        hear(7);
+        let words = |note: &Vec<u8>| {
+            let read = Read::new(note, (2, 2), true).unwrap();
+            let words: Vec<u64> = read.words().collect();
+            let at = read.note.words(true).iter().position(|word| *word == mail::PROGRESS).unwrap();
+            (
+                read.note,
+                (*words.last().unwrap() >> 32) as u32,
+                words[at] >> 28 & 0xf,
+                words[at] as u32 & 0x0fff_ffff,
+            )
+        };
+        let want = [
+            (Note::Dispatch, 0, 1),
+            (Note::Combine, 0, 2),
+            (Note::Dispatch, 1, 1),
+            (Note::Read, 1, 3),
+            (Note::Dispatch, 2, 1),
+            (Note::Combine, 2, 2),
+            (Note::Dispatch, 3, 1),
+        ];
+        let want =
+            want.map(|(note, step, operation)| (note, epochs[step], operation, epochs[step] & 0x0fff_ffff));
+        assert_eq!(heard.iter().map(words).collect::<Vec<_>>(), want);
+    }
+
+    /// Who leaves says so behind all that it has sent; the others' kernels are told why.
+    #[test]
+    fn who_leaves_is_heard_last() {
+        let street = street();
+        let [a, b] = &street.desks;
+        let (leaver, (_stays, health)) = (proxy(&street, 0), proxy(&street, 1));
+        street.is_closed.store(true, Release);
+        dispatch(a, (0, 1, 0), FIRST, 1, [0, 0, 1, 0]);
+        until("no dispatch is sent", || !lock(&street.letters[1]).is_empty());
+        leaver.0.leave(2);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(lock(&street.letters[1]).len(), 1);
+        street.is_closed.store(false, Release);
+        until("nobody is gone", || health.is_dead(0));
+        assert_eq!((b.gone(0).load(Acquire), see(b, 1, 0, 0, mail::DISPATCH_PAIR) as u32), (2, 1 << 31 | 1));
+        drop(leaver);
+    }
+
+    /// Notes of those that are behind are nobody's; those that begin anew find nothing of what was.
+    #[test]
+    fn generations_are_kept_apart() {
+        let street = street();
+        let [a, b] = &street.desks;
+        let (first, second) = (proxy(&street, 0), proxy(&street, 1));
+        dispatch(a, (0, 1, 0), FIRST, 1, [0, 0, 1, 0]);
+        until("no dispatch is heard", || see(b, 1, 0, 0, mail::DISPATCH_PAIR) as u32 != 0);
+        let next = Membership { generation: 2, ..Membership::first(2) };
+        second.0.begin_anew(next);
+        assert_eq!(see(b, 1, 0, 0, mail::DISPATCH_PAIR), flag(FIRST.wrapping_sub(1), 0));
+        dispatch(a, (0, 1, 1), FIRST, 2, [0, 0, 1, 1]);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(see(b, 1, 0, 1, mail::DISPATCH_PAIR), flag(FIRST.wrapping_sub(1), 0));
+        first.0.begin_anew(next);
+        dispatch(a, (0, 1, 1), FIRST, 1, [0, 0, 1, 0]);
+        until("no dispatch is heard", || see(b, 1, 0, 1, mail::DISPATCH_PAIR) == flag(FIRST, 1 << 31 | 1));
+    }
+}

@@ -31,7 +31,7 @@
 #define A2A_CONFIG_REMOTE 1
 
 /**
- * Config flag, the same on all ranks, NIXL_ELASTIC: a step goes on without ranks that die, leave or do not come by its deadline,
+ * Config flag, the same on all ranks, NIXL_ELASTIC on A2A_DEVICE_CPU: a step goes on without ranks that die, leave or do not come by its deadline,
  * and so do later ones, each rank for itself, until a2a_activate_ranks. Every status has A2A_STEP_DEGRADED and marks them, and
  * a2a_get_async_error has the first such loss. Their tokens are missing, and their experts' results in the sums, whose weights
  * stay as they are. max_recv_rows is 0. Without it such a step is void.
@@ -1390,7 +1390,8 @@ a2a_status_t a2a_disconnect_ranks(struct a2a_comm_t *comm,
  * begins a step while another is alone. Who takes part is changed by a2a_activate_ranks alone.
  *
  * mask: [count] int32, not 0 = takes part; count is max_ranks. It names this rank alone, or all that take part. Slots are idle
- * or closed. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, ABORTED.
+ * or closed. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend; on A2A_DEVICE_CUDA this
+ * rank alone), BUSY, ABORTED.
  */
 a2a_status_t a2a_set_rank_mask(struct a2a_comm_t *comm,
                                const int32_t *mask,

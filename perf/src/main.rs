@@ -117,7 +117,7 @@ struct Arguments {
     /// Run the conformance matrix instead, or the part of it whose names contain FILTER
     #[arg(long, value_name = "FILTER", num_args = 0..=1, default_missing_value = "")]
     check: Option<String>,
-    /// cpu, cuda (the first GPU) or cuda:N; with --check also cuda:rank (rank r has GPU r % the number of GPUs)
+    /// cpu, cuda (the first GPU) or cuda:N; with --check and nixl also cuda:rank (rank r has GPU r % the number of GPUs)
     #[arg(long, default_value = "cpu")]
     device: String,
     /// table, csv or json
@@ -160,7 +160,9 @@ fn main() -> ExitCode {
     let outcome = match &arguments.command {
         Some(Command::Plot { report, directory }) => plot(report, directory).map(|()| true),
         Some(Command::Nccl(beside)) => beside.run(&mut std::io::stdout()).map(|()| true),
-        Some(Command::Nixl(beside)) => beside.run(&mut std::io::stdout()).map(|()| true),
+        Some(Command::Nixl(beside)) => conformance::common::choose_device(&arguments.device)
+            .and_then(|()| beside.run(&mut std::io::stdout()))
+            .map(|()| true),
         None => run(&arguments),
     };
     match outcome {

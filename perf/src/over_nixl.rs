@@ -1,13 +1,14 @@
 //! NIXL_ELASTIC beside a mesh of bare NIXL writes and notifications that move as many bytes, in the same run; and what steps take while a
 //! rank joins.
 //!
-//! A rank is a process. Steps, a dispatch and a combine, take turns with the mesh's, iteration by iteration, each behind a meeting of all; a
+//! A rank is a process, or on a GPU a thread. Steps, a dispatch and a combine, take turns with the mesh's, iteration by iteration, each behind a meeting of all; a
 //! time is that of the slowest rank.
 
 use std::ffi::{CString, c_char, c_void};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use a2a::abi::calls::a2a_connect_ranks;
@@ -25,7 +26,7 @@ use crate::row::percentile;
 
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Beside {
-    /// Ranks, each a process; for the join there is one more
+    /// Ranks, each a process, or on a GPU a thread; for the join there is one more
     #[arg(long, default_value_t = 4)]
     ranks: usize,
     /// Tokens of each rank
@@ -84,8 +85,10 @@ impl Beside {
         let tls = std::env::var("UCX_TLS").unwrap_or_default();
         writeln!(
             out,
-            "# {} rank processes, UCX_TLS={tls}, hidden {} bf16, {} of {} experts; p50 of {} iterations of the slowest rank, microseconds",
-            self.ranks, self.hidden, self.topk, self.experts, self.iterations
+            "# {} ranks, {}, UCX_TLS={tls}, hidden {} bf16, {} of {} experts; p50 of {} iterations of the slowest rank, microseconds",
+            self.ranks,
+            if cuda::is_enabled() { "threads that share a GPU" } else { "processes" },
+            self.hidden, self.topk, self.experts, self.iterations
         )
         .map_err(failed)?;
         writeln!(out, "tokens,bare_us,ours_us,ratio,ours_dispatch_us,step_p99_us,longest_before_us,longest_while_joining_us").map_err(failed)?;
@@ -117,7 +120,11 @@ impl Beside {
     fn measure(&self, tokens: usize) -> Result<Measured, String> {
         let directory = tempfile::tempdir().map_err(|error| error.to_string())?;
         let shape = Shape { of: self.clone(), tokens, directory: directory.path().into() };
-        let hosts: Vec<Host> = (0..=self.ranks).map(|rank| Host::Child(vec![rank])).collect();
+        // Processes take turns on a GPU, threads of one share it.
+        let hosts = match cuda::is_enabled() {
+            true => vec![Host::Child((0..self.ranks).collect()), Host::Child(vec![self.ranks])],
+            false => (0..=self.ranks).map(|rank| Host::Child(vec![rank])).collect(),
+        };
         let args = [serde_json::to_string(&shape).map_err(|error| error.to_string())?];
         launch(crate::OVER_NIXL, self.ranks + 1, &hosts, &args, Duration::from_secs(self.limit))?;
         let mut slowest = Measured::default();
@@ -222,7 +229,9 @@ fn beside(shape: &Shape) -> usize {
 
 /// A file that is there whole.
 fn publish(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), String> {
-    let (path, early) = (directory.join(name), directory.join(format!("{name}.{}", std::process::id())));
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let unique = format!("{name}.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let (path, early) = (directory.join(name), directory.join(unique));
     let written = std::fs::write(&early, bytes).and_then(|()| std::fs::rename(&early, &path));
     written.map_err(|error| format!("{}: {error}", path.display()))
 }

@@ -347,7 +347,8 @@ pub unsafe extern "C" fn a2a_disconnect_ranks(
 /// begins a step while another is alone. Who takes part is changed by a2a_activate_ranks alone.
 ///
 /// mask: [count] int32, not 0 = takes part; count is max_ranks. It names this rank alone, or all that take part. Slots are idle
-/// or closed. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, ABORTED.
+/// or closed. Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend; on A2A_DEVICE_CUDA this
+/// rank alone), BUSY, ABORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_set_rank_mask(
     comm: *mut a2a_comm_t,

@@ -153,7 +153,7 @@ pub const A2A_BOOTSTRAP_ALLGATHER: a2a_bootstrap_t = 1;
 /// Config flag: the host of a2a_unique_id_from_address may be more than a loopback address. Without it a2a_create refuses
 /// such an address, since whoever can reach it may knock, if not enter.
 pub const A2A_CONFIG_REMOTE: u64 = 1;
-/// Config flag, the same on all ranks, NIXL_ELASTIC: a step goes on without ranks that die, leave or do not come by its deadline,
+/// Config flag, the same on all ranks, NIXL_ELASTIC on A2A_DEVICE_CPU: a step goes on without ranks that die, leave or do not come by its deadline,
 /// and so do later ones, each rank for itself, until a2a_activate_ranks. Every status has A2A_STEP_DEGRADED and marks them, and
 /// a2a_get_async_error has the first such loss. Their tokens are missing, and their experts' results in the sums, whose weights
 /// stay as they are. max_recv_rows is 0. Without it such a step is void.

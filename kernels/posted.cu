@@ -160,11 +160,12 @@ extern "C" __global__ void __launch_bounds__(kPostedThreads, 2) a2a_return(const
       if (other < place) packed += rows;
     }
     before = block_sum(before, of_warp), packed = block_sum(packed, of_warp), all = block_sum(all, of_warp);
-    // Dropped rows leave gaps behind those that are kept.
-    const uint32_t kept = min(before + mine, p.block) - min(before, p.block);
+    // Dropped rows leave gaps behind those that are kept. What a peer wrote is bounded before it is an index.
+    const uint64_t free = p.room - min(static_cast<uint64_t>(packed), p.room);
+    const uint32_t kept = min(static_cast<uint64_t>(min(before + mine, p.block) - min(before, p.block)), free);
     const uint64_t first = static_cast<uint64_t>(place) * p.block + before;
     uint8_t* window = window_of(seat, source);
-    uint8_t *to = window + p.results, *values = to + aligned(all * size);
+    uint8_t *to = window + p.results, *values = to + aligned(min(static_cast<uint64_t>(all), p.room) * size);
     if (source == seat.rank) {
       const uint64_t start = p.starts[p.firsts[seat.rank]];
       to = window + p.brought + start * size, values = window + p.brought_weights + start * 4;

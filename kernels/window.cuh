@@ -623,6 +623,8 @@ struct ReturnParams {
   uint64_t results;
   uint64_t brought;
   uint64_t brought_weights;
+  // Results that a rank can have of this one.
+  uint64_t room;
   uint32_t local;
   // Rows of an expert's block.
   uint32_t block;
@@ -630,7 +632,7 @@ struct ReturnParams {
   // Blocks that share a run of rows.
   uint32_t spread;
 };
-static_assert(sizeof(ReturnParams) == sizeof(Seat) + 16 + 80 + 16);
+static_assert(sizeof(ReturnParams) == sizeof(Seat) + 16 + 88 + 16);
 
 // a2a_bring: results from inboxes to where they are summed, and which of them is whose.
 struct BringParams {

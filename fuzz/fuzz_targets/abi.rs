@@ -976,6 +976,7 @@ impl<'a> Rank<'a> {
             private_bytes: 0,
             routing_bytes: 0,
             total_bytes: 0,
+            pinned_bytes: 0,
         };
         let memory = self.sized(memory, 16);
         // SAFETY: as the file's first lines say.

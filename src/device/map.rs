@@ -139,6 +139,10 @@ impl Sizes {
     pub fn combine_weight_bytes(&self) -> u64 {
         if self.grid.layout.by_expert() { 4 } else { self.grid.topk as u64 * 4 }
     }
+    /// Results of a rank's tokens that one other has at most: a token has one for each of its experts there.
+    pub fn most_results(&self) -> u64 {
+        self.grid.bound as u64 * self.experts.min(self.grid.topk) as u64
+    }
     /// Bytes of a quantised token with its scales.
     pub fn scratch_bytes(&self) -> u64 {
         if self.quantises { (self.plane_bytes[TOKENS] + self.plane_bytes[SCALES]) as u64 } else { 0 }
@@ -216,8 +220,7 @@ impl Inboxes {
     fn new(sizes: &Sizes, keys: u64) -> Result<Inboxes> {
         let grid = &sizes.grid;
         let bound = grid.bound as u64;
-        // A token has a row for each of its experts that the rank owns.
-        let results = bound * sizes.experts.min(grid.topk) as u64;
+        let results = sizes.most_results();
         let mut at = Cursor(Some(0));
         at.take(Some(if sizes.uses.fetched { count_bytes(keys) } else { keys * 4 }));
         let planes = sizes.plane_bytes.map(|bytes| bound * (bytes as u64).next_multiple_of(INBOX_ALIGN));

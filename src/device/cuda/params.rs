@@ -152,10 +152,10 @@ twins! {
     OrderParams: ORDER, starts at ORDER - 8 => {
         seat: Seat, owners: Owners, counts: Counts, firsts: Address, starts: Address,
     }
-    ReturnParams: SEAT + 112, spread at SEAT + 108 => {
+    ReturnParams: SEAT + 120, spread at SEAT + 116 => {
         seat: Seat, counts: Counts, firsts: Address, starts: Address, own: Address, rows: Address, stride: u64,
-        weights: Address, weights_stride: u64, results: u64, brought: u64, brought_weights: u64, local: u32, block: u32,
-        vectors: u32, spread: u32,
+        weights: Address, weights_stride: u64, results: u64, brought: u64, brought_weights: u64, room: u64, local: u32,
+        block: u32, vectors: u32, spread: u32,
     }
     BringParams: ORDER + 80, has_weights at ORDER + 76 => {
         order: OrderParams, inboxes: Address, results: u64, brought: u64, brought_weights: u64, ids: Address,

@@ -233,6 +233,7 @@ impl Cuda {
             results: self.to_desks().wrapping_add(desks.box_offset() + results),
             brought: self.map.brought(slot),
             brought_weights: self.map.brought_weights(slot),
+            room: self.map.sizes.most_results(),
             local,
             block: c.grid.block().unwrap_or(0) as u32,
             vectors: (size / 16) as u32,

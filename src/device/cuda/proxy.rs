@@ -15,6 +15,7 @@ use super::lock;
 use crate::config::Experts;
 use crate::device::map::{FIRST_EPOCH, INBOX_ALIGN, Map, PLANES};
 use crate::device::note::{Note, Read, Written};
+use crate::device::protocol::WITHOUT;
 use crate::device::{Health, Heard, Membership, Parcel, Post, Shape, Taken, mail};
 use crate::error::{Error, Result};
 use crate::log::{Level, log};
@@ -335,7 +336,8 @@ impl Office {
             let word = unsafe { AtomicU64::from_ptr(at as *mut u64) }.load(Relaxed);
             (word as u32).min(bound) as u64
         };
-        let rows: u64 = self.own.iter().map(|expert| told(*expert)).sum();
+        let rows =
+            self.own.iter().map(|expert| told(*expert)).sum::<u64>().min(self.map.sizes.most_results());
         if rows == 0 {
             return;
         }
@@ -405,7 +407,7 @@ impl Office {
     fn store(&self, source: u32, read: &Read) {
         let (slot, note, mut words) = (read.slot, read.note, read.words());
         if note == Note::Gone {
-            let why = words.next().unwrap_or_default() as u32;
+            let why = (words.next().unwrap_or_default() as u32).clamp(1, WITHOUT);
             if self.desks.gone(source).compare_exchange(0, why, AcqRel, Relaxed).is_ok() {
                 self.health.left_because(source, why);
             }

@@ -639,6 +639,7 @@ mod tests {
             (LayoutKind::RankMajor, Uses { rows: true, ..Uses::default() }),
             (LayoutKind::Flat, pushed),
             (LayoutKind::ExpertPadded, pushed),
+            (LayoutKind::ExpertPadded, Uses { posted: true, fetched: true, ..pushed }),
             (LayoutKind::ExpertContiguous, pushed),
             (LayoutKind::Flat, Uses { counts: true, fifos: true, ..Uses::default() }),
         ] {
@@ -676,6 +677,15 @@ mod tests {
                 if uses.rows {
                     regions.push((map.combine(slot), rows * 14336));
                     regions.push((map.combine_weights(slot), rows * 4));
+                }
+                if uses.fetched {
+                    regions.push((map.brought(slot), 129 * 8 * 14336));
+                    regions.push((map.brought_weights(slot), 129 * 8 * 4));
+                    let (counts, rows, results) = map.in_inbox(slot);
+                    let (start, each) = map.inboxes();
+                    let planes = 129 * map.sizes.plane_bytes.iter().map(|bytes| *bytes as u64).sum::<u64>();
+                    assert!(start >= map.window_bytes() && counts + map.count_stride() <= rows);
+                    assert!(rows + planes <= results && results + 129 * 8 * (14336 + 4) <= each);
                 }
                 if uses.carried {
                     regions.push((map.brought(slot), sent * 14336));

@@ -20,7 +20,9 @@ use crate::device::{Health, Heard, Membership, Parcel, Post, Shape, Taken, mail}
 use crate::error::{Error, Result};
 use crate::log::{Level, log};
 
-/// Looks without a pause once there was nothing to do; after that the pauses, at first and at last.
+/// Looks without a pause once there was nothing to do: while something is on its way, which goes on by looks alone, and else. After
+/// that the pauses, at first and at last.
+const EAGER_IN_A_STEP: Duration = Duration::from_secs(1);
 const EAGER: Duration = Duration::from_millis(2);
 const PAUSE: Duration = Duration::from_micros(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
@@ -167,6 +169,7 @@ impl Office {
                 state.last_words = LastWords::Said;
             }
             let is_silent = !matches!(state.last_words, LastWords::After(..));
+            let eager = if is_busy || self.is_in_a_step(&state) { EAGER_IN_A_STEP } else { EAGER };
             drop(state);
             if is_silent && self.is_over.load(Acquire) {
                 break;
@@ -175,7 +178,7 @@ impl Office {
                 (idle_since, pause) = (None, PAUSE);
                 continue;
             }
-            if idle_since.get_or_insert_with(Instant::now).elapsed() < EAGER {
+            if idle_since.get_or_insert_with(Instant::now).elapsed() < eager {
                 std::thread::yield_now();
                 continue;
             }
@@ -357,6 +360,22 @@ impl Office {
             }
         }
         parcels.push(Parcel { from: outbox + start, within: start, bytes });
+    }
+
+    /// True if something is under way to a peer, or of it: it was sent what it has not sent.
+    fn is_in_a_step(&self, state: &State) -> bool {
+        let slots = 0..self.map.sizes.slots;
+        slots.flat_map(|slot| self.peers(state).map(move |peer| (slot, peer))).any(|(slot, peer)| {
+            let sent = &state.sent[(slot * self.ranks() + peer) as usize];
+            let mailbox = self.desks.words().mailbox(slot, peer);
+            let is_due = |sent: u64, word: u64| {
+                let heard = self.desks.word(self.rank, mailbox + word).load(Relaxed);
+                ((sent >> 32) as u32).wrapping_sub((heard >> 32) as u32) as i32 > 0
+            };
+            self.post.is_under_way(peer, sent.lane)
+                || is_due(sent.dispatch, mail::DISPATCH_PAIR)
+                || is_due(sent.combine, mail::COMBINE_FLAG)
+        })
     }
 
     fn has_sent_all(&self, state: &State) -> bool {

@@ -136,16 +136,18 @@ test-clippy:
 # A real NCCL and a real NIXL, which some tests open: the environment's, or those of wheels, where the platform has them.
 ifneq ($(and $(A2A_NCCL_LIB),$(A2A_NIXL_LIB)),)
 else ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),)
-test-rust test-nixl: target/carriers/ready
-test-rust test-nixl: export A2A_NCCL_LIB ?= $(CURDIR)/target/carriers/site/nvidia/nccl/lib/libnccl.so.2
-test-rust test-nixl: export A2A_NIXL_LIB ?= $(CURDIR)/target/carriers/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
+test-rust test-debug test-nixl: target/carriers/ready
+test-rust test-debug test-nixl: export A2A_NCCL_LIB ?= $(CURDIR)/target/carriers/site/nvidia/nccl/lib/libnccl.so.2
+test-rust test-debug test-nixl: export A2A_NIXL_LIB ?= $(CURDIR)/target/carriers/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
 else
 NO_CARRIERS := there are no wheels of NCCL and NIXL for $(shell uname -s -m), and A2A_NCCL_LIB and A2A_NIXL_LIB name none
 endif
 
 # Nothing is ignored where they are there.
+NOTHING_IGNORED := $(if $(NO_CARRIERS),,-- --include-ignored)
+
 test-rust:
-	cargo test --release --package a2a --package nccl-sys --package nixl-sys $(if $(NO_CARRIERS),,-- --include-ignored)
+	cargo test --release --package a2a --package nccl-sys --package nixl-sys $(NOTHING_IGNORED)
 
 test-nixl:
 ifdef NO_CARRIERS
@@ -156,7 +158,7 @@ endif
 
 # A debug build checks every addition, and poisons views that have ended.
 test-debug:
-	cargo test --lib --test traffic --test poison
+	cargo test --lib --test traffic --test poison $(NOTHING_IGNORED)
 
 # The protocol of src/device/protocol.rs, in every order of memory and of threads; how many those are is shown.
 test-loom:

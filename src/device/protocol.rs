@@ -81,12 +81,12 @@ fn pack(epoch: u32, number: u32) -> u64 {
 }
 
 /// True if `flag` has reached `epoch`; right across the wrap.
-fn reached(flag: u64, epoch: u32) -> bool {
+pub fn reached(flag: u64, epoch: u32) -> bool {
     ((flag >> 32) as u32).wrapping_sub(epoch) as i32 >= 0
 }
 
 /// {bound, operation, low 28 bits of the epoch}.
-fn progress(epoch: u32, operation: u32, bound: u32) -> u64 {
+pub fn progress(epoch: u32, operation: u32, bound: u32) -> u64 {
     (bound as u64) << 32 | (operation as u64) << 28 | (epoch & 0x0fff_ffff) as u64
 }
 

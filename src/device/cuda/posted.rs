@@ -103,12 +103,12 @@ impl Cuda {
         Ok(())
     }
 
-    /// Where kernels find inboxes; and the own window in every rank's place.
+    /// Where kernels find inboxes.
     fn inboxes(&self) -> u64 {
         self.private.address() + self.layout.inboxes
     }
 
-    /// Tells kernels where inboxes are.
+    /// Tells kernels where inboxes are, and of the own window in every rank's place (`seat_alone`).
     pub(super) fn write_inboxes(&self) -> Result<()> {
         let Some(desks) = &self.desks else { return Ok(()) };
         let inboxes: Vec<u64> = (0..self.ranks).map(|peer| desks.inbox(peer)).collect();

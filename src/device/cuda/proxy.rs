@@ -15,7 +15,7 @@ use super::lock;
 use crate::config::Experts;
 use crate::device::map::{FIRST_EPOCH, INBOX_ALIGN, Map, PLANES};
 use crate::device::note::{Note, Read, Written};
-use crate::device::protocol::WITHOUT;
+use crate::device::protocol::{Flag, WITHOUT, progress, reached};
 use crate::device::{Health, Heard, Membership, Parcel, Post, Shape, Taken, mail};
 use crate::error::{Error, Result};
 use crate::log::{Level, log};
@@ -36,8 +36,8 @@ struct Sent {
     combine: u64,
     read: u64,
     loss: u64,
-    /// Of the last dispatch: max_tokens of the step, and how its progress word names it.
-    bound: u64,
+    /// Of the last dispatch: max_tokens of the step.
+    bound: u32,
     /// The epoch of the last flag, and what it was sent on.
     epoch: u32,
     lane: u32,
@@ -240,23 +240,23 @@ impl Office {
         }
         let epoch = (flag >> 32) as u32;
         let mut parcels = Vec::new();
-        let (operation, lane) = match note {
+        let (says, lane) = match note {
             Note::Dispatch => {
                 let shape = self.shape_of(peer, slot);
-                sent.bound = shape.bound as u64;
+                sent.bound = shape.bound;
                 self.pack(slot, peer, flag as u32 & 0x7fff_ffff, &shape, &mut parcels);
                 let replays = self.left(peer, slot, mail::TOKENS) >> 32 != 0;
-                (if replays { REPLAY } else { DISPATCH }, 2 * slot)
+                (if replays { Flag::Replay } else { Flag::Dispatch }, 2 * slot)
             }
             Note::Combine => {
-                self.results(slot, peer, sent.bound as u32, &mut parcels);
-                (COMBINE, 2 * slot + 1)
+                self.results(slot, peer, sent.bound, &mut parcels);
+                (Flag::Combine, 2 * slot + 1)
             }
-            _ => (READ, 2 * slot),
+            _ => (Flag::Read, 2 * slot),
         };
         // The word that stands there may be of what follows.
         let bound = if note == Note::Read { 0 } else { sent.bound };
-        let progress = bound << 32 | operation << 28 | epoch as u64 & 0x0fff_ffff;
+        let progress = progress(epoch, says.operation(), bound);
         let flag_word = match note {
             Note::Dispatch => mail::DISPATCH_PAIR,
             Note::Combine => mail::COMBINE_FLAG,
@@ -370,7 +370,7 @@ impl Office {
             let mailbox = self.desks.words().mailbox(slot, peer);
             let is_due = |sent: u64, word: u64| {
                 let heard = self.desks.word(self.rank, mailbox + word).load(Relaxed);
-                ((sent >> 32) as u32).wrapping_sub((heard >> 32) as u32) as i32 > 0
+                !reached(heard, (sent >> 32) as u32)
             };
             self.post.is_under_way(peer, sent.lane)
                 || is_due(sent.dispatch, mail::DISPATCH_PAIR)
@@ -442,12 +442,6 @@ impl Office {
         }
     }
 }
-
-/// Operations, as progress words have them (window.cuh).
-const DISPATCH: u64 = 1;
-const COMBINE: u64 = 2;
-const READ: u64 = 3;
-const REPLAY: u64 = 4;
 
 #[cfg(test)]
 mod tests {

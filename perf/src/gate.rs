@@ -140,14 +140,17 @@ impl Gate {
 
     /// Distinct (token, rank) rows that this rank sends, and that it receives.
     pub fn rows(&self) -> (u64, u64) {
-        let tokens = |rank: usize| {
-            (0..self.step.ranks[rank].tokens).map(move |token| self.step.contributors(Source { rank, token }))
-        };
-        let sent = tokens(self.rank).map(|ranks| ranks.len() as u64).sum();
-        let received = (0..self.step.ranks.len())
-            .map(|rank| tokens(rank).filter(|ranks| ranks.contains(&self.rank)).count() as u64)
-            .sum();
+        let ranks = || 0..self.step.ranks.len();
+        let sent = ranks().map(|rank| self.rows_between(self.rank, rank)).sum();
+        let received = ranks().map(|rank| self.rows_between(rank, self.rank)).sum();
         (sent, received)
+    }
+
+    /// Distinct (token, rank) rows of `from`'s tokens for `to`.
+    pub fn rows_between(&self, from: usize, to: usize) -> u64 {
+        let tokens = 0..self.step.ranks[from].tokens;
+        tokens.filter(|&token| self.step.contributors(Source { rank: from, token }).contains(&to)).count()
+            as u64
     }
 
     /// Rows of the layout that came from `source`.

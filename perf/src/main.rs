@@ -4,6 +4,7 @@
 //! ranks of one shape after another, collects what they measured (`sweep`) and reports it. `--check` is the conformance
 //! tests themselves.
 
+mod bare_nccl;
 #[path = "../../tests/conformance.rs"]
 #[allow(dead_code, reason = "the tests' tools are used in part")]
 mod conformance;
@@ -12,7 +13,9 @@ mod gate;
 mod gpu;
 mod machine;
 mod measure;
+mod meeting;
 mod one_gpu;
+mod over_links;
 mod over_nccl;
 mod over_nixl;
 mod peers;
@@ -36,6 +39,7 @@ use shape::Device;
 const MEASURE: (&str, Job) = ("measure_shape", measure::job);
 const ONE_GPU: (&str, Job) = ("measure_on_one_gpu", one_gpu::job);
 const FLOORS: (&str, Job) = ("measure_floors", one_gpu::floors);
+const OVER_LINKS: (&str, Job) = ("measure_over_links", over_links::job);
 const OVER_NCCL: (&str, Job) = ("measure_over_nccl", over_nccl::job);
 const OVER_NIXL: (&str, Job) = ("measure_over_nixl", over_nixl::job);
 
@@ -89,6 +93,7 @@ EXAMPLES
   a2a-perf --device cuda --ranks 8 --experts 256 --tokens 1,128,4096 --peers
   a2a-perf --device cuda --backends low_latency --dtype bf16,fp8 --split
   a2a-perf plot sweep.csv --directory plots
+  A2A_NCCL_LIB=libnccl.so.2 a2a-perf links --ranks 2
   A2A_NCCL_LIB=libnccl.so.2 a2a-perf nccl --ranks 2
   A2A_NIXL_LIB=libnixl_capi.so a2a-perf nixl --ranks 4
   a2a-perf --check                the whole conformance matrix
@@ -138,6 +143,8 @@ enum Command {
         #[arg(long, default_value = ".")]
         directory: std::path::PathBuf,
     },
+    /// Every backend with a GPU for each rank, beside bare NCCL and copies of the same bytes, as CSV
+    Links(over_links::Links),
     /// ALLGATHER_REDUCESCATTER over NCCL, beside bare NCCL calls of the same bytes, as CSV
     Nccl(over_nccl::Beside),
     /// NIXL_ELASTIC, beside a mesh of bare NIXL writes of the same bytes, and while a rank joins, as CSV
@@ -145,8 +152,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let jobs: Vec<(&str, Job)> =
-        conformance::JOBS.into_iter().chain([MEASURE, ONE_GPU, FLOORS, OVER_NCCL, OVER_NIXL]).collect();
+    let jobs: Vec<(&str, Job)> = conformance::JOBS
+        .into_iter()
+        .chain([MEASURE, ONE_GPU, FLOORS, OVER_LINKS, OVER_NCCL, OVER_NIXL])
+        .collect();
     conformance::common::worker(&jobs);
     let arguments = Arguments::parse();
     if let Some(filter) = &arguments.check {
@@ -159,6 +168,7 @@ fn main() -> ExitCode {
     }
     let outcome = match &arguments.command {
         Some(Command::Plot { report, directory }) => plot(report, directory).map(|()| true),
+        Some(Command::Links(links)) => links.run(&mut std::io::stdout()),
         Some(Command::Nccl(beside)) => beside.run(&mut std::io::stdout()).map(|()| true),
         Some(Command::Nixl(beside)) => conformance::common::choose_device(&arguments.device)
             .and_then(|()| beside.run(&mut std::io::stdout()))

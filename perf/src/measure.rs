@@ -26,10 +26,7 @@ pub struct Measured {
 /// The job of a rank process.
 pub fn job(seat: &Seat) -> Result<(), String> {
     let shape: Shape = serde_json::from_str(&seat.args[0]).map_err(|error| error.to_string())?;
-    let measured = measure(seat, &shape)?;
-    let path = format!("{}/{}.json", shape.directory, seat.rank);
-    let text = serde_json::to_string(&measured).map_err(|error| error.to_string())?;
-    std::fs::write(&path, text).map_err(|error| format!("{path}: {error}"))
+    shape.leave(seat.rank, &measure(seat, &shape)?)
 }
 
 /// All ranks meet: an empty dispatch on a comm of its own returns when everybody has called it.

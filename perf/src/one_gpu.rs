@@ -51,8 +51,8 @@ pub struct Floors {
     pub times: Vec<(String, usize, Vec<f64>)>,
 }
 
-/// Bytes of all ranks' tensors, with what lies between them.
-fn tensor_bytes(shape: &Shape, pair: Pair) -> usize {
+/// Bytes of a rank's tensors, with what lies between them.
+pub fn tensor_bytes(shape: &Shape, pair: Pair) -> usize {
     let (ranks, tokens, topk) = (shape.ranks as u64, shape.tokens as u64, shape.topk as u64);
     let token = shape.kind.wire_bytes(shape.hidden) as u64;
     let result = (shape.hidden * shape.kind.float().bytes()) as u64;
@@ -65,17 +65,11 @@ fn tensor_bytes(shape: &Shape, pair: Pair) -> usize {
     let given = tokens * (shape.kind.given_bytes(shape.hidden) as u64 + result + topk * 8);
     let staged = if shape.staged || !pair.keeps_rows() { rows * result } else { 0 };
     let own = if pair.keeps_rows() { 0 } else { rows * (token + topk * 8 + 8) };
-    (ranks * (given + staged + own + (64 << 10))) as usize
+    (given + staged + own + (64 << 10)) as usize
 }
 
 fn shape_of(seat: &Seat) -> Result<Shape, String> {
     serde_json::from_str(&seat.args[0]).map_err(|error| error.to_string())
-}
-
-fn leave(shape: &Shape, what: &impl Serialize) -> Result<(), String> {
-    let path = format!("{}/0.json", shape.directory);
-    let text = serde_json::to_string(what).map_err(|error| error.to_string())?;
-    std::fs::write(&path, text).map_err(|error| format!("{path}: {error}"))
 }
 
 /// The job of a process that measures the floors of a shape's ranks.
@@ -94,13 +88,13 @@ pub fn floors(seat: &Seat) -> Result<(), String> {
             times.push((scope.clone(), kernels, us));
         }
     }
-    leave(&shape, &Floors { name, line, times })
+    shape.leave(0, &Floors { name, line, times })
 }
 
 /// The job of a process that measures a shape.
 pub fn job(seat: &Seat) -> Result<(), String> {
     let shape = shape_of(seat)?;
-    leave(&shape, &measure(&shape)?)
+    shape.leave(0, &measure(&shape)?)
 }
 
 fn repeat(shape: &Shape, mut once: impl FnMut() -> Result<f64, String>) -> Result<Vec<f64>, String> {
@@ -269,6 +263,10 @@ impl Rank {
         &self.input
     }
 
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
     /// A dispatch, and a combine behind it.
     pub fn pair(&mut self, stream: Stream) -> Result<(), String> {
         self.dispatch(A2A_PHASE_BOTH, stream)?;
@@ -289,6 +287,19 @@ impl Rank {
 
     pub fn check_sums(&self) -> Result<(), String> {
         self.gate.check_sums(self.sums.tokens.as_ref().expect("wanted"))
+    }
+
+    /// A whole step of a rank with a stream of its own, against the oracle; with the outputs that are timed, or with all.
+    pub fn check_step(&mut self, gpu: &Gpu, all: bool) -> Result<(), String> {
+        let stream = gpu.stream(0);
+        let settle = |rank: &Rank| gpu.synchronize().and_then(|()| rank.failure());
+        self.want(all);
+        self.dispatch(A2A_PHASE_BOTH, stream)?;
+        settle(self)?;
+        self.check_received()?;
+        self.combine(A2A_PHASE_BOTH, stream)?;
+        settle(self)?;
+        self.check_sums()
     }
 
     /// Bytes moved between windows by dispatches, and by combines, so far; zeros where nobody counts.
@@ -331,7 +342,7 @@ impl Group {
     fn new(shape: &Shape, pair: Pair) -> Result<Group, String> {
         let gpu = Gpu::new(shape.ranks)?;
         // Both may wait for a kernel, once there are any.
-        cuda::grow(tensor_bytes(shape, pair))?;
+        cuda::grow(shape.ranks * tensor_bytes(shape, pair))?;
         cuda::reserve(&Vec::from_iter(0..shape.ranks));
         let id = GroupId::new();
         let seat = |rank| Seat { rank, world: shape.ranks, id, args: Vec::new() };

@@ -1,6 +1,7 @@
 //! One point of a sweep: everything that a rank process must know to measure it.
 
 use a2a::abi::types::*;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::conformance::common::{BF16, Dtype, F8, F32};
@@ -199,6 +200,26 @@ pub struct Shape {
     pub max_sms: i32,
     /// Where each rank leaves what it measured.
     pub directory: String,
+}
+
+impl Shape {
+    /// Rank `rank` leaves what it measured.
+    pub fn leave(&self, rank: usize, what: &impl Serialize) -> Result<(), String> {
+        let path = self.place(rank);
+        let text = serde_json::to_string(what).map_err(|error| error.to_string())?;
+        std::fs::write(&path, text).map_err(|error| format!("{path}: {error}"))
+    }
+
+    /// What rank `rank` left.
+    pub fn left<T: DeserializeOwned>(&self, rank: usize) -> Result<T, String> {
+        let path = self.place(rank);
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+        serde_json::from_str(&text).map_err(|error| format!("{path}: {error}"))
+    }
+
+    fn place(&self, rank: usize) -> String {
+        format!("{}/{rank}.json", self.directory)
+    }
 }
 
 #[cfg(test)]

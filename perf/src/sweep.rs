@@ -296,7 +296,7 @@ impl Sweep {
     fn measure(&self, shape: &Shape, hosts: &[Host]) -> Result<Vec<Row>, String> {
         self.launch(crate::MEASURE, self.ranks, shape, hosts)?;
         let measured: Vec<Measured> =
-            (0..self.ranks).map(|rank| left(shape, rank)).collect::<Result<_, _>>()?;
+            (0..self.ranks).map(|rank| shape.left(rank)).collect::<Result<_, _>>()?;
         self.rows(shape, &measured)
     }
 
@@ -310,7 +310,7 @@ impl Sweep {
     /// What one process, with all ranks in it, leaves.
     fn in_one_process<T: DeserializeOwned>(&self, job: (&str, Job), shape: &Shape) -> Result<T, String> {
         self.launch(job, 1, shape, &[Host::Child(vec![0])])?;
-        left(shape, 0)
+        shape.left(0)
     }
 
     fn launch(&self, job: (&str, Job), world: usize, shape: &Shape, hosts: &[Host]) -> Result<(), String> {
@@ -413,13 +413,6 @@ impl Sweep {
 fn planes(pairs: &[Pair]) -> impl Iterator<Item = Per> {
     let used = |per: &Per| pairs.iter().any(|pair| pair.oracle_layout().by_expert() == (*per == Per::Expert));
     [Per::Rank, Per::Expert].into_iter().filter(used)
-}
-
-/// What rank `rank` of a shape left.
-fn left<T: DeserializeOwned>(shape: &Shape, rank: usize) -> Result<T, String> {
-    let path = format!("{}/{rank}.json", shape.directory);
-    let text = std::fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
-    serde_json::from_str(&text).map_err(|error| format!("{path}: {error}"))
 }
 
 impl Outcome {

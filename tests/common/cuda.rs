@@ -223,6 +223,11 @@ pub fn ordinal() -> i32 {
     entered().0.ordinal
 }
 
+/// GPUs of this machine.
+pub fn count() -> usize {
+    DEVICES.get().expect("CUDA is enabled").count
+}
+
 /// Ranks that share a GPU where a group has so many.
 pub fn ranks_per_device(world: usize) -> usize {
     let devices = DEVICES.get().expect("CUDA is enabled");

@@ -2,8 +2,8 @@
 //! same run.
 //!
 //! A rank is a process. Operations take turns, iteration by iteration, each behind a gate (`gpu`) that opens once all ranks
-//! have made their calls; its time is that of the slowest rank. Bytes are those that must cross a link into the busiest
-//! rank: what a rank has for itself does not count.
+//! have made their calls; its time is that of the slowest rank. A row's logical bytes are those that must cross a link into
+//! the busiest rank (or out of it, in a combine): what a rank has for itself does not count.
 
 use std::io::Write;
 use std::ptr::null_mut;
@@ -22,11 +22,12 @@ use crate::gpu::{Gpu, Stream, describe};
 use crate::meeting::Meeting;
 use crate::one_gpu::{Rank, tensor_bytes};
 use crate::routing::Routing;
-use crate::row::percentile;
+use crate::row::{Row, percentile};
 use crate::shape::{Kind, PAIRS, Pair, Shape};
 
 /// Steps of a captured graph.
 const BATCH: usize = 10;
+const ROUTING: &str = "hash";
 /// The copy that says what a link carries.
 const LONG_COPY: usize = 256 << 20;
 
@@ -119,40 +120,62 @@ impl Links {
             self.ranks, self.hidden, self.topk, self.experts, self.iterations
         )
         .map_err(failed)?;
-        writeln!(out, "tokens,dtype,backend,operation,p10_us,p50_us,p90_us,link_bytes,gb_s")
-            .map_err(failed)?;
         let mut right = true;
+        let mut headed = false;
         for &kind in &self.dtype {
             for &tokens in &self.tokens {
-                let start = format!("{tokens},{}", kind.name());
                 let timed = match self.measure(&pairs, kind, tokens, with_nccl) {
                     Ok(timed) => timed,
                     Err(why) => vec![Timed::refused("all", why)],
                 };
                 let mut said = String::new();
-                for Timed { of, operation, mut times, link_bytes, refused } in timed {
-                    if let Some(why) = refused {
-                        if of != said {
-                            right &= why.contains("A2A_OUT_OF_MEMORY") || why.contains("A2A_UNSUPPORTED");
-                            let why = why.replace('\n', " ");
-                            writeln!(out, "# {start},{of}: no time: {why}").map_err(failed)?;
-                            said = of;
-                        }
-                        continue;
-                    }
-                    times.sort_by(f64::total_cmp);
-                    let [p10, p50, p90] = [10, 50, 90].map(|percent| percentile(&times, percent));
-                    let rate = link_bytes as f64 / p50 / 1e3;
-                    writeln!(
-                        out,
-                        "{start},{of},{operation},{p10:.2},{p50:.2},{p90:.2},{link_bytes},{rate:.1}"
-                    )
-                    .map_err(failed)?;
+                for Timed { of, refused, .. } in &timed {
+                    let Some(why) = refused.as_ref().filter(|_| *of != said) else { continue };
+                    right &= why.contains("A2A_OUT_OF_MEMORY") || why.contains("A2A_UNSUPPORTED");
+                    let (what, why) = (format!("{tokens} tokens of {}", kind.name()), why.replace('\n', " "));
+                    writeln!(out, "# no time of {of}, {what}: {why}").map_err(failed)?;
+                    said.clone_from(of);
                 }
-                out.flush().map_err(failed)?;
+                let mut csv = csv::WriterBuilder::new().has_headers(!headed).from_writer(&mut *out);
+                for timed in timed.into_iter().filter(|timed| timed.refused.is_none()) {
+                    csv.serialize(self.row(kind, tokens, timed)).map_err(|error| error.to_string())?;
+                    headed = true;
+                }
+                csv.flush().map_err(failed)?;
             }
         }
         Ok(right)
+    }
+
+    fn row(&self, kind: Kind, tokens: usize, timed: Timed) -> Row {
+        let Timed { of, operation, mut times, link_bytes, .. } = timed;
+        times.sort_by(f64::total_cmp);
+        let [p10, p50, p90, p99] = [10, 50, 90, 99].map(|percent| percentile(&times, percent));
+        let pair = Pair::named(&of).ok();
+        Row {
+            device: "cuda".into(),
+            backend: pair.map_or(of, |pair| pair.backend_name.into()),
+            layout: pair.map_or("", |pair| pair.layout_name).into(),
+            ranks: self.ranks,
+            mode: "processes".into(),
+            tokens,
+            hidden: self.hidden,
+            dtype: kind.name().into(),
+            experts: self.experts,
+            topk: self.topk,
+            routing: ROUTING.into(),
+            operation,
+            cache: "warm".into(),
+            iterations: times.len(),
+            p50_us: p50,
+            p99_us: p99,
+            logical_bytes: link_bytes,
+            wire_bytes: 0,
+            scope: "links".into(),
+            p10_us: Some(p10),
+            p90_us: Some(p90),
+            memory_bytes: 0,
+        }
     }
 
     /// The slowest rank's times of all that is compared.
@@ -167,7 +190,7 @@ impl Links {
             experts: self.experts,
             topk: self.topk,
             kind,
-            routing: "hash".into(),
+            routing: ROUTING.into(),
             seed: 1,
             warmup: self.warmup,
             iterations: self.iterations,
@@ -239,7 +262,7 @@ pub fn job(seat: &Seat) -> Result<(), String> {
             Ok(times) => timed.extend(times),
             // As many as there are otherwise: the parent compares rank by rank.
             Err(why) => {
-                timed.extend(["dispatch", "combine", "step"].map(|_| Timed::refused(pair.name, why.clone())))
+                timed.extend(["dispatch", "combine", "pair_graph"].map(|_| Timed::refused(pair.name, why.clone())))
             }
         }
         beside.wait()?;
@@ -306,7 +329,7 @@ fn measure(
             put: Box::new(|stream| shared.borrow_mut().combine(A2A_PHASE_BOTH, stream)),
         },
         Turn {
-            operation: "step",
+            operation: "pair_graph",
             times: BATCH,
             link_bytes: dispatched + combined,
             put: Box::new(|stream| graph.launch(stream)),
@@ -348,8 +371,8 @@ fn measure_beside(seat: &Seat, shape: &Shape, gpu: &Gpu, meeting: &Meeting) -> R
         link_bytes: bytes as u64,
         put: Box::new(move |stream| copies.put(bytes, stream)),
     };
-    let turns = vec![copy("long", LONG_COPY), copy("dispatch", incoming as usize)];
-    let mut timed = take_turns("copy", shape, gpu, meeting, turns, || Ok(()))?;
+    let turns = vec![copy("copy_256_mib", LONG_COPY), copy("dispatch", incoming as usize)];
+    let mut timed = take_turns("peer copy", shape, gpu, meeting, turns, || Ok(()))?;
     if !shape.nccl {
         return Ok(timed);
     }
@@ -405,7 +428,7 @@ fn measure_beside(seat: &Seat, shape: &Shape, gpu: &Gpu, meeting: &Meeting) -> R
             put: Box::new(move |stream| calls[at](stream)),
         };
         let step = Turn {
-            operation: "step",
+            operation: "pair_graph",
             times: BATCH,
             link_bytes: bytes[0] + bytes[1],
             put: Box::new(|stream| graph.launch(stream)),

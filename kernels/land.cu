@@ -20,12 +20,11 @@ __device__ __forceinline__ uint32_t block_of(const LandParams& p, uint32_t row) 
   return first;
 }
 
-// Brings a row (a part of it) to where it is wanted. A block calls it; `where` is its shared memory.
-__device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_t* where) {
+// Brings a part of a row to where it is wanted. A block calls it; `where` is its shared memory.
+__device__ __forceinline__ void land(const LandParams& p, uint64_t row, uint32_t part, uint32_t* where) {
   const Seat& seat = p.seat;
   const bool gathered = p.flags & kGathered;
-  const uint64_t row = unit / p.splits;
-  const uint32_t part = unit % p.splits, tid = threadIdx.x;
+  const uint32_t tid = threadIdx.x;
 
   // Where the row comes from: its source, and its place among the source's rows; no source: padding.
   if (tid == 0) {
@@ -114,17 +113,23 @@ __device__ __forceinline__ void land(const LandParams& p, uint32_t unit, uint32_
   }
 }
 
-// Blocks are as many as there are parts of rows, or fewer.
+// Blocks are as many as there are parts of rows, or fewer. Rows that lie with their ranks are fetched from all of them in turn:
+// in the rows' own order everybody would read from the first rank, then from the second, each over that one's links alone.
 extern "C" __global__ void __launch_bounds__(kLandThreads, 1) a2a_land(const __grid_constant__ LandParams p) {
   __shared__ uint32_t where[2];
   const OnSm on_sm(p.seat);
   if (p.flags & kTogether) ptx::wait_prerequisites();
   if (p.seat.slot->whole == 0) return;
+  // The launch has seen to it that parts are fewer than 2^31.
+  const bool in_turn = p.flags & kGathered && !(p.flags & kTogether);
+  const uint32_t rows = p.rows, ranks = in_turn ? p.seat.ranks : 1, each = (rows + ranks - 1) / ranks;
 #pragma unroll 1
-  for (uint64_t unit = blockIdx.x; unit < p.rows * p.splits; unit += gridDim.x) {
+  for (uint32_t unit = blockIdx.x; unit < ranks * each * p.splits; unit += gridDim.x) {
+    const uint32_t number = unit / p.splits, row = number % ranks * each + number / ranks;
+    if (row >= rows) continue;
     // What was read of the one before is done with.
     if (unit != blockIdx.x) __syncthreads();
-    land(p, unit, where);
+    land(p, row, unit % p.splits, where);
   }
 }
 

@@ -10,7 +10,9 @@
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make kernels    writes docs/kernels.md from what ptxas says of kernels/
-#   make install    into $(DESTDIR)$(PREFIX)
+#   make install    into $(DESTDIR)$(PREFIX): libraries, headers, a2a-perf, what CMake and pkg-config look for
+#   make uninstall  what make install wrote with the same PREFIX and DESTDIR
+#   make dist       target/dist/a2a-VERSION-HOST.tar.gz: an installation to unpack anywhere, and its checksum
 #   make clean
 #
 # Everything built lies under target/.
@@ -18,6 +20,9 @@
 PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
+BINDIR ?= $(PREFIX)/bin
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
 export CARGO_TARGET_DIR := target
 # Builds that differ in what is not the kernels' share them (build.rs).
 export A2A_KERNEL_CACHE := $(CURDIR)/target/kernels
@@ -47,7 +52,7 @@ CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo perf test soak fuzz fuzz-targets incidents header kernels install clean
+.PHONY: all lib demo perf test soak fuzz fuzz-targets incidents header kernels install uninstall dist clean
 all: lib
 
 # Cargo builds the library once more where other packages are built with it, for they want more of what it depends on: where both
@@ -79,14 +84,57 @@ endif
 kernels:
 	$(PYTHON) tests/kernels_table.py
 
+# An installation finds its own parts by where they lie beside each other: it may be moved. What a program needs beside liba2a.a
+# is what Rust's own library needs: everything else is opened at run time.
+relative     = $(shell realpath -sm --relative-to='$(1)' '$(2)')
+STATIC_LIBS  = $(shell rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | sed -n 's/.*native-static-libs: //p')
+STATIC_NEEDS = $(patsubst -l%,%,$(STATIC_LIBS))
+HOST         = $(shell rustc -vV | sed -n 's/^host: //p')
+
+install uninstall: bin     = $(DESTDIR)$(BINDIR)
+install uninstall: lib     = $(DESTDIR)$(LIBDIR)
+install uninstall: include = $(DESTDIR)$(INCLUDEDIR)
 install: PACKAGES := $(BOTH)
 install: lib perf
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
-	install -m 755 target/release/a2a-perf $(DESTDIR)$(PREFIX)/bin/a2a-perf
-	install -m 755 $(LIB) $(DESTDIR)$(PREFIX)/lib/liba2a.so.$(VERSION)
-	ln -sf liba2a.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/liba2a.so.$(MAJOR)
-	ln -sf liba2a.so.$(MAJOR) $(DESTDIR)$(PREFIX)/lib/liba2a.so
-	install -m 644 include/a2a.h $(DESTDIR)$(PREFIX)/include/a2a.h
+	install -d '$(bin)' '$(include)' '$(lib)/pkgconfig' '$(lib)/cmake/a2a'
+	install -m 755 target/release/a2a-perf '$(bin)/a2a-perf'
+	install -m 644 include/a2a.h include/a2a.hpp '$(include)'
+	install -m 755 $(LIB) '$(lib)/liba2a.so.$(VERSION)'
+	ln -sf liba2a.so.$(VERSION) '$(lib)/liba2a.so.$(MAJOR)'
+	ln -sf liba2a.so.$(MAJOR) '$(lib)/liba2a.so'
+	install -m 644 target/release/liba2a.a '$(lib)/liba2a.a'
+	$(call fill,a2a.pc,pkgconfig/a2a.pc)
+	$(call fill,a2aConfig.cmake,cmake/a2a/a2aConfig.cmake)
+	$(call fill,a2aConfigVersion.cmake,cmake/a2a/a2aConfigVersion.cmake)
+	install -m 644 packaging/a2aTargets.cmake '$(lib)/cmake/a2a/a2aTargets.cmake'
+
+# packaging/$(1).in with this installation's words in it, to $(2) below $(lib).
+define fill
+	sed -e 's|@VERSION@|$(VERSION)|g; s|@MAJOR@|$(MAJOR)|g' \
+	  -e 's|@PREFIX_FROM_LIB@|$(call relative,$(LIBDIR),$(PREFIX))|g; s|@LIB_FROM_PREFIX@|$(call relative,$(PREFIX),$(LIBDIR))|g' \
+	  -e 's|@INCLUDE_FROM_PREFIX@|$(call relative,$(PREFIX),$(INCLUDEDIR))|g' \
+	  -e 's|@STATIC_LIBS@|$(STATIC_LIBS)|g; s|@STATIC_NEEDS@|$(STATIC_NEEDS)|g' packaging/$(1).in >target/$(1)
+	install -m 644 target/$(1) '$(lib)/$(2)'
+endef
+
+uninstall:
+	rm -f '$(bin)/a2a-perf' '$(include)/a2a.h' '$(include)/a2a.hpp' '$(lib)/liba2a.so' '$(lib)/liba2a.so.$(MAJOR)' \
+	  '$(lib)/liba2a.so.$(VERSION)' '$(lib)/liba2a.a' '$(lib)/pkgconfig/a2a.pc'
+	rm -rf '$(lib)/cmake/a2a'
+
+# The same files give the same bytes: sorted, of nobody, as old as SOURCE_DATE_EPOCH says, else as the last commit. A library
+# without device code says so in its name.
+dist: epoch = $(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct 2>/dev/null),0)
+dist: PACKAGES := $(BOTH)
+dist: lib perf
+	rm -rf target/dist
+	set -e; name=a2a-$(VERSION)-$(HOST); ! grep -q 'it was built without nvcc' $(LIB) || name=$$name-cpu; \
+	tree=target/dist/$$name; \
+	$(MAKE) --no-print-directory install DESTDIR= PREFIX=$$tree BINDIR=$$tree/bin LIBDIR=$$tree/lib INCLUDEDIR=$$tree/include; \
+	install -m 644 README.md CHANGELOG.md LICENSE SECURITY.md $$tree; \
+	cd target/dist; \
+	tar --sort=name --format=gnu --owner=0 --group=0 --numeric-owner --mtime=@$(epoch) -cf - $$name | gzip -9n >$$name.tar.gz; \
+	sha256sum $$name.tar.gz | tee $$name.tar.gz.sha256
 
 clean:
 	cargo clean
@@ -227,8 +275,7 @@ target/tests/defects_sanitized: tests/c/defects.c include/a2a.h | lib
 # The fuzz targets as cargo-fuzz builds and runs them (`cargo fuzz run --target-dir target/fuzz abi`), without having it
 # compiled first. RUSTC_BOOTSTRAP lets a stable compiler instrument.
 FUZZ         := abi routing rendezvous
-FUZZ_TRIPLE   = $(shell rustc -vV | sed -n 's/^host: //p')
-FUZZ_BIN      = target/fuzz/$(FUZZ_TRIPLE)/release
+FUZZ_BIN      = target/fuzz/$(HOST)/release
 FUZZ_RUSTC   := -Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
   -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
   -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing
@@ -237,7 +284,7 @@ A2A_FUZZ_RUNS    ?= 10000000
 
 fuzz-targets:
 	A2A_NVCC=none A2A_REQUIRE_NVCC= RUSTC_BOOTSTRAP=1 RUSTFLAGS='$(FUZZ_RUSTC)' cargo build --release \
-	  --manifest-path fuzz/Cargo.toml --target $(FUZZ_TRIPLE) --target-dir target/fuzz
+	  --manifest-path fuzz/Cargo.toml --target $(HOST) --target-dir target/fuzz
 
 # The committed corpus first, then what grows out of it; a finding lies in target/fuzz/findings.
 test-fuzz: fuzz-targets

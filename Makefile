@@ -307,20 +307,23 @@ test-perf: perf
 	$(PERF) --tokens 5 --mode threads --ranks 3 --dtype fp8,f8 --staged --format csv --output target/perf.csv
 	target/release/a2a-perf --check threads/two_sided/2/0
 
-test-install:
-	CC='$(CC)' MAKE='$(MAKE)' tests/c/install_test.sh target/install-test $(VERSION)
+test-install: target/venv/ready
+	CC='$(CC)' CXX='$(CXX)' MAKE='$(MAKE)' tests/install/install_test.sh $(CURDIR)/target/install-test $(VERSION) $(CURDIR)/target/venv
 
-# The examples, built by CMake against the build tree, then against what test-install installed.
-target/install-test/usr:
+# The examples, built by CMake with the library from the sources, then with what test-install installed; and a project that fetches
+# the sources. The library is built with what `make` built.
+target/install-test/unpacked:
 	$(MAKE) --no-print-directory test-install
-test-cmake: target/venv/ready | target/install-test/usr lib
-	$(call build_examples,tree,)
-	$(call build_examples,installed,$(CURDIR)/target/install-test/usr)
+test-cmake: target/venv/ready | target/install-test/unpacked lib
+	$(call build_with_cmake,examples,tree,)
+	$(call build_with_cmake,examples,installed,-DA2A_ROOT=$(CURDIR)/target/install-test/unpacked)
+	$(call build_with_cmake,tests/install,fetched,-DA2A_SOURCE=$(CURDIR) -DA2A_CARGO_TARGET_DIR=$(CURDIR)/target)
 
-define build_examples
-	target/venv/bin/cmake --fresh -S examples -B target/cmake-$(1) -DA2A_ROOT=$(2) -DCMAKE_C_COMPILER=$(CC)
-	MAKEFLAGS= target/venv/bin/cmake --build target/cmake-$(1) --clean-first
-	target/venv/bin/ctest --test-dir target/cmake-$(1) --output-on-failure
+define build_with_cmake
+	target/venv/bin/cmake --fresh -S $(1) -B target/cmake-$(2) $(3) -DA2A_CARGO_ARGUMENTS='$(PACKAGES)' \
+	  -DCMAKE_C_COMPILER=$(CC) -DCMAKE_CXX_COMPILER=$(CXX)
+	MAKEFLAGS= target/venv/bin/cmake --build target/cmake-$(2) --clean-first
+	target/venv/bin/ctest --test-dir target/cmake-$(2) --output-on-failure
 endef
 
 test-python: target/venv/blocks | lib

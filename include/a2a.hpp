@@ -214,7 +214,7 @@ inline constexpr Dtype dtype_of<float> = float32;
 
 /**
  * A tensor that is only read: pointer, device, element type, and its own arrays of sizes and strides. The elements stay their
- * owner's. Given to a call, or stored in a struct for one, by its conversion to `const a2a_tensor_t *`, which lasts as long as this.
+ * owner's.
  */
 class ConstTensor {
 public:
@@ -250,9 +250,9 @@ public:
         return *this;
     }
 
-    operator const a2a_tensor_t *() const & noexcept { return &tensor_; }
-    operator const a2a_tensor_t *() const && = delete;
-    const a2a_tensor_t *get() const noexcept { return &tensor_; }
+    /** The C struct, to give to a call or to store in a struct for one. Lives as long as this: not of a temporary. */
+    const a2a_tensor_t *get() const & noexcept { return &tensor_; }
+    const a2a_tensor_t *get() const && = delete;
 
     /** The first element, which byte_offset may move away from a2a_tensor_t.data. */
     const void *data() const noexcept { return static_cast<const char *>(tensor_.data) + tensor_.byte_offset; }
@@ -281,6 +281,14 @@ public:
         return product;
     }
 
+    /** The tensor of `count` indices of the first dimension, from `first` on: a chunk of the tokens. */
+    ConstTensor rows(std::int64_t first, std::int64_t count) const noexcept
+    {
+        ConstTensor part = *this;
+        part.narrow(first, count);
+        return part;
+    }
+
 protected:
     ConstTensor() noexcept = default;
 
@@ -300,6 +308,13 @@ protected:
         const std::int64_t *shape = other.shape, *strides = other.strides;
         tensor_ = other;
         own(shape, strides);
+    }
+
+    void narrow(std::int64_t first, std::int64_t count) noexcept
+    {
+        const std::int64_t bytes = tensor_.dtype.bits * tensor_.dtype.lanes / 8;
+        tensor_.data = static_cast<char *>(tensor_.data) + first * stride(0) * bytes;
+        tensor_.shape[0] = count;
     }
 
     a2a_tensor_t tensor_{};
@@ -343,9 +358,15 @@ public:
     {
     }
 
-    operator a2a_tensor_t *() & noexcept { return &tensor_; }
-    a2a_tensor_t *get() noexcept { return &tensor_; }
+    Tensor rows(std::int64_t first, std::int64_t count) const noexcept
+    {
+        Tensor part = *this;
+        part.narrow(first, count);
+        return part;
+    }
+
     using ConstTensor::get;
+    a2a_tensor_t *get() & noexcept { return &tensor_; }
 
     using ConstTensor::data;
     void *data() noexcept { return static_cast<char *>(tensor_.data) + tensor_.byte_offset; }
@@ -532,7 +553,7 @@ public:
     {
         Tensor tensor;
         tensor.get()->dtype = dtype;
-        auto done = of_step(a2a_combine_buffer(get(), routing.get(), tensor));
+        auto done = of_step(a2a_combine_buffer(get(), routing.get(), tensor.get()));
         if (!done) return done.error();
         return tensor;
     }

@@ -142,7 +142,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
+STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols hpp abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -232,6 +232,9 @@ test-header:
 test-symbols: lib
 	tests/c/symbols_test.sh $(LIB) $(MAJOR)
 
+test-hpp: target/tests/hpp_test_17 target/tests/hpp_test_20 target/tests/hpp_test_sanitized
+	@set -ex; for test in $^; do $$test; done
+
 test-abi-c: target/tests/abi_test_c
 	$<
 test-abi-cpp: target/tests/abi_test_cpp
@@ -264,6 +267,16 @@ target/tests/abi_test_cpp: tests/c/abi_test.c include/a2a.h | lib
 target/tests/abi_test_sanitized: tests/c/abi_test.c include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(CFLAGS_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LINK)
+
+# a2a.hpp: half of the program is compiled without exceptions.
+CFLAGS_HPP := $(CFLAGS_TEST) -Wshadow -Wconversion -Wold-style-cast
+target/tests/hpp_test_17:        CFLAGS_HPP += -std=c++17
+target/tests/hpp_test_20:        CFLAGS_HPP += -std=c++20
+target/tests/hpp_test_sanitized: CFLAGS_HPP += -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all
+target/tests/hpp_test_%: tests/cpp/hpp_test.cpp tests/cpp/no_exceptions.cpp tests/cpp/no_exceptions.hpp include/a2a.hpp include/a2a.h | lib
+	@mkdir -p $(@D)
+	$(CXX) $(CFLAGS_HPP) -fno-exceptions -fno-rtti -c tests/cpp/no_exceptions.cpp -o $@.o
+	$(CXX) $(CFLAGS_HPP) $< $@.o -o $@ $(LINK)
 
 target/tests/defects: tests/c/defects.c include/a2a.h | lib
 	@mkdir -p $(@D)

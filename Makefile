@@ -2,7 +2,7 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, numpy, mlx and pytest into target/venv, and, if there are
+#   make test       everything that is checked; fetches CMake, pkgconf, numpy, mlx and pytest into target/venv, and, if there are
 #                   none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
@@ -87,7 +87,8 @@ kernels:
 # An installation finds its own parts by where they lie beside each other: it may be moved. What a program needs beside liba2a.a
 # is what Rust's own library needs: everything else is opened at run time.
 relative     = $(shell realpath -sm --relative-to='$(1)' '$(2)')
-STATIC_LIBS  = $(shell rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | sed -n 's/.*native-static-libs: //p')
+STATIC_LIBS  = $(shell rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | \
+                 sed -n 's/.*native-static-libs: //p')
 STATIC_NEEDS = $(patsubst -l%,%,$(STATIC_LIBS))
 HOST         = $(shell rustc -vV | sed -n 's/^host: //p')
 
@@ -133,7 +134,7 @@ dist: lib perf
 	$(MAKE) --no-print-directory install DESTDIR= PREFIX=$$tree BINDIR=$$tree/bin LIBDIR=$$tree/lib INCLUDEDIR=$$tree/include; \
 	install -m 644 README.md CHANGELOG.md LICENSE SECURITY.md $$tree; \
 	cd target/dist; \
-	tar --sort=name --format=gnu --owner=0 --group=0 --numeric-owner --mtime=@$(epoch) -cf - $$name | gzip -9n >$$name.tar.gz; \
+	tar --sort=name --format=gnu --owner=0 --group=0 --numeric-owner --mtime=@$(epoch) -cf - $$name | gzip -n >$$name.tar.gz; \
 	sha256sum $$name.tar.gz | tee $$name.tar.gz.sha256
 
 clean:
@@ -230,7 +231,7 @@ test-header:
 	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh
 
 test-symbols: lib
-	tests/c/symbols_test.sh $(LIB) $(MAJOR)
+	tests/c/symbols_test.sh $(LIB) $(LIB:.so=.a) $(MAJOR)
 
 test-hpp: target/tests/hpp_test_17 target/tests/hpp_test_20 target/tests/hpp_test_sanitized
 	@set -ex; for test in $^; do $$test; done

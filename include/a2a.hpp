@@ -45,7 +45,7 @@ namespace a2a {
 
 // ------------------------------------------------------------------------------------------------------------ outcomes
 
-/** What a failure has taken: the groups of a2a.h's statuses. */
+/** What a failure has taken: the groups of a2a.h's statuses. (Of a create that failed nothing is there, whatever the group.) */
 enum class Loss {
     call, /**< Nothing happened: mend the argument and call again. */
     step, /**< The step is void and its slot closed: Comm::recover on the survivors, or a new comm. */

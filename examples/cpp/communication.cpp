@@ -1,6 +1,7 @@
 #include "communication.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace engine {
 

@@ -8,7 +8,9 @@
 
 #include <dlfcn.h>
 
+#include <cstddef>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 namespace engine::cuda {
@@ -19,6 +21,7 @@ public:
     using Status = int;
     using Address = unsigned long long;
 
+    // By their names in libcuda.
     Status (*cuInit)(unsigned flags);
     Status (*cuDeviceGet)(int *device, int ordinal);
     Status (*cuDevicePrimaryCtxRetain)(void **context, int device);
@@ -30,6 +33,7 @@ public:
     Status (*cuMemcpyDtoH_v2)(void *to, Address from, std::size_t bytes);
     Status (*cuMemcpyDtoDAsync_v2)(Address to, Address from, std::size_t bytes, void *stream);
     Status (*cuStreamCreate)(void **stream, unsigned flags);
+    Status (*cuStreamDestroy_v2)(void *stream);
     Status (*cuStreamSynchronize)(void *stream);
     Status (*cuStreamBeginCapture_v2)(void *stream, int mode);
     Status (*cuStreamEndCapture)(void *stream, void **graph);
@@ -87,6 +91,7 @@ private:
         A2A_EXAMPLE_FIND(cuMemcpyDtoH_v2);
         A2A_EXAMPLE_FIND(cuMemcpyDtoDAsync_v2);
         A2A_EXAMPLE_FIND(cuStreamCreate);
+        A2A_EXAMPLE_FIND(cuStreamDestroy_v2);
         A2A_EXAMPLE_FIND(cuStreamSynchronize);
         A2A_EXAMPLE_FIND(cuStreamBeginCapture_v2);
         A2A_EXAMPLE_FIND(cuStreamEndCapture);

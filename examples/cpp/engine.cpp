@@ -118,13 +118,14 @@ std::vector<float> alone(const Tokens &tokens, bool on_cuda)
 
 /** Row `row` of a view whose rows have one dimension or, expert by expert, two. */
 template <class View>
-float *row_of(View &view, std::int64_t row)
+auto *row_of(View &view, std::int64_t row)
 {
-    if (view.ndim() == 2) return view.template data<float>() + row * view.stride(0);
-    return view.template data<float>() + row / view.size(1) * view.stride(0) + row % view.size(1) * view.stride(1);
+    const std::int64_t element = view.ndim() == 2 ? row * view.stride(0)
+                                                  : row / view.size(1) * view.stride(0) + row % view.size(1) * view.stride(1);
+    return view.template data<float>() + element;
 }
 
-void experts_on_cpu(std::int32_t first_expert, engine::Received &received, a2a::Tensor &results)
+void experts_on_cpu(std::int32_t first_expert, const engine::Received &received, a2a::Tensor &results)
 {
     const auto *counts = received.expert_counts.data<std::int32_t>();
     const auto *offsets = received.expert_offsets.data<std::int32_t>();
@@ -154,8 +155,15 @@ struct Rank {
           values(cuda, bytes_of(tokens.values)), ids(cuda, bytes_of(tokens.ids)), weights(cuda, bytes_of(tokens.weights)),
           sums(cuda, bytes_of(tokens.sums))
     {
-        if (cuda) cuda->check(cuda->cuStreamCreate(&stream, 1), "cuStreamCreate").value();
+        constexpr unsigned non_blocking = 1;
+        if (cuda) cuda->check(cuda->cuStreamCreate(&stream, non_blocking), "cuStreamCreate").value();
         put();
+    }
+    ~Rank()
+    {
+        graph.reset();
+        communication.reset();
+        if (stream) cuda->cuStreamDestroy_v2(stream);
     }
 
     template <class T>
@@ -185,8 +193,7 @@ struct Rank {
     {
         if (!cuda) {
             return [first = communication->info().first_expert](const engine::Received &received, a2a::Tensor &results, void *) {
-                auto rows = received;
-                experts_on_cpu(first, rows, results);
+                experts_on_cpu(first, received, results);
             };
         }
         return [this](const engine::Received &received, a2a::Tensor &results, void *on) {

@@ -17,7 +17,7 @@
  * Threads. As in a2a.h: one call at a time on a comm and its routings. Functions that are const, abort and set_timeout may be called
  * at any time, by any thread.
  *
- * Memory. On success no call allocates, but for those that return text.
+ * Memory. On success no call allocates here, but for those that return text or ranks.
  */
 
 #ifndef A2A_HPP

@@ -13,10 +13,19 @@ std::int32_t tokens_of(const Step &step, const a2a::Info &info)
     return step.rank_tokens[static_cast<std::size_t>(info.rank)];
 }
 
+/** This engine's experts take rows in blocks of their own. The same on every rank, so that none waits for one that is refused. */
+a2a::Result<void> check(const a2a::Config &config)
+{
+    if (config.layout == A2A_LAYOUT_EXPERT_CONTIGUOUS || config.layout == A2A_LAYOUT_EXPERT_PADDED) return {};
+    return a2a::Error(A2A_UNSUPPORTED, "rank " + std::to_string(config.rank) + ": layout is " + std::to_string(config.layout) +
+                                           ", this engine's experts take EXPERT_PADDED (4) and EXPERT_CONTIGUOUS (5)");
+}
+
 }  // namespace
 
 a2a::Result<Feasibility> Communication::feasible(a2a::Config config)
 {
+    if (auto done = check(config); !done) return done.error();
     config.num_slots = num_slots;
     const std::uint64_t limit = std::exchange(config.memory_limit, 0);
     // The memory of a rank grows with its experts: of contiguous blocks the first rank has the largest.
@@ -39,6 +48,7 @@ a2a::Result<Feasibility> Communication::feasible(a2a::Config config)
 
 a2a::Result<Communication> Communication::create(a2a::Config config)
 {
+    if (auto done = check(config); !done) return done.error();
     config.num_slots = num_slots;
     Communication made;
     auto comm = a2a::Comm::create(config);
@@ -48,10 +58,6 @@ a2a::Result<Communication> Communication::create(a2a::Config config)
     auto info = made.comm_.get_info();
     if (!info) return info.error();
     made.info_ = *info;
-    if (info->layout != A2A_LAYOUT_EXPERT_CONTIGUOUS && info->layout != A2A_LAYOUT_EXPERT_PADDED) {
-        return a2a::Error(A2A_UNSUPPORTED, "rank " + std::to_string(info->rank) + ": layout is " + std::to_string(info->layout) +
-                                               ", this engine's experts take EXPERT_PADDED (4) and EXPERT_CONTIGUOUS (5)");
-    }
     for (std::int32_t slot = 0; slot < num_slots; slot++) {
         auto routing = a2a::Routing::create(made.comm_, slot);
         if (!routing) return routing.error();

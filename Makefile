@@ -87,8 +87,8 @@ kernels:
 # An installation finds its own parts by where they lie beside each other: it may be moved. What a program needs beside liba2a.a
 # is what Rust's own library needs: everything else is opened at run time.
 relative     = $(shell realpath -sm --relative-to='$(1)' '$(2)')
-STATIC_LIBS  = $(shell rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | \
-                 sed -n 's/.*native-static-libs: //p')
+STATIC_LIBS  = $(or $(shell rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | \
+                 sed -n 's/.*native-static-libs: //p'),$(error rustc does not say what liba2a.a needs))
 STATIC_NEEDS = $(patsubst -l%,%,$(STATIC_LIBS))
 HOST         = $(shell rustc -vV | sed -n 's/^host: //p')
 

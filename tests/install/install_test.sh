@@ -18,7 +18,7 @@ use_by_cmake() { # name, prefix
         -DCMAKE_C_COMPILER="${CC:-cc}" -DCMAKE_CXX_COMPILER="${CXX:-c++}" >"$root/build/$1.log"
     if grep -i warning "$root/build/$1.log"; then return 1; fi
     MAKEFLAGS='' "$venv/bin/cmake" --build "$root/build/$1" --parallel 2 >>"$root/build/$1.log" || { cat "$root/build/$1.log"; return 1; }
-    "$venv/bin/ctest" --test-dir "$root/build/$1" --output-on-failure | tail -n 3
+    "$venv/bin/ctest" --test-dir "$root/build/$1" --output-on-failure
 }
 use_by_pkg_config() { # name, library directory, dialects
     mkdir -p "$root/build/$1"
@@ -100,7 +100,7 @@ mv target/dist/*.tar.gz target/dist/*.sha256 "$root/dist"
 (umask 077 && run_make dist SOURCE_DATE_EPOCH=1700000000 >"$root/build/dist-again.log")
 (cd target/dist && sha256sum -c "$root"/dist/*.sha256)
 (cd "$root/dist" && sha256sum -c ./*.sha256 && tar -xzf ./*.tar.gz)
-tree=$(echo "$root"/dist/a2a-"$version"-*[!z6])
+tree=$(echo "$root"/dist/*/)
 ln -s "$tree" "$root/unpacked"
 test -f "$tree/README.md" && test -f "$tree/LICENSE" && test -f "$tree/CHANGELOG.md"
 use_by_pkg_config dist "$tree/lib" c++17

@@ -1,0 +1,594 @@
+"""A rank's membership of a group, and the steps it takes with it: dispatch, the experts, combine."""
+
+import ctypes
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from ctypes import byref, c_int32, c_uint64, c_void_p, pointer
+from typing import Any, NamedTuple, TypeVar, overload
+
+from . import _abi, _cuda
+from ._abi import Backend, CombineFlag, Device, DispatchFlag, Info, Layout, Phase, Quant, ScaleLayout, Stats, Status
+from ._library import library
+from ._lifetime import Handle, Lease
+from .config import Config, config_of
+from .errors import CallError, Error, OverflowError, StepError, error_of
+from .tensor import (
+    ElementType, SupportsDLPack, Tensor, as_tensor, element_type, empty, float8_e4m3fn, float32, int32, strided, view_of,
+)
+
+BOTH, SEND, RECV = Phase.BOTH, Phase.SEND, Phase.RECV
+Array = SupportsDLPack | Any  # whatever as_tensor takes
+T = TypeVar("T")
+
+BY_EXPERT = (Layout.EXPERT_PADDED, Layout.EXPERT_CONTIGUOUS)
+# What dispatch can give, by the names of a2a_dispatch_out_t.
+ROWS = ("tokens", "scales", "topk_ids", "topk_weights", "row_source")
+OUTPUTS = (*ROWS, "extras", "expert_counts", "rank_counts", "expert_offsets", "expert_stats", "status")
+ENOUGH_HISTORY = 128 << 10  # bytes, by a2a.h
+
+
+class AsyncError(NamedTuple):
+    """A comm's first failure. operation: 1 dispatch, 2 combine, 3 between two dispatches, 0 none of these; peer: -1 if none."""
+
+    status: Status
+    operation: int
+    slot: int
+    rank: int
+    peer: int
+    sequence: int
+    expected: int
+    seen: int
+    lost_ranks: tuple[int, ...]
+    message: str
+
+
+class Recovery(NamedTuple):
+    """What the survivors agreed on. whole_steps: by slot, the last step that is whole on every member."""
+
+    generation: int
+    members: tuple[int, ...]
+    replaced: bool
+    whole_steps: tuple[int, ...]
+
+
+class Received:
+    """What one dispatch received: a `Tensor` for each output that was wanted, by its name in a2a_dispatch_out_t.
+
+    tokens, scales, topk_ids, topk_weights, expert_counts, rank_counts, expert_offsets, row_source, status, and extras, a tuple. Their
+    shapes are a2a.h's (a2a_dispatch_out_t). An output that the layout has not or that was not wanted is no attribute:
+    getattr(received, "scales", None). Tensors that were not the caller's are views, until combine SEND.
+    num_rows: rows received, where flags had HOST_COUNTS; else None.
+    """
+
+    tokens: Tensor
+    scales: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    expert_counts: Tensor
+    rank_counts: Tensor
+    expert_offsets: Tensor
+    row_source: Tensor
+    status: Tensor
+    extras: tuple[Tensor, ...]
+    num_rows: int | None = None
+
+    def __init__(self) -> None:
+        self._raw: dict[str, Any] | None = None
+        self._lease: Lease | None = None
+        self._stream = 0
+
+    def _fill(self, outputs: dict[str, Any], lease: Lease, stream: int, num_rows: int | None) -> None:
+        self._raw, self._lease, self._stream, self.num_rows = outputs, lease, stream, num_rows
+
+    def __getattr__(self, name: str) -> Any:
+        # Views become tensors when they are asked for: most steps ask for a few.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._raw is None:
+            raise AttributeError(f"{name} is not there: the dispatch has only been sent, dispatch_recv receives it")
+        if name not in self._raw:
+            raise AttributeError(f"{name} is not there: this step received {', '.join(self._raw)}")
+        raw = self._raw[name]
+        value = tuple(map(self._tensor, raw)) if name == "extras" else self._tensor(raw)
+        setattr(self, name, value)
+        return value
+
+    def _tensor(self, raw: Any) -> Tensor:
+        if isinstance(raw, Tensor):
+            return raw
+        assert self._lease is not None
+        self._lease.check()
+        return view_of(raw, self._lease, self._stream)
+
+    def __repr__(self) -> str:
+        return f"a2a.Received({', '.join(self._raw) if self._raw is not None else 'not yet'})"
+
+
+class Rows(NamedTuple):
+    """What travels of a tensor: the sizes after the first, and the element type."""
+
+    sizes: tuple[int, ...]
+    dtype: ElementType
+
+
+class Step:
+    """What is known of a routing's last dispatch."""
+
+    def __init__(
+        self, num_tokens: int = 0, rows: dict[str, Rows] | None = None, extras: Sequence[Rows | None] = (), bound: int = 0,
+        stream: int = 0, out: Mapping[str, Any] | None = None, want: Sequence[str] | None = None,
+    ):
+        """rows: of the inputs that were given, by name. bound: M. out, want: the outputs that SEND was told of already."""
+        self.num_tokens, self.rows, self.extras, self.bound, self.stream = num_tokens, rows or {}, extras, bound, stream
+        self.out, self.want = out, want
+        self.received = Received()
+        self.sum: Any = None  # combine's output, where SEND was told of it already
+
+
+class Routing:
+    """Where the rows of one dispatch went, bound to a slot; made by `Comm.routing`. One for each layer, or one for all."""
+
+    def __init__(self, comm: "Comm", slot: int):
+        pointer = c_void_p()
+        comm._call("a2a_routing_create", slot, byref(pointer))
+        self.slot = slot
+        self._comm = comm
+        self._handle = Handle(f"the routing of slot {slot}", pointer, library().a2a_routing_destroy)
+        self._step = Step()
+
+    def close(self) -> None:
+        """Frees it; a second time does nothing."""
+        self._handle.close()
+
+    def __enter__(self) -> "Routing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Comm:
+    """One rank's membership of a group. Collective: every rank makes one, with the same config but for its rank.
+
+    `with` closes it. Any thread may call, one at a time; a second gets BusyError. `abort`, `async_error`, `history`, `info`,
+    `rank_mask`, `set_timeout` and `stats` may be called at any time.
+    """
+
+    def __init__(self, config: Config | None = None, **settings: Any):
+        self.config = config_of(config, settings)
+        raw, handle = self.config.raw(), c_void_p()
+        try:
+            library().a2a_create(raw, byref(handle))
+        except Error as error:
+            raise error from raw.failure
+        self._handle = Handle(
+            f"the comm of rank {self.config.rank}", handle, library().a2a_destroy, leave=library().a2a_abort
+        )
+        self.info = Info()
+        self._call("a2a_get_info", self.info)
+        self._on_cuda = self.info.device == Device.CUDA
+        self._keeps_rows = self.info.backend != Backend.NVLINK_TWO_SIDED
+        self._quant, self._scale_layout = Quant(raw.quant), ScaleLayout(raw.scale_layout)
+        self._leases: dict[int, Lease] = {}
+        # Halves that wait for their RECV, and what was given to those: some backends read it only there.
+        self._sent: set[tuple[str, int]] = set()
+        self._kept: list[Any] = []
+
+    # ----------------------------------------------------------------------------------------------------------- its life
+
+    def close(self) -> None:
+        """Ends the comm, without waiting for anybody; a second time does nothing. Peers that still wait for this rank get
+        PeerLostError. Views end; memory that somebody took by DLPack or memoryview stays until it is let go."""
+        self._end_views("the comm was closed")
+        self._handle.close()
+        self._kept.clear()
+
+    def abort(self) -> None:
+        """Ends every call in flight with AbortedError, and every later one. Returns at once."""
+        self._call("a2a_abort")
+
+    def __enter__(self) -> "Comm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._handle.closed:
+            return "a2a.Comm(closed)"
+        info = self.info
+        return f"a2a.Comm(rank {info.rank} of {info.num_ranks}, {info.backend.name.lower()}, {info.layout.name.lower()})"
+
+    def stats(self) -> Stats:
+        """What this rank has moved so far."""
+        stats = Stats()
+        self._call("a2a_get_stats", stats)
+        return stats
+
+    def history(self) -> dict[str, Any]:
+        """The last 256 operations, the one in flight among them, from any thread: where a rank that hangs is."""
+        text = ctypes.create_string_buffer(ENOUGH_HISTORY)
+        self._call("a2a_get_history", text, len(text), None)
+        told: dict[str, Any] = json.loads(text.value)
+        return told
+
+    def async_error(self) -> AsyncError | None:
+        """The first failure; None if there was none."""
+        info = _abi.ErrorInfo()
+        self._call("a2a_get_async_error", info)
+        if info.status == Status.SUCCESS:
+            return None
+        return AsyncError(
+            info.status, info.operation, info.slot, info.rank, info.peer, info.sequence, info.expected, info.seen,
+            _marked(info.lost_ranks), info.message.decode(errors="replace"),
+        )
+
+    def set_timeout(self, first_step_timeout_ms: int = 0, timeout_ms: int = 0) -> None:
+        """How long later calls of this rank wait for peers; 0 leaves a value as it is."""
+        self._call("a2a_set_timeout", first_step_timeout_ms, timeout_ms)
+
+    # ------------------------------------------------------------------------------------------------------------- members
+
+    def recover(self, timeout_ms: int = 0, patience_ms: int = 0) -> Recovery:
+        """After a loss, on every survivor: they agree on who they are, and go on in this comm, with every slot idle."""
+        out = _abi.RecoverOut()
+        self._end_views("the comm recovered")
+        self._call("a2a_recover", _abi.RecoverIn(timeout_ms=timeout_ms, patience_ms=patience_ms), out)
+        self._forget_sent()
+        return Recovery(
+            out.generation, _marked(out.members), bool(out.replaced), tuple(out.whole_steps[: self.info.num_slots])
+        )
+
+    def connect_ranks(self, ranks: Iterable[int], timeout_ms: int = 0) -> None:
+        """Connects to ranks, each of which names this one; steps of the others go on (NIXL_ELASTIC)."""
+        array = _int32s(ranks)
+        self._call("a2a_connect_ranks", array, len(array), timeout_ms)
+
+    def activate_ranks(self, ranks: Iterable[int], timeout_ms: int = 0) -> int:
+        """Agrees with these ranks, this one among them, that they take part from now on and nobody else. Gives the generation."""
+        array, generation = _int32s(ranks), c_uint64()
+        self._end_views("other ranks take part")
+        self._call("a2a_activate_ranks", array, len(array), timeout_ms, generation)
+        self._forget_sent()
+        return generation.value
+
+    def disconnect_ranks(self, ranks: Iterable[int]) -> None:
+        """Forgets ranks that take no part."""
+        array = _int32s(ranks)
+        self._call("a2a_disconnect_ranks", array, len(array))
+
+    def rank_mask(self) -> tuple[bool, ...]:
+        """By rank: takes part and, as far as this rank knows, lives."""
+        mask = (c_int32 * self.info.max_ranks)()
+        self._call("a2a_get_rank_mask", mask, len(mask))
+        return tuple(map(bool, mask))
+
+    def set_rank_mask(self, mask: Iterable[Any]) -> None:
+        """By rank, what is true takes part: this rank alone, to warm up, or all again (NIXL_ELASTIC)."""
+        array = _int32s(map(bool, mask))
+        self._call("a2a_set_rank_mask", array, len(array))
+
+    # --------------------------------------------------------------------------------------------------------------- steps
+
+    def routing(self, slot: int = 0) -> Routing:
+        """A routing for steps on a slot."""
+        return Routing(self, slot)
+
+    def dispatch(
+        self, routing: Routing, tokens: Array = None, topk_ids: Array = None, topk_weights: Array = None, scales: Array = None,
+        extras: Sequence[Array] = (), *, max_tokens: int = 0, rank_tokens: Sequence[int] | None = None, phase: Phase | int = BOTH,
+        flags: DispatchFlag | int = 0, out: Mapping[str, Any] | None = None, want: Sequence[str] | None = None,
+        stream: Any = None, max_sms: int = 0,
+    ) -> Received:
+        """Sends each token to the ranks that own its experts and receives what the others sent. Collective.
+
+        tokens [T, H], topk_ids [T, K] int32 or int64 (None with REUSE, and allowed with GATHERED), topk_weights [T, K] float32
+        (None: 1 each), scales [T, S], extras: up to 8 tensors [T, *]. max_tokens: the bound on T in this step, the same on every
+        rank; 0 = the config's. rank_tokens: every rank's T, if it is known.
+        out: tensors of the caller's for outputs by name, "expert_stats" among them; too few rows raise OverflowError. want: the
+        other outputs, views; None = all that this layout and these inputs have. Where the backend keeps no rows
+        (NVLINK_TWO_SIDED), row outputs that out does not have are made anew on the CPU, and must be in it on CUDA.
+        stream: on CUDA a handle or a stream object; None = the current one of the tokens' framework. Tensors stay as they are
+        until it has done the work.
+
+        SEND gives a Received that `dispatch_recv` fills. Views are valid until combine SEND.
+        """
+        if phase == RECV:
+            return self.dispatch_recv(routing, flags=flags, out=out, want=want, stream=stream, max_sms=max_sms)
+        if tokens is None:
+            raise TypeError("tokens is None: a rank without tokens dispatches a tensor of shape [0, H]")
+        handle = self._stream_of(stream, tokens)
+        given = {"tokens": tokens, "topk_ids": topk_ids, "topk_weights": topk_weights, "scales": scales}
+        inputs = {name: as_tensor(array, stream=handle) for name, array in given.items() if array is not None}
+        others = [None if array is None else as_tensor(array, stream=handle) for array in extras]
+        if len(others) > _abi.MAX_EXTRAS:
+            raise ValueError(f"extras has {len(others)} tensors, at most {_abi.MAX_EXTRAS} travel")
+        raw = _pointed(
+            _abi.DispatchIn(max_tokens=max_tokens, phase=phase, flags=flags, max_sms=max_sms), {**inputs, "extras": others}
+        )
+        if rank_tokens is not None:
+            if len(rank_tokens) != self.info.num_ranks:
+                raise ValueError(f"rank_tokens has {len(rank_tokens)} entries, num_ranks is {self.info.num_ranks}")
+            raw.rank_tokens = _int32s(rank_tokens)
+        rows = {name: _rows(tensor) for name, tensor in inputs.items()}
+        if flags & DispatchFlag.REUSE and "topk_ids" in routing._step.rows:
+            rows["topk_ids"] = routing._step.rows["topk_ids"]
+        step = Step(
+            inputs["tokens"].shape[0] if inputs["tokens"].ndim else 0, rows, [None if other is None else _rows(other) for other in others],
+            max_tokens or self.info.max_tokens, handle or 0, out, want,
+        )
+        if phase == SEND:
+            self._run("dispatch", routing, raw, None, handle)
+            self._keep("dispatch", routing, (inputs, others))
+            routing._step = step
+            return step.received
+        outputs = self._outputs(step, handle)
+        taken = _pointed(_abi.DispatchOut(), outputs)
+        self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
+        routing._step = step
+        return self._receive(routing, outputs, taken.num_rows)
+
+    def dispatch_recv(
+        self, routing: Routing, *, flags: DispatchFlag | int = 0, out: Mapping[str, Any] | None = None,
+        want: Sequence[str] | None = None, stream: Any = None, max_sms: int = 0,
+    ) -> Received:
+        """Completes what dispatch SEND began, and fills what that returned. out, want and flags: as there, if not given there."""
+        step = routing._step
+        step.out, step.want = step.out if out is None else out, step.want if want is None else want
+        handle = self._stream_of(step.stream if stream is None else stream, None)
+        outputs = self._outputs(step, handle)
+        taken = _pointed(_abi.DispatchOut(), outputs)
+        raw = _abi.DispatchIn(phase=RECV, flags=flags, max_sms=max_sms)
+        self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
+        step.stream = handle or 0
+        return self._receive(routing, outputs, taken.num_rows)
+
+    def combine_buffer(self, routing: Routing, dtype: Any = None) -> Tensor:
+        """Where the experts may write their rows so that combine copies nothing, shaped for the routing's dispatch. None: the
+        config's combine_dtype. Valid until combine SEND."""
+        raw = _abi.Tensor()
+        if dtype is not None:
+            raw.dtype = _abi.TensorDtype(*element_type(dtype))
+        self._call("a2a_combine_buffer", routing._handle.pointer, raw)
+        return view_of(raw, self._leases[routing.slot], routing._step.stream)
+
+    @overload
+    def combine(
+        self, routing: Routing, results: Array = ..., out: None = None, *, weights: Array = ..., row_weights: Array = ...,
+        weights_out: Array = ..., status: Array = ..., accumulate: bool = ..., flags: CombineFlag | int = ...,
+        phase: Phase | int = ..., stream: Any = ..., max_sms: int = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def combine(
+        self, routing: Routing, results: Array = ..., out: T = ..., *, weights: Array = ..., row_weights: Array = ...,
+        weights_out: Array = ..., status: Array = ..., accumulate: bool = ..., flags: CombineFlag | int = ...,
+        phase: Phase | int = ..., stream: Any = ..., max_sms: int = ...,
+    ) -> T: ...
+
+    def combine(
+        self, routing: Routing, results: Array = None, out: Any = None, *, weights: Array = None, row_weights: Array = None,
+        weights_out: Array = None, status: Array = None, accumulate: bool = False, flags: CombineFlag | int = 0,
+        phase: Phase | int = BOTH, stream: Any = None, max_sms: int = 0,
+    ) -> Any:
+        """Brings the experts' rows back and sums them for each of this rank's tokens; gives `out`.
+
+        results: rows of the shape that dispatch received, bf16, f16 or f32: what `combine_buffer` gave, or any other. out [T, H];
+        None: made anew on the CPU, of the type of results, and refused on CUDA. weights [T, K] float32: instead of those given to
+        dispatch (EXPERT_* layouts). row_weights [rows, K] float32, of every rank or none, go to weights_out [T, K]. status: an
+        int32 tensor [4 + R] for the step's status. accumulate: add to what out holds. stream: as for dispatch.
+
+        SEND gives the out that `combine_recv` fills.
+        """
+        if phase == RECV:
+            return self.combine_recv(routing, out, weights_out=weights_out, status=status, accumulate=accumulate, flags=flags,
+                                     stream=stream, max_sms=max_sms)
+        if results is None:
+            raise TypeError("results is None: combine needs the experts' rows")
+        step = routing._step
+        handle = self._stream_of(stream, results)
+        given = {"tokens": results, "topk_weights": weights, "row_weights": row_weights}
+        inputs = {name: as_tensor(array, stream=handle) for name, array in given.items() if array is not None}
+        if out is None and not self._on_cuda:
+            rows = inputs["tokens"]
+            out = empty((step.num_tokens, *rows.shape[-1:]), rows.dtype)
+        raw = _pointed(
+            _abi.CombineIn(phase=phase, flags=flags | (CombineFlag.ACCUMULATE if accumulate else 0), max_sms=max_sms), inputs
+        )
+        if phase == SEND:
+            self._run("combine", routing, raw, None, handle)
+            self._keep("combine", routing, inputs)
+            step.sum, step.stream = out, handle or 0
+        else:
+            self._run("combine", routing, raw, *self._sums(out, weights_out, status, handle))
+        return out
+
+    def combine_recv(
+        self, routing: Routing, out: Any = None, *, weights_out: Array = None, status: Array = None, accumulate: bool = False,
+        flags: CombineFlag | int = 0, stream: Any = None, max_sms: int = 0,
+    ) -> Any:
+        """Completes what combine SEND began; gives out, which is the one that SEND gave unless another is given."""
+        step = routing._step
+        out = step.sum if out is None else out
+        handle = self._stream_of(step.stream if stream is None else stream, None)
+        raw = _abi.CombineIn(phase=RECV, flags=flags | (CombineFlag.ACCUMULATE if accumulate else 0), max_sms=max_sms)
+        self._run("combine", routing, raw, *self._sums(out, weights_out, status, handle))
+        step.sum = None
+        return out
+
+    # -------------------------------------------------------------------------------------------------------------- inside
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """Calls the library on this comm. A lost step's error names the ranks that were given up on."""
+        try:
+            getattr(library(), name)(self._handle.pointer, *arguments)
+        except StepError as error:
+            lost = self.async_error()
+            raise error_of(error.status, error.message, lost.lost_ranks if lost else ()) from None
+
+    def _run(
+        self, operation: str, routing: Routing, raw: Any, out: Any, stream: int | None, status: Tensor | None = None
+    ) -> None:
+        """One half of dispatch or combine, or both (out: None in SEND), and what becomes of views and of what was kept."""
+        by = f"its slot's {operation}"
+        try:
+            self._call(f"a2a_{operation}", routing._handle.pointer, raw, out, stream)
+        except OverflowError as error:
+            self._end_views(f"{by} overflowed", routing.slot)
+            words = status.tolist() if status is not None and not self._on_cuda else []
+            raise error_of(error.status, error.message, tuple(rank for rank, is_over in enumerate(words[4:]) if is_over)) from None
+        except Error as error:
+            if not isinstance(error, CallError):
+                self._end_views(f"{by} failed, {error.name}", routing.slot)
+            raise
+        finally:
+            if out is not None:
+                self._sent.discard((operation, routing.slot))
+                if not self._sent:
+                    self._kept.clear()
+        if raw.phase != RECV:
+            self._end_views(f"{by} has been sent", routing.slot)
+
+    def _keep(self, operation: str, routing: Routing, given: Any) -> None:
+        """Keeps what SEND was given until nothing that was sent waits for its RECV: some backends read it only there."""
+        self._sent.add((operation, routing.slot))
+        self._kept.append(given)
+
+    def _forget_sent(self) -> None:
+        self._sent.clear()
+        self._kept.clear()
+
+    def _end_views(self, by: str, slot: int | None = None) -> None:
+        """Ends the views of a slot, or of all."""
+        for each in [slot] if slot is not None else list(self._leases):
+            if lease := self._leases.pop(each, None):
+                lease.end(by)
+
+    def _receive(self, routing: Routing, outputs: dict[str, Any], num_rows: int) -> Received:
+        """Makes the outputs of a dispatch that has succeeded visible."""
+        lease = self._leases[routing.slot] = Lease(self._handle, routing._handle)
+        step = routing._step
+        step.received._fill(outputs, lease, step.stream, num_rows if num_rows >= 0 else None)
+        return step.received
+
+    def _stream_of(self, stream: Any, array: Any) -> int | None:
+        """The stream of a call: the one that is named, or the current one of an array's framework. None on the CPU."""
+        if not self._on_cuda:
+            return None
+        if stream is not None:
+            return _cuda.number(stream)
+        return array.stream if isinstance(array, Tensor) else _cuda.current(array, self.info.device_ordinal)
+
+    def _outputs(self, step: Step, stream: int | None) -> dict[str, Any]:
+        """By name, what takes a dispatch's outputs: a Tensor of the caller's or of ours, or a struct that becomes a view."""
+        given = dict(step.out or {})
+        names = self._outputs_of(step) if step.want is None else step.want
+        if unknown := [name for name in (*given, *names) if name not in OUTPUTS]:
+            raise ValueError(f"dispatch has no output {unknown[0]!r}, known are {', '.join(OUTPUTS)}")
+        outputs: dict[str, Any] = {}
+        for name in dict.fromkeys((*names, *given)):
+            if name == "extras":
+                arrays = given.get(name) or [None] * len(step.extras)
+                outputs[name] = tuple(
+                    self._output(f"extras[{i}]", array, stream, step, rows) if array is not None or rows is not None else None
+                    for i, (array, rows) in enumerate(itertools.zip_longest(arrays, step.extras))
+                )
+            else:
+                outputs[name] = self._output(name, given.get(name), stream, step, self._received_rows(name, step))
+        return outputs
+
+    def _output(self, name: str, array: Any, stream: int | None, step: Step, rows: Rows | None) -> Any:
+        if array is not None:
+            return _writable(name, array, stream)
+        if self._on_cuda:
+            return _abi.Tensor()
+        if name == "status":  # one of ours outlives the step, and says of a step that overflowed who had too many rows
+            return empty(4 + self.info.num_ranks, int32)
+        if self._keeps_rows or rows is None:
+            return _abi.Tensor()
+        count = self.info.num_ranks * step.bound
+        if self.config.max_recv_rows:
+            count = min(count, self.config.max_recv_rows)
+        if name == "scales" and self._scale_layout == ScaleLayout.COLUMN:
+            padded = -(-count // 4) * 4
+            return strided(empty((*rows.sizes, padded), rows.dtype), (count, *rows.sizes), (1, padded))
+        return empty((count, *rows.sizes), rows.dtype)
+
+    def _outputs_of(self, step: Step) -> list[str]:
+        """All that a dispatch of this layout and these inputs has."""
+        has_topk, by_expert = "topk_ids" in step.rows, self.info.layout in BY_EXPERT
+        exist = {
+            "tokens": True,
+            "scales": self._received_rows("scales", step) is not None,
+            "topk_ids": has_topk and self.info.layout != Layout.EXPERT_PADDED,
+            "topk_weights": has_topk,
+            "row_source": True,
+            "extras": any(step.extras),
+            "expert_counts": True,
+            "rank_counts": True,
+            "expert_offsets": by_expert,
+            "status": True,
+        }
+        return [name for name, is_there in exist.items() if is_there]
+
+    def _received_rows(self, name: str, step: Step) -> Rows | None:
+        """What rows of an output are like; None for one that is no row output or has nothing to hold."""
+        tokens, topk = step.rows.get("tokens"), step.rows.get("topk_ids")
+        quantises = self._quant != Quant.NONE and tokens is not None and tokens.dtype != float8_e4m3fn
+        if name == "tokens" and tokens is not None:
+            return Rows(tokens.sizes, float8_e4m3fn) if quantises else tokens
+        if name == "scales" and quantises and tokens is not None:
+            groups = -(-tokens.sizes[-1] // 128)
+            return Rows((groups,), float32) if self._quant == Quant.FP8_F32_SCALES else Rows((-(-groups // 4),), int32)
+        if name == "scales":
+            return step.rows.get(name)
+        if name in ("topk_ids", "topk_weights") and topk is not None:
+            return Rows(topk.sizes, int32 if name == "topk_ids" else float32)
+        return Rows((2,), int32) if name == "row_source" else None
+
+    def _sums(self, out: Any, weights_out: Any, status: Any, stream: int | None) -> tuple[Any, int | None, Tensor | None]:
+        """The end of _run's arguments: what takes combine's outputs, the stream, the step's status."""
+        if out is None:
+            raise TypeError("out is None: on CUDA combine needs a tensor [T, H] of the caller's")
+        arrays = {"tokens": out, "topk_weights": weights_out, "status": status}
+        outputs = {name: _writable(name, array, stream) for name, array in arrays.items() if array is not None}
+        return _pointed(_abi.CombineOut(), outputs), stream, outputs.get("status")
+
+
+def _writable(name: str, array: Any, stream: int | None) -> Tensor:
+    """An output of the caller's."""
+    tensor = as_tensor(array, stream=stream)
+    if tensor.readonly:
+        raise ValueError(f"the output {name} is read-only")
+    return tensor
+
+
+def _pointed(struct: Any, tensors: Mapping[str, Any]) -> Any:
+    """A struct of the ABI that points at these tensors, by the names of its fields."""
+    for name, tensor in tensors.items():
+        if name == "extras":
+            for i, extra in enumerate(tensor):
+                if extra is not None:
+                    struct.extras[i] = _pointer(extra)
+        else:
+            setattr(struct, name, _pointer(tensor))
+    return struct
+
+
+def _pointer(tensor: Any) -> Any:
+    return pointer(tensor._raw if isinstance(tensor, Tensor) else tensor)
+
+
+def _rows(tensor: Tensor) -> Rows:
+    return Rows(tensor.shape[1:], tensor.dtype)
+
+
+def _int32s(values: Iterable[int]) -> Any:
+    numbers = tuple(values)
+    return (c_int32 * len(numbers))(*numbers)
+
+
+def _marked(words: Iterable[int]) -> tuple[int, ...]:
+    """The ranks whose bits are set: bit r % 64 of word r / 64."""
+    return tuple(64 * i + bit for i, word in enumerate(words) for bit in range(64) if word >> bit & 1)

@@ -81,15 +81,14 @@ def give(tensor: _abi.Tensor, keeper: Any, read_only: bool, versioned: bool) -> 
 def sweep() -> None:
     """Takes back what was offered and let go without being taken."""
     for entry in tuple(_offered):
-        address, name, _ = entry
-        taken = not _is_valid(entry[2], name)  # a consumer renames it
+        taken = not _is_valid(entry[2], entry[1])  # a consumer renames it
         if taken or _references(entry) == _ALONE:
             try:
                 _offered.remove(entry)
             except ValueError:  # another thread was here
                 continue
             if not taken:
-                _given.pop(address, None)
+                _given.pop(entry[0], None)
 
 
 def _references(entry: tuple[int, bytes, Any]) -> int:

@@ -3,25 +3,20 @@
     python tests/cpu_only.py LIBRARY
 """
 
-import ctypes
-import json
+import os
 import sys
 from pathlib import Path
 
+os.environ["A2A_LIBRARY"] = sys.argv[1]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples/python"))
-import a2a_ctypes as a2a  # noqa: E402
-
-lib = a2a.load(sys.argv[1])
+import a2a  # noqa: E402
 
 
 def explain(device):
-    config = a2a.Config(device=device, num_ranks=8, num_experts=64, max_topk=8, max_hidden=256, max_tokens=128)
-    text = ctypes.create_string_buffer(1 << 16)
-    lib.a2a_explain(config, text, len(text), None)
-    return json.loads(text.value)
+    return a2a.explain(device=device, num_ranks=8, num_experts=64, max_topk=8, max_hidden=256, max_tokens=128)
 
 
-assert explain(a2a.DEVICE_CPU)["status"] == "ok"
-refused = explain(a2a.DEVICE_CUDA)
+assert explain("cpu")["status"] == "ok"
+refused = explain("cuda")
 assert refused["status"] == "refused" and "this build has no device code" in refused["why"], refused
 print(refused["why"])

@@ -1,4 +1,4 @@
-"""Two ranks, threads of this process, send each other tokens and get them back through their experts. ctypes only.
+"""Two ranks, threads of this process, send each other tokens and get them back through their experts. Python alone is needed.
 
     python examples/python/quickstart.py
 
@@ -6,62 +6,45 @@ Expert e multiplies a token by e + 1, so what must come back is known. The last 
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_float, c_int32, c_void_p
 
-import a2a_ctypes as a2a
+import a2a
 
 RANKS, EXPERTS, TOKENS, TOPK, HIDDEN = 2, 4, 3, 2, 8
-Row, Ids, Weights = c_float * HIDDEN, c_int32 * TOPK, c_float * TOPK
-lib = a2a.load()
 
 
 def run_rank(rank, group):
-    # Once: the comm, a routing, and what this rank owns.
+    # Once: this rank joins the group, and learns which experts are its own.
     config = a2a.Config(
-        rank=rank, num_ranks=RANKS, num_experts=EXPERTS, max_topk=TOPK, max_hidden=HIDDEN, max_tokens=TOKENS,
-        token_dtype=a2a.DTYPE_F32, backend=lib.a2a_backend_from_name(b"flashinfer_nvlink_one_sided"),
-        unique_id=group, setup_timeout_ms=20000, first_step_timeout_ms=20000, timeout_ms=20000,
+        rank=rank, num_ranks=RANKS, unique_id=group, backend="flashinfer_nvlink_one_sided", num_experts=EXPERTS, max_topk=TOPK,
+        max_hidden=HIDDEN, max_tokens=TOKENS, token_dtype="float32", setup_timeout_ms=20000, first_step_timeout_ms=20000,
     )
-    comm, routing, info = c_void_p(), c_void_p(), a2a.Info()
-    lib.a2a_create(config, comm)
-    lib.a2a_routing_create(comm, 0, routing)
-    lib.a2a_get_info(comm, info)
+    with a2a.Comm(config) as comm, comm.routing() as routing:
+        mine = range(comm.info.first_expert, comm.info.first_expert + comm.info.num_local_experts)
 
-    # This rank's tokens: token t goes to experts t and 3 - t, with weights 1/4 and 3/4.
-    tokens = (Row * TOKENS)(*(Row(*[10 * rank + t + 1] * HIDDEN) for t in range(TOKENS)))
-    ids = (Ids * TOKENS)(*(Ids(t, 3 - t) for t in range(TOKENS)))
-    weights = (Weights * TOKENS)(*[Weights(0.25, 0.75)] * TOKENS)
-    sent = a2a.DispatchIn(
-        tokens=a2a.Tensor.of(tokens, a2a.FLOAT32, TOKENS, HIDDEN),
-        topk_ids=a2a.Tensor.of(ids, a2a.INT32, TOKENS, TOPK),
-        topk_weights=a2a.Tensor.of(weights, a2a.FLOAT32, TOKENS, TOPK),
-    )
+        # For every layer: this rank's tokens, of which token t goes to experts t and 3 - t with weights 1/4 and 3/4.
+        tokens = a2a.from_list([[10.0 * rank + t + 1] * HIDDEN for t in range(TOKENS)], "float32")
+        ids = a2a.from_list([[t, 3 - t] for t in range(TOKENS)], "int32")
+        weights = a2a.from_list([[0.25, 0.75]] * TOKENS, "float32")
+        received = comm.dispatch(routing, tokens, ids, weights)
 
-    # Outputs without data become views: [ranks, tokens of a rank, ...]; a row without a token has ids -1.
-    rows, row_ids, row_weights, results = (a2a.Tensor() for _ in range(4))
-    received = a2a.DispatchOut(tokens=rows, topk_ids=row_ids, topk_weights=row_weights)
-    lib.a2a_dispatch(comm, routing, sent, received, None)
+        # What came is [ranks, tokens of a rank, ...], without a copy: np.from_dlpack(received.tokens), or torch's, sees the same
+        # memory. The experts of this rank write their weighted sum of each row where combine reads it; other rows have ids -1.
+        results = comm.combine_buffer(routing)
+        rows, sums = received.tokens.memoryview(), results.memoryview()
+        row_ids, row_weights = received.topk_ids.tolist(), received.topk_weights.tolist()
+        for source in range(RANKS):
+            for t in range(TOKENS):
+                scale = sum(w * (e + 1) for e, w in zip(row_ids[source][t], row_weights[source][t]) if e in mine)
+                for h in range(HIDDEN):
+                    sums[source, t, h] = scale * rows[source, t, h]
+        back = comm.combine(routing, results)
 
-    # The experts of this rank write their weighted sum where combine reads it.
-    lib.a2a_combine_buffer(comm, routing, results)
-    for place in ((source, t) for source in range(RANKS) for t in range(TOKENS)):
-        chosen = zip(Ids.from_address(row_ids.address(*place)), Weights.from_address(row_weights.address(*place)))
-        ours = [(e, w) for e, w in chosen if 0 <= e - info.first_expert < info.num_local_experts]
-        row = Row.from_address(rows.address(*place))
-        Row.from_address(results.address(*place))[:] = [sum(w * (e + 1) * x for e, w in ours) for x in row]
-
-    back = (Row * TOKENS)()
-    out = a2a.CombineOut(tokens=a2a.Tensor.of(back, a2a.FLOAT32, TOKENS, HIDDEN))
-    lib.a2a_combine(comm, routing, a2a.CombineIn(tokens=results), out, None)
-    lib.a2a_routing_destroy(routing)
-    lib.a2a_destroy(comm)
-
-    wanted = [[(0.25 * (t + 1) + 0.75 * (4 - t)) * x for x in tokens[t]] for t in range(TOKENS)]
-    assert [list(row) for row in back] == wanted, f"rank {rank}: {[list(row) for row in back]}, not {wanted}"
+    wanted = [[(0.25 * (t + 1) + 0.75 * (4 - t)) * (10 * rank + t + 1)] * HIDDEN for t in range(TOKENS)]
+    assert back.tolist() == wanted, f"rank {rank}: {back.tolist()}, not {wanted}"
 
 
-group = a2a.unique_id(lib)
+group = a2a.UniqueId.create()
 with ThreadPoolExecutor(RANKS) as threads:
     for done in [threads.submit(run_rank, rank, group) for rank in range(RANKS)]:
         done.result()
-print(f"PASS: {RANKS} ranks, {TOKENS} tokens each, liba2a {lib.a2a_version().decode()}")
+print(f"PASS: {RANKS} ranks, {TOKENS} tokens each, liba2a {a2a.version()}")

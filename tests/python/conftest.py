@@ -1,4 +1,4 @@
-"""Puts the ctypes declarations of the examples on the path and gives every test the library."""
+"""Puts the package a2a on the path, and has a thread for each rank."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +8,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples/python"))
-
-
-@pytest.fixture(scope="session")
-def lib():
-    import a2a_ctypes
-
-    return a2a_ctypes.load()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Quantised dispatch as a2a.h describes it, in numpy: e4m3 values, and a scale for each 128 columns of a row."""
 
-import a2a_ctypes as a2a
+import a2a
 import numpy as np
 
 GROUP = 128
@@ -23,13 +23,13 @@ def quantised(x, quant):
     groups = range(0, x.shape[1], GROUP)
     largest = [np.fmax.reduce(np.abs(x[:, g : g + GROUP]), axis=1) for g in groups]
     scales = np.fmax(np.array(largest), np.float32(1e-4)).T / np.float32(448)
-    if quant == a2a.QUANT_FP8_UE8M0_SCALES:
+    if quant == a2a.Quant.FP8_UE8M0_SCALES:
         bits = (scales.view(np.int32) + 0x7FFFFF) & 0x7F800000
         scales = bits.view(np.float32)
     with np.errstate(invalid="ignore"):
         codes = rounded(np.abs(x) / scales.repeat(GROUP, axis=1)[:, : x.shape[1]]) & 0x7F
     codes |= (np.signbit(x) << 7).astype(np.uint8)  # the sign of x, also where x / scale is a NaN of its own
-    if quant == a2a.QUANT_FP8_UE8M0_SCALES:
+    if quant == a2a.Quant.FP8_UE8M0_SCALES:
         packed = np.zeros((len(x), -(-scales.shape[1] // 4) * 4), np.uint8)
         packed[:, : scales.shape[1]] = bits >> 23
         scales = packed.view("<i4")
@@ -39,7 +39,7 @@ def quantised(x, quant):
 def dequantised(codes, scales, quant):
     """The float32 values that codes and scales stand for."""
     scales = np.ascontiguousarray(scales)
-    if quant == a2a.QUANT_FP8_UE8M0_SCALES:
+    if quant == a2a.Quant.FP8_UE8M0_SCALES:
         scales = (scales.view(np.uint8).astype(np.int32) << 23).view(np.float32)
     table = np.concatenate([VALUES, [np.nan], -VALUES, [np.nan]]).astype(np.float32)
     return table[codes] * scales.repeat(GROUP, axis=1)[:, : codes.shape[1]]

@@ -3,21 +3,12 @@
 Expert e gives (e + 1) * token + e. Everything follows from the rank's number, so the reference needs no exchange.
 """
 
-import ctypes
 from types import SimpleNamespace
 
-import a2a_ctypes as a2a
+import a2a
 import numpy as np
 
 EXPERTS, TOPK, HIDDEN = 10, 4, 48
-DTYPES = {"float16": a2a.DTYPE_F16, "float32": a2a.DTYPE_F32, "bfloat16": a2a.DTYPE_BF16}
-LAYOUTS = {
-    "gathered": a2a.LAYOUT_GATHERED,
-    "rank_major": a2a.LAYOUT_RANK_MAJOR,
-    "flat": a2a.LAYOUT_FLAT,
-    "expert_padded": a2a.LAYOUT_EXPERT_PADDED,
-    "expert_contiguous": a2a.LAYOUT_EXPERT_CONTIGUOUS,
-}
 # Every backend with every layout that it offers.
 PAIRS = [
     ("allgather_reducescatter", "gathered"),
@@ -78,19 +69,13 @@ def alone(x, ids, weights, ranks, layout, kept=lambda token, expert: True):
     return result
 
 
-NUMPY = {(0, 32): "int32", (0, 64): "int64", (1, 8): "uint8", (2, 16): "float16", (2, 32): "float32",
-         a2a.BFLOAT16: "uint16", a2a.FLOAT8_E4M3: "uint8"}
+# What numpy has not goes as its bits.
+BITS = {a2a.bfloat16: a2a.uint16, a2a.float8_e4m3fn: a2a.uint8}
 
 
 def array_of(tensor):
-    """A library's view as a numpy array on the same memory."""
-    dtype = np.dtype(NUMPY[tensor.dtype.code, tensor.dtype.bits])
-    sizes, strides = tensor.sizes(), [step * dtype.itemsize for step in tensor.steps()]
-    if 0 in sizes:
-        return np.zeros(sizes, dtype)
-    span = sum((size - 1) * stride for size, stride in zip(sizes, strides)) + dtype.itemsize
-    memory = (ctypes.c_char * span).from_address(tensor.address())
-    return np.ndarray(sizes, dtype, memory, strides=strides)
+    """A tensor as a numpy array on the same memory."""
+    return np.from_dlpack(tensor.view(BITS.get(tensor.dtype, tensor.dtype)))
 
 
 def flat_rows(tensor):
@@ -100,12 +85,11 @@ def flat_rows(tensor):
     return array.reshape(-1, array.shape[-1])
 
 
-def config_of(lib, rank, ranks, group, backend, max_tokens, dtype, **fields):
+def config_of(rank, ranks, group, backend, max_tokens, dtype, **fields):
     return a2a.Config(**dict(
         rank=rank, num_ranks=ranks, num_experts=EXPERTS, max_topk=TOPK, max_hidden=HIDDEN, max_tokens=max_tokens,
-        token_dtype=DTYPES[dtype], combine_dtype=a2a.DTYPE_F32, backend=lib.a2a_backend_from_name(backend.encode()),
-        unique_id=a2a.UniqueId.from_buffer_copy(group), setup_timeout_ms=30000, first_step_timeout_ms=30000,
-        timeout_ms=30000,
+        token_dtype=dtype, combine_dtype="float32", backend=backend, unique_id=group, setup_timeout_ms=30000,
+        first_step_timeout_ms=30000, timeout_ms=30000,
     ) | fields)
 
 
@@ -113,76 +97,58 @@ class Rank:
     """A comm and a routing. A rank that fails leaves the `with` block: the others learn of it at once."""
 
     def __init__(self, rank, group, backend, layout, counts, dtype="float32", **fields):
-        self.lib = lib = a2a.load()
-        self.comm, self.routing, self.info = ctypes.c_void_p(), ctypes.c_void_p(), a2a.Info()
         self.layout = layout
-        fields |= dict(layout=LAYOUTS[layout])
+        fields |= dict(layout=layout)
         if layout == "expert_contiguous":
             fields |= dict(expert_alignment=ALIGNMENT)
-        config = config_of(lib, rank, len(counts), group, backend, max(counts), dtype, **fields)
-        lib.a2a_create(config, self.comm)
-        lib.a2a_routing_create(self.comm, 0, self.routing)
-        lib.a2a_get_info(self.comm, self.info)
+        self.config = config_of(rank, len(counts), group, backend, max(counts), dtype, **fields)
+        self.comm = a2a.Comm(self.config)
+        self.info, self.routing = self.comm.info, self.comm.routing()
         # NVLINK_TWO_SIDED keeps no rows: they go to arrays of ours.
-        self.keeps_rows = self.info.backend != a2a.BACKEND_NVLINK_TWO_SIDED
-        self.quant, self.scale_layout = config.quant, config.scale_layout
+        self.keeps_rows = self.info.backend != a2a.Backend.NVLINK_TWO_SIDED
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.lib.a2a_routing_destroy(self.routing)
-        self.lib.a2a_destroy(self.comm)
+        self.routing.close()
+        self.comm.close()
 
     def mine(self, expert):
         return 0 <= expert - self.info.first_expert < self.info.num_local_experts
 
-    def ours(self, array, dtype=None):
-        """A row output of ours, kept alive by its tensor."""
-        tensor = a2a.Tensor.from_dlpack(array)
-        return tensor.typed(dtype) if dtype else tensor
-
     def row_outputs(self, hidden, token_dtype, scale_columns):
-        """The outputs that take rows: views, or arrays of ours full of what must be overwritten."""
-        names = ["tokens", "topk_weights", "row_source"]
-        names += ["topk_ids"] if self.layout != "expert_padded" else []
-        names += ["scales"] if scale_columns else []
+        """Arrays of ours for rows, full of what must be overwritten, where the backend keeps none."""
         if self.keeps_rows:
-            return {name: a2a.Tensor() for name in names}
+            return {}
         rows = self.info.row_capacity
-        scale_dtype = "int32" if self.quant == a2a.QUANT_FP8_UE8M0_SCALES else "float32"
+        scale_dtype = "int32" if self.config.quant == a2a.Quant.FP8_UE8M0_SCALES else "float32"
         scales = np.full((rows, scale_columns), 77, scale_dtype)
-        if self.scale_layout == a2a.SCALES_COLUMN:
+        if self.config.scale_layout == a2a.ScaleLayout.COLUMN:
             scales = np.full((scale_columns, -(-rows // 4) * 4), 77, scale_dtype).T[:rows]
+        tokens = np.full((rows, hidden), 77, token_dtype)
         outputs = dict(
-            tokens=self.ours(np.full((rows, hidden), 77, token_dtype), a2a.FLOAT8_E4M3 if scale_columns else None),
-            topk_weights=self.ours(np.full((rows, TOPK), np.nan, np.float32)),
-            row_source=self.ours(np.full((rows, 2), 77, np.int32)),
-            topk_ids=self.ours(np.full((rows, TOPK), 77, np.int32)),
+            tokens=a2a.as_tensor(tokens, "float8_e4m3fn") if scale_columns else tokens,
+            topk_weights=np.full((rows, TOPK), np.nan, np.float32),
+            row_source=np.full((rows, 2), 77, np.int32),
+            topk_ids=np.full((rows, TOPK), 77, np.int32),
         )
-        return outputs | (dict(scales=self.ours(scales)) if scale_columns else {})
+        return outputs | (dict(scales=scales) if scale_columns else {})
 
     def dispatch(self, x, ids=None, weights=None, flags=0, scale_columns=0, x_type=None, scales=None, status=None):
         """A whole dispatch; returns what came, as arrays. `x_type` says what an array of plain integers holds."""
-        tensors = dict(tokens=self.ours(x, x_type))
-        tensors |= {name: self.ours(array)
-                    for name, array in (("topk_ids", ids), ("topk_weights", weights), ("scales", scales))
-                    if array is not None}
-        outputs = self.row_outputs(x.shape[1], np.uint8 if scale_columns else x.dtype, scale_columns)
-        outputs |= dict(expert_counts=a2a.Tensor(), rank_counts=a2a.Tensor())
-        outputs |= dict(expert_offsets=a2a.Tensor()) if is_by_expert(self.layout) else {}
-        outputs |= dict(status=a2a.Tensor() if status is None else self.ours(status))
-        self.lib.a2a_dispatch(self.comm, self.routing, a2a.DispatchIn(flags=flags, **tensors),
-                              a2a.DispatchOut(**outputs), None)
-        got = SimpleNamespace(**{name: array_of(tensor) for name, tensor in outputs.items()})
+        out = self.row_outputs(x.shape[1], np.uint8 if scale_columns else x.dtype, scale_columns)
+        out |= {} if status is None else dict(status=status)
+        received = self.comm.dispatch(self.routing, a2a.as_tensor(x, x_type), ids, weights, scales, flags=flags, out=out)
+        names = [name for name in a2a.OUTPUTS if hasattr(received, name)]
+        got = SimpleNamespace(**{name: array_of(getattr(received, name)) for name in names}, received=received)
         got.shape = got.tokens.shape[:-1]  # of the rows: one dimension, or two
-        got.tokens = flat_rows(outputs["tokens"])
-        got.row_source = flat_rows(outputs["row_source"])
-        got.tensors = outputs
+        got.tokens = flat_rows(received.tokens)
+        got.row_source = flat_rows(received.row_source)
         if is_by_expert(self.layout):
             got.topk_weights = got.topk_weights.reshape(-1)
         else:
-            got.topk_ids, got.topk_weights = (flat_rows(outputs[name]) for name in ("topk_ids", "topk_weights"))
+            got.topk_ids, got.topk_weights = flat_rows(received.topk_ids), flat_rows(received.topk_weights)
         return got
 
     def experts_of(self, got):
@@ -203,22 +169,14 @@ class Rank:
 
     def combine(self, got, results, tokens, row_weights=None, weights_out=None, status=None):
         """A whole combine, zero-copy where there is a buffer; returns the sums of this rank's `tokens` tokens."""
-        if self.keeps_rows:
-            sent = a2a.Tensor()
-            self.lib.a2a_combine_buffer(self.comm, self.routing, sent)
-            flat_rows(sent)[...] = results
-        else:
-            sent = self.ours(results)
         y = np.full((tokens, results.shape[-1]), np.nan, np.float32)
-        given, out = dict(tokens=sent), dict(tokens=self.ours(y))
+        sent = results
+        if self.keeps_rows:
+            sent = self.comm.combine_buffer(self.routing)
+            flat_rows(sent)[...] = results
         if row_weights is not None:
-            given |= dict(row_weights=self.ours(row_weights.reshape(*got.shape, *row_weights.shape[1:])))
-        if weights_out is not None:
-            out |= dict(topk_weights=self.ours(weights_out))
-        if status is not None:
-            out |= dict(status=self.ours(status))
-        self.lib.a2a_combine(self.comm, self.routing, a2a.CombineIn(**given), a2a.CombineOut(**out), None)
-        return y
+            row_weights = row_weights.reshape(*got.shape, *row_weights.shape[1:])
+        return self.comm.combine(self.routing, sent, y, row_weights=row_weights, weights_out=weights_out, status=status)
 
 
 def run_rank(rank, group, backend, layout, counts, dtype, steps=3):
@@ -234,7 +192,7 @@ def run_rank(rank, group, backend, layout, counts, dtype, steps=3):
 
 def together(pool, count, function, *arguments):
     """Runs a function as every rank of a new group; returns what each gave."""
-    group = bytes(a2a.unique_id(a2a.load()))
+    group = bytes(a2a.UniqueId.create())
     running = [pool.submit(function, rank, group, *arguments) for rank in range(count)]
     failures = [repr(error) for error in (future.exception(timeout=120) for future in running) if error]
     # A rank that fails takes the others' steps with it: the cause comes before what it caused.

@@ -1,12 +1,7 @@
-"""a2a_explain gives JSON that names what was chosen, and why the rest was not."""
+"""explain names what was chosen, and why the rest was not."""
 
-import ctypes
-import json
-
-import a2a_ctypes as a2a
+import a2a
 import pytest
-
-import ranks
 
 SHAPE = dict(num_ranks=8, num_experts=64, max_topk=8, max_hidden=256, max_tokens=128)
 # The names of the constants, in lower case.
@@ -21,23 +16,12 @@ OFFERS = {
 BUILT = [name for name in OFFERS if name != "nixl_elastic"]
 
 
-def explain(lib, **fields):
-    config = a2a.Config(**(SHAPE | fields))
-    needed = ctypes.c_size_t()
-    lib.a2a_explain(config, None, 0, needed)
-    text = ctypes.create_string_buffer(needed.value)
-    lib.a2a_explain(config, text, needed, None)
-    return json.loads(text.value)
+def explain(**fields):
+    return a2a.explain(**(SHAPE | fields))
 
 
-def memory(lib, **fields):
-    memory = a2a.Memory()
-    lib.a2a_query_memory(a2a.Config(**(SHAPE | fields)), memory)
-    return memory
-
-
-def backend(lib, name):
-    return lib.a2a_backend_from_name(name.encode())
+def memory(**fields):
+    return a2a.query_memory(**(SHAPE | fields))
 
 
 def entry(explained, name):
@@ -49,8 +33,8 @@ def chosen(explained):
 
 
 @pytest.mark.parametrize("name", ["auto", *BUILT])
-def test_what_is_chosen(lib, name):
-    explained = explain(lib, backend=backend(lib, name))
+def test_what_is_chosen(name):
+    explained = explain(backend=name)
     assert explained["status"] == "ok" and explained["why"]
     assert name in ("auto", explained["backend"])
     assert explained["layout"] == OFFERS[explained["backend"]][0]
@@ -58,56 +42,53 @@ def test_what_is_chosen(lib, name):
     assert chosen(explained) == [explained["backend"]]
     assert {entry["name"]: entry["layouts"] for entry in explained["backends"]} == OFFERS
     assert all(entry["why"] for entry in explained["backends"])
-    need = memory(lib, backend=backend(lib, name))
-    fields = [field for field, *_ in a2a.Memory._fields_ if field != "struct_size"]
-    assert {field: explained["memory"][field] for field in fields} == {field: getattr(need, field) for field in fields}
+    need = memory(backend=name)
+    assert {field: explained["memory"][field] for field, _ in need} == dict(need)
     assert explained["limits"]["max_tokens"] == 128 and explained["limits"]["max_topk"] == 8
 
 
-def test_what_this_machine_cannot_load(lib, monkeypatch):
+def test_what_this_machine_cannot_load(monkeypatch):
     monkeypatch.setenv("A2A_NIXL_LIB", "/nowhere/libnixl_capi.so")
-    explained = explain(lib, backend=a2a.BACKEND_NIXL_ELASTIC)
+    explained = explain(backend=a2a.Backend.NIXL_ELASTIC)
     assert explained["status"] == "refused" and "/nowhere/libnixl_capi.so" in explained["why"]
     assert chosen(explained) == []
-    with pytest.raises(a2a.Error, match="/nowhere/libnixl_capi.so") as refusal:
-        memory(lib, backend=a2a.BACKEND_NIXL_ELASTIC)
-    assert refusal.value.status == a2a.UNSUPPORTED
+    with pytest.raises(a2a.UnsupportedError, match="/nowhere/libnixl_capi.so"):
+        memory(backend=a2a.Backend.NIXL_ELASTIC)
 
 
 @pytest.mark.parametrize("layout, name", [
     ("gathered", "allgather_reducescatter"), ("rank_major", "nvlink_one_sided"), ("flat", "high_throughput"),
     ("expert_padded", "low_latency"), ("expert_contiguous", "high_throughput"),
 ])
-def test_auto_chooses_by_layout(lib, layout, name):
-    explained = explain(lib, layout=ranks.LAYOUTS[layout])
+def test_auto_chooses_by_layout(layout, name):
+    explained = explain(layout=layout)
     assert (explained["status"], explained["backend"], explained["layout"]) == ("ok", name, layout)
     assert chosen(explained) == [name]
     for other in BUILT:
-        fields = dict(layout=ranks.LAYOUTS[layout], backend=backend(lib, other))
+        fields = dict(layout=layout, backend=other)
         if layout in OFFERS[other]:
-            assert entry(explained, other)["window_bytes"] == memory(lib, **fields).window_bytes
+            assert entry(explained, other)["window_bytes"] == memory(**fields).window_bytes
         else:
             assert layout in entry(explained, other)["why"]
             # Asked for, it is refused with the layouts that it has.
-            refused = explain(lib, **fields)
+            refused = explain(**fields)
             assert refused["status"] == "refused" and chosen(refused) == []
             for word in (other, layout, *OFFERS[other]):
                 assert word in refused["why"]
-            with pytest.raises(a2a.Error, match=layout) as refusal:
-                memory(lib, **fields)
-            assert refusal.value.status == a2a.UNSUPPORTED
+            with pytest.raises(a2a.UnsupportedError, match=layout):
+                memory(**fields)
 
 
-def test_auto_takes_what_the_memory_allows(lib):
-    fields = dict(layout=a2a.LAYOUT_FLAT, max_tokens=8192)
-    ample = memory(lib, backend=a2a.BACKEND_HIGH_THROUGHPUT, **fields)
-    small = memory(lib, backend=a2a.BACKEND_NVLINK_TWO_SIDED, **fields)
+def test_auto_takes_what_the_memory_allows():
+    fields = dict(layout=a2a.Layout.FLAT, max_tokens=8192)
+    ample = memory(backend=a2a.Backend.HIGH_THROUGHPUT, **fields)
+    small = memory(backend=a2a.Backend.NVLINK_TWO_SIDED, **fields)
     assert small.total_bytes < ample.total_bytes
 
-    explained = explain(lib, memory_limit=ample.total_bytes, **fields)
+    explained = explain(memory_limit=ample.total_bytes, **fields)
     assert explained["backend"] == "high_throughput"
     for limit in (ample.total_bytes - 1, small.total_bytes):
-        explained = explain(lib, memory_limit=limit, **fields)
+        explained = explain(memory_limit=limit, **fields)
         assert (explained["status"], explained["backend"]) == ("ok", "nvlink_two_sided")
         assert explained["memory"]["total_bytes"] == small.total_bytes
         assert explained["memory"]["memory_limit"] == limit
@@ -116,18 +97,18 @@ def test_auto_takes_what_the_memory_allows(lib):
         assert "memory_limit" in entry(explained, "high_throughput")["why"]
         assert entry(explained, "high_throughput")["window_bytes"] == ample.window_bytes
 
-    explained = explain(lib, memory_limit=small.total_bytes - 1, **fields)
+    explained = explain(memory_limit=small.total_bytes - 1, **fields)
     assert explained["status"] == "refused" and "memory_limit" in explained["why"]
     assert chosen(explained) == []
 
 
-def test_two_sided_windows_do_not_depend_on_tokens(lib):
-    fields = dict(backend=a2a.BACKEND_NVLINK_TWO_SIDED)
-    few, many = (memory(lib, max_tokens=tokens, **fields) for tokens in (8, 8192))
+def test_two_sided_windows_do_not_depend_on_tokens():
+    fields = dict(backend=a2a.Backend.NVLINK_TWO_SIDED)
+    few, many = (memory(max_tokens=tokens, **fields) for tokens in (8, 8192))
     assert few.window_bytes == many.window_bytes
-    two, four = (memory(lib, fifo_rows=rows, **fields) for rows in (2, 4))
+    two, four = (memory(fifo_rows=rows, **fields) for rows in (2, 4))
     assert two.window_bytes < four.window_bytes
 
 
-def test_the_same_config_is_explained_alike(lib):
-    assert explain(lib) == explain(lib)
+def test_the_same_config_is_explained_alike():
+    assert explain() == explain()

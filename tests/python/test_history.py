@@ -1,23 +1,14 @@
 """a2a_get_history gives JSON that tells a rank's last operations: how they ended, and that one is in flight."""
 
-import ctypes
-import json
 import threading
 import time
 
-import a2a_ctypes as a2a
+import a2a
 import pytest
 
 import ranks
 
 COUNTS = [5, 3]
-ENOUGH = 128 << 10  # bytes, by a2a.h
-
-
-def history(rank):
-    text = ctypes.create_string_buffer(ENOUGH)
-    rank.lib.a2a_get_history(rank.comm, text, len(text), None)
-    return json.loads(text.value)
 
 
 def steps(rank, group, count):
@@ -26,13 +17,13 @@ def steps(rank, group, count):
         for _ in range(count):
             got = me.dispatch(x, ids, weights)
             me.combine(got, me.compute(got, got.tokens), len(x))
-        return history(me)
+        return me.comm.history()
 
 
-def test_the_operations_of_three_steps(lib, threads):
+def test_the_operations_of_three_steps(threads):
     for rank, told in enumerate(ranks.together(threads, 2, steps, 3)):
         assert (told["rank"], told["num_ranks"], told["async_error"]) == (rank, 2, None)
-        assert told["version"] == lib.a2a_version().decode()
+        assert told["version"] == a2a.version()
         operations = told["operations"]
         assert [entry["number"] for entry in operations] == [1, 2, 3, 4, 5, 6]
         assert [entry["operation"] for entry in operations] == ["dispatch", "combine"] * 3
@@ -52,30 +43,30 @@ def hang(rank, group, seen):
     with ranks.Rank(rank, group, "flashinfer_nvlink_one_sided", "rank_major", COUNTS, "float32") as me:
         if rank == 1:
             assert seen.wait(60)
-            return history(me)
+            return me.comm.history()
         failures = []
 
         def call():
-            with pytest.raises(a2a.Error) as failure:
+            with pytest.raises(a2a.PeerLostError) as failure:
                 me.dispatch(x, ids, weights)
-            failures.append(failure.value.status)
+            failures.append(failure.value.ranks)
 
         thread = threading.Thread(target=call)
         thread.start()
-        while not (during := history(me)["operations"]) and thread.is_alive():
+        while not (during := me.comm.history()["operations"]) and thread.is_alive():
             time.sleep(0.001)
         seen.set()
         thread.join()
-        return during, failures, history(me)
+        return during, failures, me.comm.history()
 
 
-def test_an_operation_that_hangs(lib, threads):
+def test_an_operation_that_hangs(threads):
     (during, failures, after), idle = ranks.together(threads, 2, hang, threading.Event())
     assert idle["operations"] == []
     [operation] = during
     assert (operation["operation"], operation["half"], operation["tokens"]) == ("dispatch", "BOTH", COUNTS[0])
     assert operation["outcome"] == "in flight"
-    assert failures == [a2a.PEER_LOST]
+    assert failures == [(1,)]
     [operation] = after["operations"]
     assert operation["outcome"] == "A2A_PEER_LOST" and "rank 1 is gone" in after["async_error"]
     assert after["dead_ranks"] == []  # a thread of this process

@@ -1,6 +1,6 @@
 """Dispatch that quantises: codes and scales bit for bit what numpy makes of the tokens, in every layout."""
 
-import a2a_ctypes as a2a
+import a2a
 import numpy as np
 import pytest
 
@@ -9,20 +9,20 @@ import ranks
 
 COUNTS = [13, 0, 6]
 HIDDEN = 656  # five groups of 128 columns and one of 16: UE8M0 scales fill one int32 and half of another
-QUANTS = {"f32": a2a.QUANT_FP8_F32_SCALES, "ue8m0": a2a.QUANT_FP8_UE8M0_SCALES}
-SCALES = {"row": a2a.SCALES_ROW, "column": a2a.SCALES_COLUMN}
+QUANTS = {"f32": a2a.Quant.FP8_F32_SCALES, "ue8m0": a2a.Quant.FP8_UE8M0_SCALES}
+SCALES = {"row": a2a.ScaleLayout.ROW, "column": a2a.ScaleLayout.COLUMN}
 
 
 def columns_of(quant, hidden):
     groups = -(-hidden // fp8.GROUP)
-    return groups if quant == a2a.QUANT_FP8_F32_SCALES else -(-groups // 4)
+    return groups if quant == a2a.Quant.FP8_F32_SCALES else -(-groups // 4)
 
 
 def as_sent(x, dtype):
     """Tokens of a type as (what dispatch takes, the code of its type, their float32 values)."""
     if dtype == "bfloat16":
         words = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        return words, a2a.BFLOAT16, (words.astype(np.uint32) << 16).view(np.float32)
+        return words, a2a.bfloat16, (words.astype(np.uint32) << 16).view(np.float32)
     return x.astype(dtype), None, x.astype(dtype).astype(np.float32)
 
 
@@ -37,16 +37,16 @@ def run_rank(rank, group, backend, layout, dtype, quant, scale_layout, is_ready)
     columns = columns_of(quant, HIDDEN)
     x, scales = sent[rank], None
     if is_ready:
-        (x, scales), x_type = references[rank], a2a.FLOAT8_E4M3
+        (x, scales), x_type = references[rank], a2a.float8_e4m3fn
     fields = dict(max_hidden=HIDDEN, quant=quant, scale_layout=scale_layout)
     with ranks.Rank(rank, group, backend, layout, COUNTS, dtype, **fields) as me:
         got = me.dispatch(x, ids, weights, scale_columns=columns, x_type=x_type, scales=scales)
-        tokens, scales = got.tensors["tokens"], got.tensors["scales"]
-        assert (tokens.dtype.code, tokens.dtype.bits) == a2a.FLOAT8_E4M3
-        assert scales.sizes() == [*got.shape, columns]
-        if scale_layout == a2a.SCALES_COLUMN:
+        scales = got.received.scales
+        assert got.received.tokens.dtype == a2a.float8_e4m3fn
+        assert scales.shape == (*got.shape, columns)
+        if scale_layout == a2a.ScaleLayout.COLUMN:
             padded = -(-got.shape[-1] // 4) * 4
-            assert scales.steps() == [columns * padded, 1, padded][-scales.ndim :]
+            assert scales.strides == (columns * padded, 1, padded)[-scales.ndim :]
         got_scales = got.scales.reshape(-1, columns)
         valid = np.flatnonzero(got.row_source[:, 0] >= 0)
         assert len(valid) == got.rank_counts.sum()
@@ -74,7 +74,7 @@ def test_round_trip(threads, backend, layout, quant, scale_layout):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_types_of_tokens(threads, quant, dtype):
-    arguments = "deepep_low_latency", "expert_padded", dtype, QUANTS[quant], a2a.SCALES_ROW, False
+    arguments = "deepep_low_latency", "expert_padded", dtype, QUANTS[quant], a2a.ScaleLayout.ROW, False
     ranks.together(threads, len(COUNTS), run_rank, *arguments)
 
 
@@ -123,7 +123,7 @@ def test_the_reference_knows_e4m3():
     assert fp8.rounded(np.float32(list(known))).tolist() == list(known.values())
     assert fp8.rounded(np.float32([np.nan, np.inf, -0.0])).tolist() == [0x7F, 0x7E, 0x80]
     x = np.float32([[448, 1, -2] + [0] * 125 + [0.75] * 16])
-    codes, scales = fp8.quantised(x, a2a.QUANT_FP8_UE8M0_SCALES)
+    codes, scales = fp8.quantised(x, a2a.Quant.FP8_UE8M0_SCALES)
     assert scales.tolist() == [[127 | 118 << 8]]  # 2^0, and 2^-9 for 0.75 / 448
     assert codes[0, [0, 1, 2, 3, 128]].tolist() == [0x7E, 0x38, 0xC0, 0, 0x7C]
-    assert (fp8.dequantised(codes, scales, a2a.QUANT_FP8_UE8M0_SCALES) == x).all()
+    assert (fp8.dequantised(codes, scales, a2a.Quant.FP8_UE8M0_SCALES) == x).all()

@@ -185,7 +185,7 @@ S = TypeVar("S", bound=ctypes.Structure)
 
 def struct(cls: type[S]) -> type[S]:
     """Gives a ctypes struct the fields of its annotations. A field that Python sees as an enum gives its members."""
-    hints = inspect.get_annotations(cls)
+    hints = {name: hint for name, hint in inspect.get_annotations(cls).items() if hasattr(hint, "__metadata__")}
     cls._fields_ = [(name, hint.__metadata__[0]) for name, hint in hints.items()]
     for name, hint in hints.items():
         if isinstance(hint.__origin__, type) and issubclass(hint.__origin__, IntEnum):
@@ -237,8 +237,9 @@ class TensorDtype(ctypes.Structure):
 
 @struct
 class Tensor(ctypes.Structure):
-    """DLPack's DLTensor. `Tensor()` is an output that becomes a view."""
+    """DLPack's DLTensor. `Tensor()` is an output that becomes a view. What points at it keeps it, and it what it points at."""
 
+    keeper: Any = None
     data: Address
     device: Annotated[TensorDevice, TensorDevice]
     ndim: I32

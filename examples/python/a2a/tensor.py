@@ -89,11 +89,12 @@ class Tensor:
     given to nobody any more.
     """
 
-    __slots__ = ("_keeper", "_lease", "_raw", "readonly", "stream")
+    __slots__ = ("_lease", "_raw", "readonly", "stream")
 
     def __init__(self, raw: _abi.Tensor, keeper: Any, *, readonly: bool = False, lease: Lease | None = None, stream: int = 0):
-        """raw: with shape and strides that `keeper` keeps. stream: where, on CUDA, what stands in the memory is made."""
-        self._raw, self._keeper, self._lease = raw, keeper, lease
+        """keeper: what keeps the memory, shape and strides of raw. stream: where, on CUDA, what stands in the memory is made."""
+        self._raw, self._lease = raw, lease
+        raw.keeper = keeper
         self.readonly, self.stream = readonly, stream
 
     @property
@@ -227,7 +228,7 @@ class Tensor:
             to += row
         return made
 
-    def fill_from(self, array: Any) -> "Tensor":
+    def copy_from(self, array: Any) -> "Tensor":
         """Copies the elements of another tensor or array of the same shape and type into this compact one."""
         source = as_tensor(array)
         if (source.shape, source.dtype) != (self.shape, self.dtype) or self.strides != _compact(self.shape):
@@ -286,6 +287,24 @@ def empty(shape: int | Sequence[int], dtype: Any) -> Tensor:
     return _describe(-(-ctypes.addressof(anchor) // 64) * 64, sizes, None, element, anchor)
 
 
+def from_list(values: Any, dtype: Any) -> Tensor:
+    """Nested lists of Python's numbers as a tensor of its own, for who has no numpy."""
+    element, sizes, numbers = element_type(dtype), [], values
+    if element not in _FORMATS or element == bfloat16:
+        raise TypeError(f"Python does not write {element}: take another type, or a tensor of a framework")
+    while isinstance(numbers, (list, tuple)):
+        sizes.append(len(numbers))
+        numbers = numbers[0] if numbers else None
+    flat = values if sizes else [values]
+    for size in sizes[1:]:
+        if any(len(row) != size for row in flat):
+            raise ValueError(f"the rows of {values!r} have different lengths")
+        flat = [number for row in flat for number in row]
+    made = empty(sizes, element)
+    _memoryview(made.memoryview()).cast("B")[:] = packing.pack(f"{len(flat)}{_FORMATS[element]}", *flat)
+    return made
+
+
 def strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """The same memory by another shape and strides (in elements) from its first element on; the caller says that it is there."""
     made = _describe(tensor.address, tuple(shape), tuple(strides), tensor.dtype, tensor)
@@ -332,7 +351,7 @@ def _taken(array: Any, stream: Any) -> Tensor:
             capsule = array.__dlpack__(**arguments)
             _old.add(type(array))
     raw, readonly = _dlpack.read(capsule)
-    return Tensor(raw, (array, capsule), readonly=readonly, stream=used)
+    return Tensor(raw, capsule, readonly=readonly, stream=used)
 
 
 def _from_buffer(array: Any) -> Tensor:

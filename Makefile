@@ -2,11 +2,12 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, pkgconf, numpy, mlx and pytest into target/venv, and, if there are
-#                   none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
+#   make test       everything that is checked; fetches CMake, pkgconf, numpy, mlx, mypy and pytest into target/venv, and, if there
+#                   are none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
 #   make incidents  what `make test` does of faults at named points, with 100 seeds a kind instead of 5
+#   make wheel      the Python package with the library inside, into target/wheel
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make kernels    writes docs/kernels.md from what ptxas says of kernels/
@@ -52,7 +53,7 @@ CFLAGS_DEMO := -std=c11 -O2 -Wall -Wextra -Iinclude
 CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
-.PHONY: all lib demo perf test soak fuzz fuzz-targets incidents header kernels install uninstall dist clean
+.PHONY: all lib demo wheel perf test soak fuzz fuzz-targets incidents header kernels install uninstall dist clean
 all: lib
 
 # Cargo builds the library once more where other packages are built with it, for they want more of what it depends on: where both
@@ -69,6 +70,11 @@ demo: target/demo/moe_layer
 target/demo/moe_layer: examples/c/moe_layer.c include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_DEMO) $< -o $@ $(LINK) -lm
+
+# hatchling, which builds it, is in the environment of the tests; nothing is fetched.
+wheel: target/venv/ready | lib
+	rm -rf target/wheel
+	A2A_LIBRARY= target/venv/bin/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir target/wheel examples/python
 
 perf:
 	cargo build --release $(or $(PACKAGES),--package a2a-perf)
@@ -185,9 +191,9 @@ test-clippy:
 # A real NCCL and a real NIXL, which some tests open: the environment's, or those of wheels, where the platform has them.
 ifneq ($(and $(A2A_NCCL_LIB),$(A2A_NIXL_LIB)),)
 else ifneq ($(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),)
-test-rust test-debug test-nixl: target/carriers/ready
-test-rust test-debug test-nixl: export A2A_NCCL_LIB ?= $(CURDIR)/target/carriers/site/nvidia/nccl/lib/libnccl.so.2
-test-rust test-debug test-nixl: export A2A_NIXL_LIB ?= $(CURDIR)/target/carriers/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
+test-rust test-debug test-nixl test-python: target/carriers/ready
+test-rust test-debug test-nixl test-python: export A2A_NCCL_LIB ?= $(CURDIR)/target/carriers/site/nvidia/nccl/lib/libnccl.so.2
+test-rust test-debug test-nixl test-python: export A2A_NIXL_LIB ?= $(CURDIR)/target/carriers/site/.nixl_cu13.mesonpy.libs/libnixl_capi.so
 else
 NO_CARRIERS := there are no wheels of NCCL and NIXL for $(shell uname -s -m), and A2A_NCCL_LIB and A2A_NIXL_LIB name none
 endif
@@ -340,8 +346,8 @@ define build_with_cmake
 	target/venv/bin/ctest --test-dir target/cmake-$(2) --output-on-failure
 endef
 
-test-python: target/venv/blocks | lib
-	CC='$(CC)' target/venv/bin/python -B -m pytest -q -p no:cacheprovider tests/python
+test-python: target/venv/blocks wheel | lib
+	CC='$(CC)' target/venv/bin/python -B -m pytest -q -rs -p no:cacheprovider tests/python
 
 test-demo: demo
 

@@ -12,7 +12,7 @@ import a2a
 RANKS, EXPERTS, TOKENS, TOPK, HIDDEN = 2, 4, 3, 2, 8
 
 
-def run_rank(rank, group):
+def run_rank(rank: int, group: a2a.UniqueId) -> None:
     # Once: this rank joins the group, and learns which experts are its own.
     config = a2a.Config(
         rank=rank, num_ranks=RANKS, unique_id=group, backend="flashinfer_nvlink_one_sided", num_experts=EXPERTS, max_topk=TOPK,

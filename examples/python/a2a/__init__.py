@@ -27,4 +27,15 @@ from .tensor import (
     float8_e8m0fnu, float16, float32, float64, from_list, int8, int16, int32, int64, uint8, uint16, uint32, uint64,
 )
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "AbortedError", "AsyncError", "BOTH", "Backend", "Bootstrap", "BusyError", "CallError", "CombineFlag", "Comm",
+    "CommError", "Config", "ConfigFlag", "CudaError", "Device", "DispatchFlag", "Dtype", "ElementType", "Error", "Info",
+    "InternalError", "InvalidArgumentError", "Layout", "LibraryNotFoundError", "LogLevel", "MAX_EXTRAS", "MAX_RANKS",
+    "MAX_TOPK", "Memory", "MismatchError", "NcclError", "NixlError", "OUTPUTS", "OutOfMemoryError", "OverflowError",
+    "OverflowPolicy", "PeerLostError", "Phase", "Placement", "Quant", "RECV", "Received", "Recovery", "Routing", "SEND",
+    "ScaleLayout", "Stats", "Status", "StepError", "StepFlag", "SupportsDLPack", "SystemError", "Tensor", "TimeoutError",
+    "Transport", "UniqueId", "UnsupportedError", "as_tensor", "backend_from_name", "bfloat16", "bool_", "element_type",
+    "empty", "error_of", "explain", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu",
+    "from_list", "int16", "int32", "int64", "int8", "query_memory", "set_log_callback", "uint16", "uint32", "uint64", "uint8",
+    "version",
+]

@@ -55,8 +55,8 @@ class Recovery(NamedTuple):
 class Received:
     """What one dispatch received: a `Tensor` for each output that was wanted, by its name in a2a_dispatch_out_t.
 
-    tokens, scales, topk_ids, topk_weights, expert_counts, rank_counts, expert_offsets, row_source, status, and extras, a tuple. Their
-    shapes are a2a.h's (a2a_dispatch_out_t). An output that the layout has not or that was not wanted is no attribute:
+    tokens, scales, topk_ids, topk_weights, expert_counts, rank_counts, expert_offsets, row_source, status, and extras, a tuple with
+    None where none was sent. Their shapes are a2a.h's (a2a_dispatch_out_t). An output that the layout has not or that was not wanted is no attribute:
     getattr(received, "scales", None). Tensors that were not the caller's are views, until combine SEND.
     num_rows: rows received, where flags had HOST_COUNTS; else None.
     """
@@ -70,7 +70,7 @@ class Received:
     expert_offsets: Tensor
     row_source: Tensor
     status: Tensor
-    extras: tuple[Tensor, ...]
+    extras: tuple[Tensor | None, ...]
     num_rows: int | None = None
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Received:
         if name not in self._raw:
             raise AttributeError(f"{name} is not there: this step received {', '.join(self._raw)}")
         raw = self._raw[name]
-        value = tuple(map(self._tensor, raw)) if name == "extras" else self._tensor(raw)
+        value: Any = tuple(one if one is None else self._tensor(one) for one in raw) if name == "extras" else self._tensor(raw)
         setattr(self, name, value)
         return value
 
@@ -525,7 +525,7 @@ class Comm:
             "topk_weights": has_topk,
             "row_source": True,
             "extras": any(step.extras),
-            "expert_counts": True,
+            "expert_counts": has_topk,
             "rank_counts": True,
             "expert_offsets": by_expert,
             "status": True,

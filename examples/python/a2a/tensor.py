@@ -1,6 +1,7 @@
 """Tensors: memory with a type, a shape and strides, on the host or on a GPU, that goes in and out by DLPack."""
 
 import ctypes
+import itertools
 import struct as packing
 from collections.abc import Iterator, Sequence
 from ctypes import c_int64
@@ -8,9 +9,6 @@ from typing import Any, NamedTuple, Protocol
 
 from . import _abi, _cuda, _dlpack
 from ._lifetime import Hold, Lease
-
-
-_memoryview: Any = memoryview  # whose formats are not known to a type checker
 
 
 class SupportsDLPack(Protocol):
@@ -61,11 +59,12 @@ BY_DTYPE = {
     _abi.Dtype.BF16: bfloat16, _abi.Dtype.F16: float16, _abi.Dtype.F32: float32, _abi.Dtype.F8_E4M3: float8_e4m3fn,
     _abi.Dtype.U8: uint8,
 }
-# How Python's struct and memoryview name elements. Floats that Python does not know go as their bits.
+# How Python's struct names elements; and memoryview, which has no half precision: 16-bit floats go as their bits.
 _FORMATS = {
     int8: "b", int16: "h", int32: "i", int64: "q", uint8: "B", uint16: "H", uint32: "I", uint64: "Q", float16: "e",
-    float32: "f", float64: "d", bool_: "?", bfloat16: "H",
+    float32: "f", float64: "d", bool_: "?",
 }
+_IN_MEMORYVIEW = _FORMATS | {float16: "H", bfloat16: "H"}
 
 
 def element_type(dtype: Any) -> ElementType:
@@ -181,25 +180,17 @@ class Tensor:
     # ------------------------------------------------------------------------------------------ out, to Python; CPU memory
 
     def memoryview(self) -> memoryview:
-        """The memory itself. The tensor must be compact; bfloat16 goes as uint16, other floats that Python lacks as bytes."""
-        self._check_host()
-        shape, dtype = self.shape, self.dtype
-        if self.strides != _compact(shape) and self.nbytes:
-            raise BufferError(f"the tensor has strides {self.strides} over {shape}: a memoryview needs one that is compact")
-        memory: Any = (ctypes.c_ubyte * self.nbytes).from_address(self.address) if self.nbytes else (ctypes.c_ubyte * 0)()
-        memory.keeper = self, self._lease and Hold(self._lease)
-        view: Any = memoryview(memory).cast("B")
-        letter = _FORMATS.get(dtype, "B")
-        if self.nbytes:  # a memoryview has no shape with a 0 in it
-            view = view.cast(letter, shape) if dtype.lanes == 1 and letter != "B" or len(shape) != 1 else view
+        """The memory itself. The tensor must be compact; floats of 16 bits go as uint16, those of 8 and what Python has not as bytes.
+        Without elements it has no shape, as a memoryview cannot have one then."""
+        view, letter = self._bytes(), _IN_MEMORYVIEW.get(self.dtype, "B")
+        if self.nbytes and packing.calcsize(letter) == self.dtype.itemsize:
+            view = view.cast(letter, self.shape)
         shown: memoryview = view.toreadonly() if self.readonly else view
         return shown
 
     def tobytes(self) -> bytes:
         """A copy of the elements, row by row."""
-        self._check_host()
-        row, step = self._rows()
-        return b"".join(ctypes.string_at(self.address + at, row) for at in step)
+        return b"".join(self._runs())
 
     def tolist(self) -> Any:
         """A copy as nested lists of Python's numbers."""
@@ -211,7 +202,7 @@ class Tensor:
         elif dtype == float8_e4m3fn:
             numbers = [_e4m3(code) for code in data]
         elif dtype in _FORMATS:
-            numbers = list(_memoryview(data).cast(_FORMATS[dtype]))
+            numbers = list(packing.unpack(f"{len(data) // dtype.itemsize}{_FORMATS[dtype]}", data))
         else:
             raise TypeError(f"Python has no numbers for {dtype}: take tobytes()")
         for size in reversed(shape[1:]):
@@ -220,27 +211,19 @@ class Tensor:
 
     def copy(self) -> "Tensor":
         """A compact copy in memory of its own, which nothing ends."""
-        made = empty(self.shape, self.dtype)
-        row, step = self._rows_checked()
-        to = made.address
-        for at in step:
-            ctypes.memmove(to, self.address + at, row)
-            to += row
-        return made
+        return empty(self.shape, self.dtype).copy_from(self)
 
     def copy_from(self, array: Any) -> "Tensor":
         """Copies the elements of another tensor or array of the same shape and type into this compact one."""
         source = as_tensor(array)
-        if (source.shape, source.dtype) != (self.shape, self.dtype) or self.strides != _compact(self.shape):
+        if (source.shape, source.dtype) != (self.shape, self.dtype):
             raise ValueError(f"{source!r} does not fit into {self!r}")
-        self._check_host()
         if self.readonly:
             raise BufferError("the tensor is read-only")
-        row, step = source._rows_checked()
-        to = self.address
-        for at in step:
-            ctypes.memmove(to, source.address + at, row)
-            to += row
+        to, at = self._bytes(), 0
+        for run in source._runs():
+            to[at : at + len(run)] = run
+            at += len(run)
         return self
 
     # --------------------------------------------------------------------------------------------------------------- inside
@@ -254,28 +237,34 @@ class Tensor:
         if self.device[0] not in (_dlpack.CPU, _dlpack.CUDA_HOST):
             raise BufferError(f"{self!r} is not in the host's memory: copy it there by its framework")
 
-    def _rows_checked(self) -> tuple[int, Iterator[int]]:
+    def _bytes(self) -> Any:
+        """The memory of a compact tensor as a memoryview of bytes, which keeps it."""
         self._check_host()
-        return self._rows()
+        size = self.nbytes
+        if size and self._inner() != len(self.shape):
+            raise BufferError(f"the tensor has strides {self.strides} over {self.shape}: this needs one that is compact")
+        memory: Any = (ctypes.c_ubyte * size).from_address(self.address) if size else (ctypes.c_ubyte * 0)()
+        memory.keeper = self, self._lease and Hold(self._lease)
+        return memoryview(memory).cast("B")
 
-    def _rows(self) -> tuple[int, Iterator[int]]:
-        """Bytes that lie together, and where, from the address on, each such run begins."""
-        shape, strides, size = self.shape, self.strides, self.dtype.itemsize
-        if not _product(shape):
-            return 0, iter(())
-        together, outer = 1, len(shape)
-        while outer and (strides[outer - 1] == together or shape[outer - 1] == 1):
-            outer -= 1
-            together *= shape[outer]
+    def _inner(self) -> int:
+        """How many of the dimensions, counted from the last, lie together without gaps."""
+        together, inner = 1, 0
+        for size, stride in zip(reversed(self.shape), reversed(self.strides)):
+            if stride != together and size != 1:
+                break
+            together *= size
+            inner += 1
+        return inner
 
-        def begins(at: int, axis: int) -> Iterator[int]:
-            if axis == outer:
-                yield at
-                return
-            for i in range(shape[axis]):
-                yield from begins(at + i * strides[axis] * size, axis + 1)
-
-        return together * size, begins(0, 0)
+    def _runs(self) -> Iterator[bytes]:
+        """Copies of the elements in order, as many at a time as lie together."""
+        self._check_host()
+        shape, strides, itemsize = self.shape, self.strides, self.dtype.itemsize
+        outer = len(shape) - self._inner()
+        run = _product(shape[outer:]) * itemsize
+        for index in itertools.product(*map(range, shape[:outer])) if self.nbytes else ():
+            yield ctypes.string_at(self.address + sum(i * step for i, step in zip(index, strides)) * itemsize, run)
 
 
 def empty(shape: int | Sequence[int], dtype: Any) -> Tensor:
@@ -290,7 +279,7 @@ def empty(shape: int | Sequence[int], dtype: Any) -> Tensor:
 def from_list(values: Any, dtype: Any) -> Tensor:
     """Nested lists of Python's numbers as a tensor of its own, for who has no numpy."""
     element, sizes, numbers = element_type(dtype), [], values
-    if element not in _FORMATS or element == bfloat16:
+    if element not in _FORMATS:
         raise TypeError(f"Python does not write {element}: take another type, or a tensor of a framework")
     while isinstance(numbers, (list, tuple)):
         sizes.append(len(numbers))
@@ -301,7 +290,7 @@ def from_list(values: Any, dtype: Any) -> Tensor:
             raise ValueError(f"the rows of {values!r} have different lengths")
         flat = [number for row in flat for number in row]
     made = empty(sizes, element)
-    _memoryview(made.memoryview()).cast("B")[:] = packing.pack(f"{len(flat)}{_FORMATS[element]}", *flat)
+    made._bytes()[:] = packing.pack(f"{len(flat)}{_FORMATS[element]}", *flat)
     return made
 
 

@@ -25,15 +25,20 @@ def number(stream: Any) -> int:
     )
 
 
-def current(array: Any, ordinal: int) -> int:
-    """The current stream of the framework that an array is of, on a device; the legacy default stream (0) if it knows none."""
-    framework = sys.modules.get(type(array).__module__.partition(".")[0])
-    name = getattr(framework, "__name__", None)
-    if framework is not None and name == "torch":
-        return int(framework.cuda.current_stream(ordinal).cuda_stream)
-    if framework is not None and name == "cupy":
-        return int(framework.cuda.get_current_stream().ptr)
-    return 0
+def framework_of(array: Any) -> str:
+    """Whose an array is: the top module of its class, or what a tensor remembers of where it came from."""
+    name: str = getattr(array, "framework", None) or type(array).__module__.partition(".")[0]
+    return name
+
+
+def current(framework: str, ordinal: int) -> int | None:
+    """The current stream of a framework on a device; None of one that has none or has not been imported."""
+    module = sys.modules.get(framework)
+    if module is not None and framework == "torch":
+        return int(module.cuda.current_stream(ordinal).cuda_stream)
+    if module is not None and framework == "cupy":
+        return int(module.cuda.get_current_stream().ptr)
+    return None
 
 
 def consumer(stream: int | None) -> int:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import byref, c_int32, c_uint64, c_void_p, pointer
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, overload
 
 from . import _abi, _cuda
@@ -75,11 +76,10 @@ class Received:
 
     def __init__(self) -> None:
         self._raw: dict[str, Any] | None = None
-        self._lease: Lease | None = None
-        self._stream = 0
+        self._seen: tuple[Lease, int, str]  # what views have in common
 
-    def _fill(self, outputs: dict[str, Any], lease: Lease, stream: int, num_rows: int | None) -> None:
-        self._raw, self._lease, self._stream, self.num_rows = outputs, lease, stream, num_rows
+    def _fill(self, outputs: dict[str, Any], lease: Lease, stream: int, framework: str, num_rows: int) -> None:
+        self._raw, self._seen, self.num_rows = outputs, (lease, stream, framework), num_rows if num_rows >= 0 else None
 
     def __getattr__(self, name: str) -> Any:
         # Views become tensors when they are asked for: most steps ask for a few.
@@ -97,9 +97,8 @@ class Received:
     def _tensor(self, raw: Any) -> Tensor:
         if isinstance(raw, Tensor):
             return raw
-        assert self._lease is not None
-        self._lease.check()
-        return view_of(raw, self._lease, self._stream)
+        self._seen[0].check()
+        return view_of(raw, *self._seen)
 
     def __repr__(self) -> str:
         return f"a2a.Received({', '.join(self._raw) if self._raw is not None else 'not yet'})"
@@ -112,18 +111,21 @@ class Rows(NamedTuple):
     dtype: ElementType
 
 
+@dataclass
 class Step:
     """What is known of a routing's last dispatch."""
 
-    def __init__(
-        self, num_tokens: int = 0, rows: dict[str, Rows] | None = None, extras: Sequence[Rows | None] = (), bound: int = 0,
-        stream: int = 0, out: Mapping[str, Any] | None = None, want: Sequence[str] | None = None,
-    ):
-        """rows: of the inputs that were given, by name. bound: M. out, want: the outputs that SEND was told of already."""
-        self.num_tokens, self.rows, self.extras, self.bound, self.stream = num_tokens, rows or {}, extras, bound, stream
-        self.out, self.want = out, want
-        self.received = Received()
-        self.sum: Any = None  # combine's output, where SEND was told of it already
+    num_tokens: int = 0
+    rows: dict[str, Rows] = field(default_factory=dict)  # of the inputs that were given, by name
+    extras: Sequence[Rows | None] = ()
+    bound: int = 0  # M
+    framework: str = ""  # of the tokens
+    stream: int = 0  # of the last call, on CUDA
+    named: Any = None  # the stream that SEND was given by name
+    out: Mapping[str, Any] | None = None  # of SEND, as RECV takes them if it is told nothing else
+    want: Sequence[str] | None = None
+    sum: Any = None  # combine's output, likewise
+    received: Received = field(default_factory=Received)
 
 
 class Routing:
@@ -298,7 +300,8 @@ class Comm:
             return self.dispatch_recv(routing, flags=flags, out=out, want=want, stream=stream, max_sms=max_sms)
         if tokens is None:
             raise TypeError("tokens is None: a rank without tokens dispatches a tensor of shape [0, H]")
-        handle = self._stream_of(stream, tokens)
+        framework = _cuda.framework_of(tokens)
+        handle = self._stream_of(stream, framework, tokens)
         given = {"tokens": tokens, "topk_ids": topk_ids, "topk_weights": topk_weights, "scales": scales}
         inputs = {name: as_tensor(array, stream=handle) for name, array in given.items() if array is not None}
         others = [None if array is None else as_tensor(array, stream=handle) for array in extras]
@@ -315,8 +318,9 @@ class Comm:
         if flags & DispatchFlag.REUSE and "topk_ids" in routing._step.rows:
             rows["topk_ids"] = routing._step.rows["topk_ids"]
         step = Step(
-            inputs["tokens"].shape[0] if inputs["tokens"].ndim else 0, rows, [None if other is None else _rows(other) for other in others],
-            max_tokens or self.info.max_tokens, handle or 0, out, want,
+            num_tokens=inputs["tokens"].shape[0] if inputs["tokens"].ndim else 0, rows=rows,
+            extras=[None if other is None else _rows(other) for other in others], bound=max_tokens or self.info.max_tokens,
+            framework=framework, stream=handle or 0, named=stream, out=out, want=want,
         )
         if phase == SEND:
             self._run("dispatch", routing, raw, None, handle)
@@ -336,12 +340,11 @@ class Comm:
         """Completes what dispatch SEND began, and fills what that returned. out, want and flags: as there, if not given there."""
         step = routing._step
         step.out, step.want = step.out if out is None else out, step.want if want is None else want
-        handle = self._stream_of(step.stream if stream is None else stream, None)
+        handle = self._next_stream(step, stream, step.framework, None)
         outputs = self._outputs(step, handle)
         taken = _pointed(_abi.DispatchOut(), outputs)
         raw = _abi.DispatchIn(phase=RECV, flags=flags, max_sms=max_sms)
         self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
-        step.stream = handle or 0
         return self._receive(routing, outputs, taken.num_rows)
 
     def combine_buffer(self, routing: Routing, dtype: Any = None) -> Tensor:
@@ -351,7 +354,7 @@ class Comm:
         if dtype is not None:
             raw.dtype = _abi.TensorDtype(*element_type(dtype))
         self._call("a2a_combine_buffer", routing._handle.pointer, raw)
-        return view_of(raw, self._leases[routing.slot], routing._step.stream)
+        return view_of(raw, self._leases[routing.slot], routing._step.stream, routing._step.framework)
 
     @overload
     def combine(
@@ -387,7 +390,8 @@ class Comm:
         if results is None:
             raise TypeError("results is None: combine needs the experts' rows")
         step = routing._step
-        handle = self._stream_of(stream, results)
+        step.named = stream
+        handle = self._next_stream(step, stream, _cuda.framework_of(results), results)
         given = {"tokens": results, "topk_weights": weights, "row_weights": row_weights}
         inputs = {name: as_tensor(array, stream=handle) for name, array in given.items() if array is not None}
         if out is None and not self._on_cuda:
@@ -399,7 +403,7 @@ class Comm:
         if phase == SEND:
             self._run("combine", routing, raw, None, handle)
             self._keep("combine", routing, inputs)
-            step.sum, step.stream = out, handle or 0
+            step.sum = out
         else:
             self._run("combine", routing, raw, *self._sums(out, weights_out, status, handle))
         return out
@@ -411,7 +415,7 @@ class Comm:
         """Completes what combine SEND began; gives out, which is the one that SEND gave unless another is given."""
         step = routing._step
         out = step.sum if out is None else out
-        handle = self._stream_of(step.stream if stream is None else stream, None)
+        handle = self._next_stream(step, stream, step.framework, None)
         raw = _abi.CombineIn(phase=RECV, flags=flags | (CombineFlag.ACCUMULATE if accumulate else 0), max_sms=max_sms)
         self._run("combine", routing, raw, *self._sums(out, weights_out, status, handle))
         step.sum = None
@@ -469,16 +473,26 @@ class Comm:
         """Makes the outputs of a dispatch that has succeeded visible."""
         lease = self._leases[routing.slot] = Lease(self._handle, routing._handle)
         step = routing._step
-        step.received._fill(outputs, lease, step.stream, num_rows if num_rows >= 0 else None)
+        step.received._fill(outputs, lease, step.stream, step.framework, num_rows)
         return step.received
 
-    def _stream_of(self, stream: Any, array: Any) -> int | None:
-        """The stream of a call: the one that is named, or the current one of an array's framework. None on the CPU."""
+    def _stream_of(self, stream: Any, framework: str, array: Any) -> int | None:
+        """The stream of a call: the one that is named, else the current one of a framework. None on the CPU."""
         if not self._on_cuda:
             return None
         if stream is not None:
             return _cuda.number(stream)
-        return array.stream if isinstance(array, Tensor) else _cuda.current(array, self.info.device_ordinal)
+        now = _cuda.current(framework, self.info.device_ordinal)
+        return getattr(array, "stream", 0) if now is None else now
+
+    def _next_stream(self, step: Step, stream: Any, framework: str, array: Any) -> int | None:
+        """The same for the later calls of a step, which come after its earlier ones whatever streams those were on. RECV is where
+        SEND was if that was named."""
+        handle = self._stream_of(step.named if stream is None else stream, framework, array)
+        if handle is not None:
+            _cuda.order(step.stream, handle, self.info.device_ordinal)
+            step.stream = handle
+        return handle
 
     def _outputs(self, step: Step, stream: int | None) -> dict[str, Any]:
         """By name, what takes a dispatch's outputs: a Tensor of the caller's or of ours, or a struct that becomes a view."""
@@ -559,7 +573,7 @@ class Comm:
 def _writable(name: str, array: Any, stream: int | None) -> Tensor:
     """An output of the caller's."""
     tensor = as_tensor(array, stream=stream)
-    if tensor.readonly:
+    if tensor.readonly or type(array).__module__.partition(".")[0] in ("jax", "jaxlib"):  # which do not say so by DLPack
         raise ValueError(f"the output {name} is read-only")
     return tensor
 

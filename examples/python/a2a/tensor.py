@@ -88,13 +88,17 @@ class Tensor:
     given to nobody any more.
     """
 
-    __slots__ = ("_lease", "_raw", "readonly", "stream")
+    __slots__ = ("_lease", "_raw", "framework", "readonly", "stream")
 
-    def __init__(self, raw: _abi.Tensor, keeper: Any, *, readonly: bool = False, lease: Lease | None = None, stream: int = 0):
-        """keeper: what keeps the memory, shape and strides of raw. stream: where, on CUDA, what stands in the memory is made."""
+    def __init__(
+        self, raw: _abi.Tensor, keeper: Any, *, readonly: bool = False, lease: Lease | None = None, stream: int = 0,
+        framework: str = "",
+    ):
+        """keeper: what keeps the memory, shape and strides of raw. stream: where, on CUDA, what stands in the memory is made.
+        framework: the module whose arrays it is used with, and whose current stream counts, "torch" for instance."""
         self._raw, self._lease = raw, lease
         raw.keeper = keeper
-        self.readonly, self.stream = readonly, stream
+        self.readonly, self.stream, self.framework = readonly, stream, framework
 
     @property
     def dtype(self) -> ElementType:
@@ -148,7 +152,9 @@ class Tensor:
             raise ValueError(f"{self.dtype} has {self.dtype.itemsize} bytes, {element} has {element.itemsize}")
         raw = _abi.Tensor.from_buffer_copy(self._raw)
         raw.dtype = _abi.TensorDtype(*element)
-        return Tensor(raw, self, readonly=self.readonly, lease=self._lease, stream=self.stream)
+        return Tensor(
+            raw, self, readonly=self.readonly, lease=self._lease, stream=self.stream, framework=self.framework
+        )
 
     # ------------------------------------------------------------------------------------------------------ out, by DLPack
 
@@ -295,11 +301,8 @@ def from_list(values: Any, dtype: Any) -> Tensor:
 
 
 def strided(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """The same memory by another shape and strides (in elements) from its first element on; the caller says that it is there."""
-    made = _describe(tensor.address, tuple(shape), tuple(strides), tensor.dtype, tensor)
-    made._raw.device = tensor._raw.device
-    made._lease, made.readonly, made.stream = tensor._lease, tensor.readonly, tensor.stream
-    return made
+    """Host memory of one's own by another shape and strides (in elements); the caller says that it is there."""
+    return _describe(tensor.address, tuple(shape), tuple(strides), tensor.dtype, tensor)
 
 
 def as_tensor(array: Any, dtype: Any = None, *, stream: Any = None) -> Tensor:
@@ -327,9 +330,10 @@ _old: set[type] = set()
 def _taken(array: Any, stream: Any) -> Tensor:
     """What a producer tells."""
     arguments: dict[str, Any] = {}
-    used = 0
-    if array.__dlpack_device__()[0] in _dlpack.ON_STREAMS:
-        used = _cuda.number(stream) if stream is not None else _cuda.current(array, array.__dlpack_device__()[1])
+    framework, used = _cuda.framework_of(array), 0
+    kind, ordinal = array.__dlpack_device__()
+    if kind in _dlpack.ON_STREAMS:
+        used = (_cuda.current(framework, ordinal) or 0) if stream is None else _cuda.number(stream)
         arguments["stream"] = used or _cuda.LEGACY
     if type(array) in _old:
         capsule = array.__dlpack__(**arguments)
@@ -340,7 +344,7 @@ def _taken(array: Any, stream: Any) -> Tensor:
             capsule = array.__dlpack__(**arguments)
             _old.add(type(array))
     raw, readonly = _dlpack.read(capsule)
-    return Tensor(raw, capsule, readonly=readonly, stream=used)
+    return Tensor(raw, capsule, readonly=readonly, stream=used, framework=framework)
 
 
 def _from_buffer(array: Any) -> Tensor:
@@ -381,12 +385,12 @@ def _describe(
     return Tensor(raw, keeper)
 
 
-def view_of(raw: _abi.Tensor, lease: Lease, stream: int) -> Tensor:
+def view_of(raw: _abi.Tensor, lease: Lease, stream: int, framework: str) -> Tensor:
     """A view that the library has filled in: the shape it points at is the routing's, which the next dispatch changes."""
     made = _abi.Tensor.from_buffer_copy(raw)
     made.shape = (c_int64 * raw.ndim)(*raw.shape[: raw.ndim])
     made.strides = (c_int64 * raw.ndim)(*raw.strides[: raw.ndim])
-    return Tensor(made, None, lease=lease, stream=stream)
+    return Tensor(made, None, lease=lease, stream=stream, framework=framework)
 
 
 def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:

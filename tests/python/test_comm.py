@@ -117,7 +117,7 @@ def test_what_a_step_has(comm):
     routing = comm.routing()
     received = comm.dispatch(routing, X, IDS, WEIGHTS)
     assert repr(received) == (
-        "a2a.Received(tokens, topk_ids, topk_weights, row_source, expert_counts, rank_counts, status)")
+        "a2a.Received(tokens, topk_ids, topk_weights, expert_counts, row_source, rank_counts, status)")
     assert received.rank_counts.tolist() == [5] and received.num_rows is None
     assert getattr(received, "scales", None) is None
     with pytest.raises(AttributeError, match="expert_offsets is not there: this step received tokens, "):
@@ -241,7 +241,6 @@ def test_views_end(comm):
             with pytest.raises(BufferError, match=f"this view has ended.*{word}"):
                 use()
         assert tokens.shape == (6, 8)  # what it was is still known
-        assert received.status.tolist()[0] == 0  # ours, not a view
 
 
 def test_a_refused_call_ends_nothing(comm):
@@ -339,8 +338,9 @@ def test_survivors_go_on(threads):
             told = comm.recover()
             assert told.generation == 2 and told.members == (0, 1) and comm.rank_mask() == (True, True, False)
             received = comm.dispatch(routing, X, IDS, WEIGHTS)
+            status = received.status.tolist()
             comm.combine(routing, received.tokens)
-            return received.status.tolist()[:2], told.whole_steps
+            return status[:2], told.whole_steps
 
     first, second, _ = ranks.together(threads, 3, run)
     assert first == second == ([a2a.StepFlag.BAD_ID, 2], (1,))  # two ids of expert 3, which rank 2 owned

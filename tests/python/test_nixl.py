@@ -35,7 +35,8 @@ def test_a_rank_comes_later(threads):
         with a2a.Comm(config) as comm, comm.routing() as routing:
             def step():
                 received = comm.dispatch(routing, x, ids, weights)
-                return comm.combine(routing, received.tokens), received.status.tolist()
+                status = received.status.tolist()
+                return comm.combine(routing, received.tokens), status
 
             assert comm.rank_mask() == (rank == 0, rank == 1)
             met.wait(30)

@@ -14,7 +14,8 @@ from ._abi import (
     LogLevel, Memory, OverflowPolicy, Phase, Placement, Quant, ScaleLayout, Stats, Status, StepFlag, Transport,
 )
 from ._library import LibraryNotFoundError, version
-from .comm import BOTH, OUTPUTS, RECV, SEND, AsyncError, Comm, Received, Recovery, Routing
+from ._outputs import OUTPUTS
+from .comm import BOTH, RECV, SEND, AsyncError, Comm, Recovery, Routing
 from .config import Config, UniqueId, backend_from_name, explain, query_memory
 from .errors import (
     AbortedError, BusyError, CallError, CommError, CudaError, Error, InternalError, InvalidArgumentError, MismatchError,
@@ -22,6 +23,7 @@ from .errors import (
     error_of,
 )
 from .log import set_log_callback
+from .step import Received
 from .tensor import (
     ElementType, SupportsDLPack, Tensor, as_tensor, bfloat16, bool_, element_type, empty, float8_e4m3fn, float8_e5m2,
     float8_e8m0fnu, float16, float32, float64, from_list, int8, int16, int32, int64, uint8, uint16, uint32, uint64,

@@ -1,31 +1,25 @@
 """A rank's membership of a group, and the steps it takes with it: dispatch, the experts, combine."""
 
 import ctypes
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import byref, c_int32, c_uint64, c_void_p, pointer
-from dataclasses import dataclass, field
+from ctypes import byref, c_int32, c_uint64, c_void_p
 from typing import Any, NamedTuple, TypeVar, overload
 
 from . import _abi, _cuda
-from ._abi import Backend, CombineFlag, Device, DispatchFlag, Info, Layout, Phase, Quant, ScaleLayout, Stats, Status
+from ._abi import CombineFlag, Device, DispatchFlag, Info, Phase, Stats, Status
 from ._library import library
 from ._lifetime import Handle, Lease
+from ._outputs import Outputs, pointed, writable
 from .config import Config, config_of
 from .errors import CallError, Error, OverflowError, StepError, error_of
-from .tensor import (
-    ElementType, SupportsDLPack, Tensor, as_tensor, element_type, empty, float8_e4m3fn, float32, int32, strided, view_of,
-)
+from .step import Received, Rows, Step
+from .tensor import SupportsDLPack, Tensor, as_tensor, element_type, empty, int32, view_of
 
 BOTH, SEND, RECV = Phase.BOTH, Phase.SEND, Phase.RECV
 Array = SupportsDLPack | Any  # whatever as_tensor takes
 T = TypeVar("T")
 
-BY_EXPERT = (Layout.EXPERT_PADDED, Layout.EXPERT_CONTIGUOUS)
-# What dispatch can give, by the names of a2a_dispatch_out_t.
-ROWS = ("tokens", "scales", "topk_ids", "topk_weights", "row_source")
-OUTPUTS = (*ROWS, "extras", "expert_counts", "rank_counts", "expert_offsets", "expert_stats", "status")
 ENOUGH_HISTORY = 128 << 10  # bytes, by a2a.h
 
 
@@ -53,81 +47,6 @@ class Recovery(NamedTuple):
     whole_steps: tuple[int, ...]
 
 
-class Received:
-    """What one dispatch received: a `Tensor` for each output that was wanted, by its name in a2a_dispatch_out_t.
-
-    tokens, scales, topk_ids, topk_weights, expert_counts, rank_counts, expert_offsets, row_source, status, and extras, a tuple with
-    None where none was sent. Their shapes are a2a.h's (a2a_dispatch_out_t). An output that the layout has not or that was not wanted is no attribute:
-    getattr(received, "scales", None). Tensors that were not the caller's are views, until combine SEND.
-    num_rows: rows received, where flags had HOST_COUNTS; else None.
-    """
-
-    tokens: Tensor
-    scales: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    expert_counts: Tensor
-    rank_counts: Tensor
-    expert_offsets: Tensor
-    row_source: Tensor
-    status: Tensor
-    extras: tuple[Tensor | None, ...]
-    num_rows: int | None = None
-
-    def __init__(self) -> None:
-        self._raw: dict[str, Any] | None = None
-        self._seen: tuple[Lease, int, str]  # what views have in common
-
-    def _fill(self, outputs: dict[str, Any], lease: Lease, stream: int, framework: str, num_rows: int) -> None:
-        self._raw, self._seen, self.num_rows = outputs, (lease, stream, framework), num_rows if num_rows >= 0 else None
-
-    def __getattr__(self, name: str) -> Any:
-        # Views become tensors when they are asked for: most steps ask for a few.
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if self._raw is None:
-            raise AttributeError(f"{name} is not there: the dispatch has only been sent, dispatch_recv receives it")
-        if name not in self._raw:
-            raise AttributeError(f"{name} is not there: this step received {', '.join(self._raw)}")
-        raw = self._raw[name]
-        value: Any = tuple(one if one is None else self._tensor(one) for one in raw) if name == "extras" else self._tensor(raw)
-        setattr(self, name, value)
-        return value
-
-    def _tensor(self, raw: Any) -> Tensor:
-        if isinstance(raw, Tensor):
-            return raw
-        self._seen[0].check()
-        return view_of(raw, *self._seen)
-
-    def __repr__(self) -> str:
-        return f"a2a.Received({', '.join(self._raw) if self._raw is not None else 'not yet'})"
-
-
-class Rows(NamedTuple):
-    """What travels of a tensor: the sizes after the first, and the element type."""
-
-    sizes: tuple[int, ...]
-    dtype: ElementType
-
-
-@dataclass
-class Step:
-    """What is known of a routing's last dispatch."""
-
-    num_tokens: int = 0
-    rows: dict[str, Rows] = field(default_factory=dict)  # of the inputs that were given, by name
-    extras: Sequence[Rows | None] = ()
-    bound: int = 0  # M
-    framework: str = ""  # of the tokens
-    stream: int = 0  # of the last call, on CUDA
-    named: Any = None  # the stream that SEND was given by name
-    out: Mapping[str, Any] | None = None  # of SEND, as RECV takes them if it is told nothing else
-    want: Sequence[str] | None = None
-    sum: Any = None  # combine's output, likewise
-    received: Received = field(default_factory=Received)
-
-
 class Routing:
     """Where the rows of one dispatch went, bound to a slot; made by `Comm.routing`. One for each layer, or one for all."""
 
@@ -138,6 +57,7 @@ class Routing:
         self._comm = comm
         self._handle = Handle(f"the routing of slot {slot}", pointer, library().a2a_routing_destroy)
         self._step = Step()
+        self._status = empty(4 + comm.info.num_ranks, int32)  # of its last step, on the CPU
 
     def close(self) -> None:
         """Frees it; a second time does nothing."""
@@ -170,8 +90,7 @@ class Comm:
         self.info = Info()
         self._call("a2a_get_info", self.info)
         self._on_cuda = self.info.device == Device.CUDA
-        self._keeps_rows = self.info.backend != Backend.NVLINK_TWO_SIDED
-        self._quant, self._scale_layout = Quant(raw.quant), ScaleLayout(raw.scale_layout)
+        self._outputs = Outputs(self.info, raw)
         self._leases: dict[int, Lease] = {}
         # Halves that wait for their RECV, and what was given to those: some backends read it only there.
         self._sent: set[tuple[str, int]] = set()
@@ -300,26 +219,26 @@ class Comm:
             return self.dispatch_recv(routing, flags=flags, out=out, want=want, stream=stream, max_sms=max_sms)
         if tokens is None:
             raise TypeError("tokens is None: a rank without tokens dispatches a tensor of shape [0, H]")
-        framework = _cuda.framework_of(tokens)
+        framework = _cuda.framework_of(tokens) if self._on_cuda else ""
         handle = self._stream_of(stream, framework, tokens)
         given = {"tokens": tokens, "topk_ids": topk_ids, "topk_weights": topk_weights, "scales": scales}
         inputs = {name: as_tensor(array, stream=handle) for name, array in given.items() if array is not None}
         others = [None if array is None else as_tensor(array, stream=handle) for array in extras]
         if len(others) > _abi.MAX_EXTRAS:
             raise ValueError(f"extras has {len(others)} tensors, at most {_abi.MAX_EXTRAS} travel")
-        raw = _pointed(
+        raw = pointed(
             _abi.DispatchIn(max_tokens=max_tokens, phase=phase, flags=flags, max_sms=max_sms), {**inputs, "extras": others}
         )
         if rank_tokens is not None:
             if len(rank_tokens) != self.info.num_ranks:
                 raise ValueError(f"rank_tokens has {len(rank_tokens)} entries, num_ranks is {self.info.num_ranks}")
             raw.rank_tokens = _int32s(rank_tokens)
-        rows = {name: _rows(tensor) for name, tensor in inputs.items()}
+        rows = {name: Rows.of(tensor) for name, tensor in inputs.items()}
         if flags & DispatchFlag.REUSE and "topk_ids" in routing._step.rows:
             rows["topk_ids"] = routing._step.rows["topk_ids"]
         step = Step(
             num_tokens=inputs["tokens"].shape[0] if inputs["tokens"].ndim else 0, rows=rows,
-            extras=[None if other is None else _rows(other) for other in others], bound=max_tokens or self.info.max_tokens,
+            extras=[None if other is None else Rows.of(other) for other in others], bound=max_tokens or self.info.max_tokens,
             framework=framework, stream=handle or 0, named=stream, out=out, want=want,
         )
         if phase == SEND:
@@ -327,8 +246,8 @@ class Comm:
             self._keep("dispatch", routing, (inputs, others))
             routing._step = step
             return step.received
-        outputs = self._outputs(step, handle)
-        taken = _pointed(_abi.DispatchOut(), outputs)
+        outputs = self._outputs.of(step, routing._status, handle)
+        taken = pointed(_abi.DispatchOut(), outputs)
         self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
         routing._step = step
         return self._receive(routing, outputs, taken.num_rows)
@@ -341,8 +260,8 @@ class Comm:
         step = routing._step
         step.out, step.want = step.out if out is None else out, step.want if want is None else want
         handle = self._next_stream(step, stream, step.framework, None)
-        outputs = self._outputs(step, handle)
-        taken = _pointed(_abi.DispatchOut(), outputs)
+        outputs = self._outputs.of(step, routing._status, handle)
+        taken = pointed(_abi.DispatchOut(), outputs)
         raw = _abi.DispatchIn(phase=RECV, flags=flags, max_sms=max_sms)
         self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
         return self._receive(routing, outputs, taken.num_rows)
@@ -391,13 +310,13 @@ class Comm:
             raise TypeError("results is None: combine needs the experts' rows")
         step = routing._step
         step.named = stream
-        handle = self._next_stream(step, stream, _cuda.framework_of(results), results)
+        handle = self._next_stream(step, stream, _cuda.framework_of(results) if self._on_cuda else "", results)
         given = {"tokens": results, "topk_weights": weights, "row_weights": row_weights}
         inputs = {name: as_tensor(array, stream=handle) for name, array in given.items() if array is not None}
         if out is None and not self._on_cuda:
             rows = inputs["tokens"]
             out = empty((step.num_tokens, *rows.shape[-1:]), rows.dtype)
-        raw = _pointed(
+        raw = pointed(
             _abi.CombineIn(phase=phase, flags=flags | (CombineFlag.ACCUMULATE if accumulate else 0), max_sms=max_sms), inputs
         )
         if phase == SEND:
@@ -432,19 +351,18 @@ class Comm:
             raise error_of(error.status, error.message, lost.lost_ranks if lost else ()) from None
 
     def _run(
-        self, operation: str, routing: Routing, raw: Any, out: Any, stream: int | None, status: Tensor | None = None
+        self, operation: str, routing: Routing, raw: Any, out: Any, stream: int | None, status: Any = None
     ) -> None:
         """One half of dispatch or combine, or both (out: None in SEND), and what becomes of views and of what was kept."""
-        by = f"its slot's {operation}"
         try:
             self._call(f"a2a_{operation}", routing._handle.pointer, raw, out, stream)
         except OverflowError as error:
-            self._end_views(f"{by} overflowed", routing.slot)
-            words = status.tolist() if status is not None and not self._on_cuda else []
+            self._end_views(f"its slot's {operation} overflowed", routing.slot)
+            words = [] if self._on_cuda else (status if isinstance(status, Tensor) else routing._status).tolist()
             raise error_of(error.status, error.message, tuple(rank for rank, is_over in enumerate(words[4:]) if is_over)) from None
         except Error as error:
             if not isinstance(error, CallError):
-                self._end_views(f"{by} failed, {error.name}", routing.slot)
+                self._end_views(f"its slot's {operation} failed, {error.name}", routing.slot)
             raise
         finally:
             if out is not None:
@@ -452,7 +370,7 @@ class Comm:
                 if not self._sent:
                     self._kept.clear()
         if raw.phase != RECV:
-            self._end_views(f"{by} has been sent", routing.slot)
+            self._end_views(f"its slot's {operation} has been sent", routing.slot)
 
     def _keep(self, operation: str, routing: Routing, given: Any) -> None:
         """Keeps what SEND was given until nothing that was sent waits for its RECV: some backends read it only there."""
@@ -494,108 +412,13 @@ class Comm:
             step.stream = handle
         return handle
 
-    def _outputs(self, step: Step, stream: int | None) -> dict[str, Any]:
-        """By name, what takes a dispatch's outputs: a Tensor of the caller's or of ours, or a struct that becomes a view."""
-        given = dict(step.out or {})
-        names = self._outputs_of(step) if step.want is None else step.want
-        if unknown := [name for name in (*given, *names) if name not in OUTPUTS]:
-            raise ValueError(f"dispatch has no output {unknown[0]!r}, known are {', '.join(OUTPUTS)}")
-        outputs: dict[str, Any] = {}
-        for name in dict.fromkeys((*names, *given)):
-            if name == "extras":
-                arrays = given.get(name) or [None] * len(step.extras)
-                outputs[name] = tuple(
-                    self._output(f"extras[{i}]", array, stream, step, rows) if array is not None or rows is not None else None
-                    for i, (array, rows) in enumerate(itertools.zip_longest(arrays, step.extras))
-                )
-            else:
-                outputs[name] = self._output(name, given.get(name), stream, step, self._received_rows(name, step))
-        return outputs
-
-    def _output(self, name: str, array: Any, stream: int | None, step: Step, rows: Rows | None) -> Any:
-        if array is not None:
-            return _writable(name, array, stream)
-        if self._on_cuda:
-            return _abi.Tensor()
-        if name == "status":  # one of ours outlives the step, and says of a step that overflowed who had too many rows
-            return empty(4 + self.info.num_ranks, int32)
-        if self._keeps_rows or rows is None:
-            return _abi.Tensor()
-        count = self.info.num_ranks * step.bound
-        if self.config.max_recv_rows:
-            count = min(count, self.config.max_recv_rows)
-        if name == "scales" and self._scale_layout == ScaleLayout.COLUMN:
-            padded = -(-count // 4) * 4
-            return strided(empty((*rows.sizes, padded), rows.dtype), (count, *rows.sizes), (1, padded))
-        return empty((count, *rows.sizes), rows.dtype)
-
-    def _outputs_of(self, step: Step) -> list[str]:
-        """All that a dispatch of this layout and these inputs has."""
-        has_topk, by_expert = "topk_ids" in step.rows, self.info.layout in BY_EXPERT
-        exist = {
-            "tokens": True,
-            "scales": self._received_rows("scales", step) is not None,
-            "topk_ids": has_topk and self.info.layout != Layout.EXPERT_PADDED,
-            "topk_weights": has_topk,
-            "row_source": True,
-            "extras": any(step.extras),
-            "expert_counts": has_topk,
-            "rank_counts": True,
-            "expert_offsets": by_expert,
-            "status": True,
-        }
-        return [name for name, is_there in exist.items() if is_there]
-
-    def _received_rows(self, name: str, step: Step) -> Rows | None:
-        """What rows of an output are like; None for one that is no row output or has nothing to hold."""
-        tokens, topk = step.rows.get("tokens"), step.rows.get("topk_ids")
-        quantises = self._quant != Quant.NONE and tokens is not None and tokens.dtype != float8_e4m3fn
-        if name == "tokens" and tokens is not None:
-            return Rows(tokens.sizes, float8_e4m3fn) if quantises else tokens
-        if name == "scales" and quantises and tokens is not None:
-            groups = -(-tokens.sizes[-1] // 128)
-            return Rows((groups,), float32) if self._quant == Quant.FP8_F32_SCALES else Rows((-(-groups // 4),), int32)
-        if name == "scales":
-            return step.rows.get(name)
-        if name in ("topk_ids", "topk_weights") and topk is not None:
-            return Rows(topk.sizes, int32 if name == "topk_ids" else float32)
-        return Rows((2,), int32) if name == "row_source" else None
-
-    def _sums(self, out: Any, weights_out: Any, status: Any, stream: int | None) -> tuple[Any, int | None, Tensor | None]:
+    def _sums(self, out: Any, weights_out: Any, status: Any, stream: int | None) -> tuple[Any, int | None, Any]:
         """The end of _run's arguments: what takes combine's outputs, the stream, the step's status."""
         if out is None:
             raise TypeError("out is None: on CUDA combine needs a tensor [T, H] of the caller's")
         arrays = {"tokens": out, "topk_weights": weights_out, "status": status}
-        outputs = {name: _writable(name, array, stream) for name, array in arrays.items() if array is not None}
-        return _pointed(_abi.CombineOut(), outputs), stream, outputs.get("status")
-
-
-def _writable(name: str, array: Any, stream: int | None) -> Tensor:
-    """An output of the caller's."""
-    tensor = as_tensor(array, stream=stream)
-    if tensor.readonly or type(array).__module__.partition(".")[0] in ("jax", "jaxlib"):  # which do not say so by DLPack
-        raise ValueError(f"the output {name} is read-only")
-    return tensor
-
-
-def _pointed(struct: Any, tensors: Mapping[str, Any]) -> Any:
-    """A struct of the ABI that points at these tensors, by the names of its fields."""
-    for name, tensor in tensors.items():
-        if name == "extras":
-            for i, extra in enumerate(tensor):
-                if extra is not None:
-                    struct.extras[i] = _pointer(extra)
-        else:
-            setattr(struct, name, _pointer(tensor))
-    return struct
-
-
-def _pointer(tensor: Any) -> Any:
-    return pointer(tensor._raw if isinstance(tensor, Tensor) else tensor)
-
-
-def _rows(tensor: Tensor) -> Rows:
-    return Rows(tensor.shape[1:], tensor.dtype)
+        outputs = {name: writable(name, array, stream) for name, array in arrays.items() if array is not None}
+        return pointed(_abi.CombineOut(), outputs), stream, outputs.get("status")
 
 
 def _int32s(values: Iterable[int]) -> Any:

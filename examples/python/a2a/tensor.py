@@ -330,9 +330,10 @@ _old: set[type] = set()
 def _taken(array: Any, stream: Any) -> Tensor:
     """What a producer tells."""
     arguments: dict[str, Any] = {}
-    framework, used = _cuda.framework_of(array), 0
+    framework, used = "", 0
     kind, ordinal = array.__dlpack_device__()
     if kind in _dlpack.ON_STREAMS:
+        framework = _cuda.framework_of(array)
         used = (_cuda.current(framework, ordinal) or 0) if stream is None else _cuda.number(stream)
         arguments["stream"] = used or _cuda.LEGACY
     if type(array) in _old:
@@ -390,7 +391,7 @@ def view_of(raw: _abi.Tensor, lease: Lease, stream: int, framework: str) -> Tens
     made = _abi.Tensor.from_buffer_copy(raw)
     made.shape = (c_int64 * raw.ndim)(*raw.shape[: raw.ndim])
     made.strides = (c_int64 * raw.ndim)(*raw.strides[: raw.ndim])
-    return Tensor(made, None, lease=lease, stream=stream, framework=framework)
+    return Tensor(made, raw.keeper, lease=lease, stream=stream, framework=framework)
 
 
 def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:

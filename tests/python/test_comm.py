@@ -216,6 +216,12 @@ def test_accumulate_and_weights():
         chosen = (IDS >= 0).sum(axis=1, keepdims=True) * 0.5
         assert same is out and (out == 1 + X * chosen).all()
         received = comm.dispatch(routing, X, IDS, WEIGHTS)
+        status = np.full(5, 77, np.int32)
+        comm.combine(routing, received.tokens, out, accumulate=True, status=status, phase=a2a.SEND)
+        assert comm.combine_recv(routing) is out and (out == 1 + 2 * X * chosen).all() and status[0] == 0
+        with pytest.raises(TypeError, match="out is None"):
+            comm.combine_recv(routing)
+        received = comm.dispatch(routing, X, IDS, WEIGHTS)
         y = comm.combine(routing, received.tokens, weights=2 * WEIGHTS)
         assert (np.from_dlpack(y) == 2 * X * chosen).all()
 

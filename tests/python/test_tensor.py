@@ -8,6 +8,7 @@ import threading
 import weakref
 
 import a2a
+import ml_dtypes
 import numpy as np
 import pytest
 from a2a import _dlpack
@@ -87,9 +88,8 @@ def test_buffers_of_python():
 
 
 def test_names_of_types():
-    for dtype in ("float32", np.float32, np.dtype("float32"), a2a.float32, a2a.Dtype.F32, (2, 32)):
-        if not isinstance(dtype, tuple):
-            assert a2a.element_type(dtype) == a2a.float32
+    for dtype in ("float32", "f32", "torch.float32", np.float32, np.dtype("float32"), a2a.float32, a2a.Dtype.F32):
+        assert a2a.element_type(dtype) == a2a.float32
     with pytest.raises(ValueError, match="complex64.*known are.*bfloat16"):
         a2a.element_type("complex64")
     with pytest.raises(ValueError, match="2 bytes, uint8 has 1"):
@@ -117,6 +117,27 @@ def test_what_numpy_has_not_is_refused_by_numpy():
     for _ in range(3):
         with pytest.raises(RuntimeError, match="[Uu]nsupported dtype"):
             np.from_dlpack(a2a.empty(4, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
+def test_the_types_of_ml_dtypes(dtype):
+    values = np.array([[0.5, 1, 2], [4, 8, 16]], getattr(ml_dtypes, dtype))
+    tensor = a2a.as_tensor(values)
+    assert (tensor.dtype.name, tensor.address) == (dtype, values.ctypes.data)
+    back = tensor.numpy()
+    assert back.dtype == values.dtype and np.shares_memory(back, values) and (back == values).all()
+    assert np.asarray(tensor, np.float32).tolist() == values.astype(np.float32).tolist()
+    with pytest.raises(BufferError):
+        a2a.as_tensor(np.zeros(2, "datetime64[s]"))  # neither numpy nor we have a way for it
+
+
+def test_arrays_of_numpy():
+    tensor = counted((2, 3), "int32")
+    assert np.shares_memory(np.asarray(tensor), tensor.numpy()) and np.asarray(tensor).tolist() == tensor.tolist()
+    assert not np.shares_memory(np.array(tensor), tensor.numpy())
+    assert np.asarray(tensor, "float64").dtype == np.float64
+    with pytest.raises(ValueError, match="without a copy"):
+        np.array(tensor, "float64", copy=False)
 
 
 @needs_mlx

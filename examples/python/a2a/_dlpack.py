@@ -11,7 +11,7 @@ CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 ON_STREAMS = (CUDA, CUDA_MANAGED)
 NAME, NAME_VERSIONED = b"dltensor", b"dltensor_versioned"
 VERSION = (1, 0)
-READ_ONLY = 1
+READ_ONLY, IS_COPIED = 1, 2  # flags
 
 DELETER = ctypes.CFUNCTYPE(None, c_void_p)
 
@@ -63,15 +63,15 @@ _delete = DELETER(_forget)
 ctypes.pythonapi.Py_IncRef(py_object(_delete))
 
 
-def give(tensor: _abi.Tensor, keeper: Any, read_only: bool, versioned: bool) -> Any:
-    """A capsule with a tensor, whose memory, shape and strides `keeper` keeps."""
+def give(tensor: _abi.Tensor, keeper: Any, flags: int | None) -> Any:
+    """A capsule with a tensor, whose memory, shape and strides `keeper` keeps. flags: None = as before DLPack 1.0."""
     sweep()
     managed: Any
-    if versioned:
-        managed = ManagedVersioned(*VERSION, None, _delete, READ_ONLY if read_only else 0, tensor)
+    if flags is None:
+        managed, name = Managed(tensor, None, _delete), NAME
     else:
-        managed = Managed(tensor, None, _delete)
-    address, name = ctypes.addressof(managed), NAME_VERSIONED if versioned else NAME
+        managed, name = ManagedVersioned(*VERSION, None, _delete, flags, tensor), NAME_VERSIONED
+    address = ctypes.addressof(managed)
     _given[address] = managed, keeper
     capsule = _new(address, name, None)
     _offered.append((address, name, capsule))

@@ -27,6 +27,8 @@ class Handle:
 
     def hold(self) -> None:
         with self._lock:
+            if self.closed:
+                raise BufferError(f"this view has ended: {self.what} is closed")
             self._held += 1
 
     def drop(self) -> None:
@@ -51,9 +53,9 @@ class Handle:
 
     def __del__(self) -> None:
         if not getattr(self, "closed", True):
+            self.close()
             if self._leave is not None:
                 warnings.warn(f"{self.what} was never closed", ResourceWarning, source=self)
-            self.close()
 
 
 class Lease:
@@ -70,19 +72,18 @@ class Lease:
         """Refuses what would look at memory that is not the step's any more."""
         if self._over:
             raise BufferError(f"this view has ended: {self._over}. Copy what is needed longer before that")
-        for handle in self._handles:
-            if handle.closed:
-                raise BufferError(f"this view has ended: {handle.what} is closed")
 
 
 class Hold:
-    """Keeps a lease's memory where it is as long as this object lives."""
+    """Keeps the memory of a lease that has not ended where it is, as long as this object lives."""
 
     def __init__(self, lease: Lease):
-        self._handles = lease._handles
-        for handle in self._handles:
+        self._held: list[Handle] = []
+        lease.check()
+        for handle in lease._handles:
             handle.hold()
+            self._held.append(handle)
 
     def __del__(self) -> None:
-        for handle in self._handles:
+        for handle in self._held:
             handle.drop()

@@ -34,11 +34,8 @@ class Outputs:
         becomes one. status: where, on the CPU, the step's status goes if nobody says otherwise."""
         sent = (*step.rows.items(), *step.extras)
         exist = self._known.get(sent) or self._known.setdefault(sent, self._existing(step))
-        given = step.out or {}
-        wanted = exist if step.want is None else step.want
         outputs: dict[str, Any] = {}
-        for name in (*wanted, *given):
-            array = given.get(name)
+        for name, array in (dict.fromkeys(exist if step.want is None else step.want) | dict(step.out or {})).items():
             if name == "extras":
                 outputs[name] = tuple(
                     None if rows is None and one is None else self._taker(f"extras[{i}]", one, rows, step, stream)

@@ -13,7 +13,7 @@ from ._lifetime import Handle, Lease
 from ._outputs import Outputs, pointed, writable
 from .config import Config, config_of
 from .errors import CallError, Error, OverflowError, StepError, error_of
-from .step import Received, Rows, Step
+from .step import Received, Rows, Step, Sums
 from .tensor import SupportsDLPack, Tensor, as_tensor, element_type, empty, int32, view_of
 
 BOTH, SEND, RECV = Phase.BOTH, Phase.SEND, Phase.RECV
@@ -316,29 +316,33 @@ class Comm:
         if out is None and not self._on_cuda:
             rows = inputs["tokens"]
             out = empty((step.num_tokens, *rows.shape[-1:]), rows.dtype)
-        raw = pointed(
-            _abi.CombineIn(phase=phase, flags=flags | (CombineFlag.ACCUMULATE if accumulate else 0), max_sms=max_sms), inputs
-        )
+        flags |= CombineFlag.ACCUMULATE if accumulate else 0
+        raw = pointed(_abi.CombineIn(phase=phase, flags=flags, max_sms=max_sms), inputs)
+        sums = Sums(out, weights_out, status, flags)
         if phase == SEND:
             self._run("combine", routing, raw, None, handle)
             self._keep("combine", routing, inputs)
-            step.sum = out
+            step.sums = sums
         else:
-            self._run("combine", routing, raw, *self._sums(out, weights_out, status, handle))
+            self._run("combine", routing, raw, *self._sums(sums, handle))
         return out
 
     def combine_recv(
         self, routing: Routing, out: Any = None, *, weights_out: Array = None, status: Array = None, accumulate: bool = False,
         flags: CombineFlag | int = 0, stream: Any = None, max_sms: int = 0,
     ) -> Any:
-        """Completes what combine SEND began; gives out, which is the one that SEND gave unless another is given."""
+        """Completes what combine SEND began, and gives out. What is not given here is as it was given there."""
         step = routing._step
-        out = step.sum if out is None else out
+        given = step.sums
+        sums = Sums(
+            given.out if out is None else out, given.weights_out if weights_out is None else weights_out,
+            given.status if status is None else status, given.flags | flags | (CombineFlag.ACCUMULATE if accumulate else 0),
+        )
         handle = self._next_stream(step, stream, step.framework, None)
-        raw = _abi.CombineIn(phase=RECV, flags=flags | (CombineFlag.ACCUMULATE if accumulate else 0), max_sms=max_sms)
-        self._run("combine", routing, raw, *self._sums(out, weights_out, status, handle))
-        step.sum = None
-        return out
+        raw = _abi.CombineIn(phase=RECV, flags=sums.flags, max_sms=max_sms)
+        self._run("combine", routing, raw, *self._sums(sums, handle))
+        step.sums = Sums()
+        return sums.out
 
     # -------------------------------------------------------------------------------------------------------------- inside
 
@@ -412,11 +416,11 @@ class Comm:
             step.stream = handle
         return handle
 
-    def _sums(self, out: Any, weights_out: Any, status: Any, stream: int | None) -> tuple[Any, int | None, Any]:
+    def _sums(self, sums: Sums, stream: int | None) -> tuple[Any, int | None, Any]:
         """The end of _run's arguments: what takes combine's outputs, the stream, the step's status."""
-        if out is None:
-            raise TypeError("out is None: on CUDA combine needs a tensor [T, H] of the caller's")
-        arrays = {"tokens": out, "topk_weights": weights_out, "status": status}
+        if sums.out is None:
+            raise TypeError("out is None: combine needs a tensor [T, H], which SEND or BOTH make on the CPU alone")
+        arrays = {"tokens": sums.out, "topk_weights": sums.weights_out, "status": sums.status}
         outputs = {name: writable(name, array, stream) for name, array in arrays.items() if array is not None}
         return pointed(_abi.CombineOut(), outputs), stream, outputs.get("status")
 

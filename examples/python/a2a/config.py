@@ -4,7 +4,7 @@ import ctypes
 import json
 from collections.abc import Callable, Sequence
 from ctypes import c_int32, c_size_t
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -98,7 +98,7 @@ class Config:
     expert_owner: Sequence[int] | None = None
     bootstrap: Bootstrap | int | str | None = None
     fifo_rows: int = 0
-    unique_id: UniqueId | bytes | None = None
+    unique_id: UniqueId | bytes | None = field(default=None, repr=False)  # a secret
     allgather: AllGather | None = None
     nccl_comm: int | None = None
 
@@ -120,7 +120,7 @@ class RawConfig(_abi.Config):
     failure: BaseException | None = None  # what the caller's all-gather raised
 
     def __init__(self, config: Config):
-        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        values = {one.name: getattr(config, one.name) for one in fields(config)}
         for name, enum in ENUMS.items():
             values[name] = member(name, enum, values[name])
         values["backend"] = backend_of(config.backend)
@@ -192,8 +192,8 @@ def backend_of(value: Backend | int | str) -> int:
 
 
 def dtype_of(name: str, value: Any) -> int:
-    """A config's dtype by its own name ("bf16"), or by what an element type can be named by."""
-    if isinstance(value, IntEnum) or isinstance(value, int) or isinstance(value, str) and value.upper() in Dtype.__members__:
+    """A config's dtype by whatever names an element type."""
+    if isinstance(value, int):
         return member(name, Dtype, value)
     element = tensor.element_type(value)
     for dtype, known in tensor.BY_DTYPE.items():
@@ -226,4 +226,4 @@ def config_of(config: Config | None, settings: dict[str, Any]) -> Config:
     """A config, or its fields; fields replace those of a config beside them."""
     if config is None:
         return Config(**settings)
-    return Config(**{field.name: getattr(config, field.name) for field in fields(config)} | settings)
+    return Config(**{one.name: getattr(config, one.name) for one in fields(config)} | settings)

@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ._lifetime import Lease
+from ._lifetime import Hold, Lease
 from .tensor import ElementType, Tensor, view_of
 
 
 class Received:
     """What one dispatch received: a `Tensor` for each output that was wanted, by its name in a2a_dispatch_out_t.
 
-    tokens, scales, topk_ids, topk_weights, expert_counts, rank_counts, expert_offsets, row_source, status, and extras, a tuple with
-    None where none was sent. Their shapes are a2a.h's (a2a_dispatch_out_t). An output that the layout has not or that was not wanted is no attribute:
-    getattr(received, "scales", None). Tensors that were not the caller's are views, until combine SEND.
+    Those below; extras has None where none was sent. Shapes are those of a2a.h (a2a_dispatch_out_t). What the layout has not or
+    was not wanted is no attribute: getattr(received, "scales", None). What is not the caller's is a view, until combine SEND.
     num_rows: rows received, where flags had HOST_COUNTS; else None.
     """
 
@@ -52,8 +51,10 @@ class Received:
     def _tensor(self, raw: Any) -> Tensor:
         if isinstance(raw, Tensor):
             return raw
-        self._seen[0].check()
-        return view_of(raw, *self._seen)
+        hold = Hold(self._seen[0])  # the shape that the view is read with is the routing's
+        view = view_of(raw, *self._seen)
+        del hold
+        return view
 
     def __repr__(self) -> str:
         return f"a2a.Received({', '.join(self._raw) if self._raw is not None else 'not yet'})"
@@ -70,6 +71,15 @@ class Rows(NamedTuple):
         return cls(tensor.shape[1:], tensor.dtype)
 
 
+class Sums(NamedTuple):
+    """What combine SEND was told of RECV's part already."""
+
+    out: Any = None
+    weights_out: Any = None
+    status: Any = None
+    flags: int = 0
+
+
 @dataclass
 class Step:
     """What is known of a routing's last dispatch."""
@@ -83,5 +93,5 @@ class Step:
     named: Any = None  # the stream that SEND was given by name
     out: Mapping[str, Any] | None = None  # of SEND, as RECV takes them if it is told nothing else
     want: Sequence[str] | None = None
-    sum: Any = None  # combine's output, likewise
+    sums: Sums = Sums()
     received: Received = field(default_factory=Received)

@@ -54,11 +54,11 @@ _NAMES = {
     uint64: "uint64", float16: "float16", float32: "float32", float64: "float64", bfloat16: "bfloat16", bool_: "bool",
     float8_e4m3fn: "float8_e4m3fn", float8_e5m2: "float8_e5m2", float8_e8m0fnu: "float8_e8m0fnu",
 }
-_BY_NAME = {name: element for element, name in _NAMES.items()}
 BY_DTYPE = {
     _abi.Dtype.BF16: bfloat16, _abi.Dtype.F16: float16, _abi.Dtype.F32: float32, _abi.Dtype.F8_E4M3: float8_e4m3fn,
     _abi.Dtype.U8: uint8,
 }
+_BY_NAME = {name: element for element, name in _NAMES.items()} | {dtype.name.lower(): one for dtype, one in BY_DTYPE.items()}
 # How Python's struct names elements; and memoryview, which has no half precision: 16-bit floats go as their bits.
 _FORMATS = {
     int8: "b", int16: "h", int32: "i", int64: "q", uint8: "B", uint16: "H", uint32: "I", uint64: "Q", float16: "e",
@@ -71,10 +71,8 @@ def element_type(dtype: Any) -> ElementType:
     """The element type that an ElementType, a config's Dtype, a name or a dtype of numpy, ml_dtypes or torch means."""
     if isinstance(dtype, ElementType):
         return dtype
-    if isinstance(dtype, _abi.Dtype) and dtype in BY_DTYPE:
-        return BY_DTYPE[dtype]
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    known = _BY_NAME.get(name.rpartition(".")[2])
+    known = _BY_NAME.get(name.rpartition(".")[2].lower())
     if known is None:
         raise ValueError(f"dtype is {dtype!r}, known are {', '.join(_BY_NAME)}")
     return known
@@ -165,7 +163,7 @@ class Tensor:
         self, *, stream: Any = None, max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None, copy: bool | None = None,
     ) -> Any:
-        self._check()
+        hold = self._hold()
         if dl_device is not None and tuple(dl_device) != self.device:
             raise BufferError(f"the tensor lies on device {self.device}, it is not brought to {tuple(dl_device)}")
         if self.device[0] in _dlpack.ON_STREAMS:
@@ -180,8 +178,26 @@ class Tensor:
         versioned = max_version is not None and max_version[0] >= _dlpack.VERSION[0]
         if source.readonly and not versioned:
             raise BufferError("the tensor is read-only, which only DLPack 1.0 and later can say: ask with max_version=(1, 0)")
-        keeper = source, source._lease and Hold(source._lease)
-        return _dlpack.give(source._raw, keeper, source.readonly, versioned)
+        flags = (_dlpack.READ_ONLY if source.readonly else 0) | (_dlpack.IS_COPIED if copy else 0)
+        return _dlpack.give(source._raw, (source, hold), flags if versioned else None)
+
+    def numpy(self) -> Any:
+        """The memory as an array of numpy, nothing copied; types that numpy has not are those of ml_dtypes."""
+        import numpy
+
+        if self.dtype in _FORMATS:
+            return numpy.from_dlpack(self)
+        import ml_dtypes  # type: ignore[import-not-found, unused-ignore]
+
+        return numpy.from_dlpack(self.view(f"uint{self.dtype.bits}")).view(getattr(ml_dtypes, self.dtype.name))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.numpy()
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise ValueError(f"{self!r} is not brought to {dtype} without a copy")
+            return array.astype(dtype)
+        return array.copy() if copy else array
 
     # ------------------------------------------------------------------------------------------ out, to Python; CPU memory
 
@@ -234,23 +250,22 @@ class Tensor:
 
     # --------------------------------------------------------------------------------------------------------------- inside
 
-    def _check(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
+    def _hold(self) -> Hold | None:
+        """What keeps the memory in its place while it is looked at; refused for a view that has ended."""
+        return None if self._lease is None else Hold(self._lease)
 
-    def _check_host(self) -> None:
-        self._check()
+    def _hold_on_host(self) -> Hold | None:
         if self.device[0] not in (_dlpack.CPU, _dlpack.CUDA_HOST):
             raise BufferError(f"{self!r} is not in the host's memory: copy it there by its framework")
+        return self._hold()
 
     def _bytes(self) -> Any:
         """The memory of a compact tensor as a memoryview of bytes, which keeps it."""
-        self._check_host()
-        size = self.nbytes
+        hold, size = self._hold_on_host(), self.nbytes
         if size and self._inner() != len(self.shape):
             raise BufferError(f"the tensor has strides {self.strides} over {self.shape}: this needs one that is compact")
         memory: Any = (ctypes.c_ubyte * size).from_address(self.address) if size else (ctypes.c_ubyte * 0)()
-        memory.keeper = self, self._lease and Hold(self._lease)
+        memory.keeper = self, hold
         return memoryview(memory).cast("B")
 
     def _inner(self) -> int:
@@ -265,12 +280,13 @@ class Tensor:
 
     def _runs(self) -> Iterator[bytes]:
         """Copies of the elements in order, as many at a time as lie together."""
-        self._check_host()
+        hold = self._hold_on_host()
         shape, strides, itemsize = self.shape, self.strides, self.dtype.itemsize
         outer = len(shape) - self._inner()
         run = _product(shape[outer:]) * itemsize
         for index in itertools.product(*map(range, shape[:outer])) if self.nbytes else ():
             yield ctypes.string_at(self.address + sum(i * step for i, step in zip(index, strides)) * itemsize, run)
+        del hold  # until here
 
 
 def empty(shape: int | Sequence[int], dtype: Any) -> Tensor:
@@ -313,7 +329,7 @@ def as_tensor(array: Any, dtype: Any = None, *, stream: Any = None) -> Tensor:
     """
     if isinstance(array, Tensor):
         tensor = array
-        tensor._check()
+        tensor._hold()
         if stream is not None and tensor.device[0] in _dlpack.ON_STREAMS:
             _cuda.order(tensor.stream, _cuda.number(stream), tensor.device[1])
     elif hasattr(array, "__dlpack__"):
@@ -336,16 +352,25 @@ def _taken(array: Any, stream: Any) -> Tensor:
         framework = _cuda.framework_of(array)
         used = (_cuda.current(framework, ordinal) or 0) if stream is None else _cuda.number(stream)
         arguments["stream"] = used or _cuda.LEGACY
-    if type(array) in _old:
-        capsule = array.__dlpack__(**arguments)
-    else:
-        try:
-            capsule = array.__dlpack__(max_version=_dlpack.VERSION, **arguments)
-        except TypeError:
-            capsule = array.__dlpack__(**arguments)
-            _old.add(type(array))
+    try:
+        capsule = _capsule(array, arguments)
+    except BufferError:
+        # An array of numpy with a type of ml_dtypes, which numpy does not tell by DLPack.
+        element = _BY_NAME.get(getattr(getattr(array, "dtype", None), "name", ""))
+        if element is None or element in _FORMATS or not hasattr(array, "view"):
+            raise
+        return _taken(array.view(f"uint{element.bits}"), stream).view(element)
     raw, readonly = _dlpack.read(capsule)
     return Tensor(raw, capsule, readonly=readonly, stream=used, framework=framework)
+
+
+def _capsule(array: Any, arguments: dict[str, Any]) -> Any:
+    if type(array) not in _old:
+        try:
+            return array.__dlpack__(max_version=_dlpack.VERSION, **arguments)
+        except TypeError:
+            _old.add(type(array))
+    return array.__dlpack__(**arguments)
 
 
 def _from_buffer(array: Any) -> Tensor:

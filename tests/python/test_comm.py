@@ -2,9 +2,12 @@
 outputs by name, halves, settings by name, errors with their ranks."""
 
 import gc
+import os
+import shutil
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import a2a
 import numpy as np
@@ -59,6 +62,11 @@ def test_fields_by_name():
 def test_wrong_fields(wrong, error, words):
     with pytest.raises(error, match=words):
         a2a.Comm(**(ALONE | wrong))
+
+
+def test_a_config_is_a_config():
+    with pytest.raises(TypeError, match="config is a dict, it must be an a2a.Config"):
+        a2a.Comm(ALONE)
 
 
 def test_unique_ids():
@@ -258,8 +266,7 @@ def test_a_refused_call_ends_nothing(comm):
 
 
 def windows():
-    with open("/proc/self/maps") as maps:
-        return maps.read().count("a2a-window")
+    return Path("/proc/self/maps").read_text().count("a2a-window")
 
 
 @pytest.mark.parametrize("take", [np.from_dlpack, a2a.Tensor.memoryview])
@@ -413,8 +420,32 @@ def test_imports_without_a_library():
     assert done.returncode == 0 and "A2A_LIBRARY is '/nowhere/liba2a.so', which cannot be loaded" in done.stdout, done.stderr
 
 
+def test_where_the_library_is_found(tmp_path):
+    """Away from the build tree: nowhere, then by the loader's path, then inside the package. A2A_LIBRARY comes before all."""
+    shutil.copytree(ROOT / "examples/python/a2a", tmp_path / "package/a2a", ignore=shutil.ignore_patterns("__pycache__"))
+    library = os.environ.get("A2A_LIBRARY") or ROOT / "target/release/liba2a.so"
+
+    def found(**environment):
+        code = "import a2a\ntry:\n    a2a.version(); print([l.split()[-1] for l in open('/proc/self/maps') if 'liba2a' in l][0])\n" \
+               "except ImportError as error: print(error)"
+        done = python(code, **(dict(PYTHONPATH=str(tmp_path / "package"), A2A_LIBRARY="") | environment))
+        return done.stdout.strip() or done.stderr
+
+    def copied(place):
+        place.parent.mkdir(exist_ok=True)
+        return str(shutil.copy(library, place))
+
+    for words in ("set A2A_LIBRARY to its path", "liba2a.so.0: no such file", "target/release/liba2a.so: no such file"):
+        assert words in found()
+    in_path = copied(tmp_path / "lib/liba2a.so.0")
+    assert found(LD_LIBRARY_PATH=str(tmp_path / "lib")) == in_path
+    inside = copied(tmp_path / "package/a2a/liba2a.so.0")
+    assert found(LD_LIBRARY_PATH=str(tmp_path / "lib")) == inside
+    assert found(A2A_LIBRARY=in_path) == in_path
+
+
 def test_a_library_that_is_another_is_refused():
-    libc = next(line.split()[-1] for line in open("/proc/self/maps") if "libc.so" in line)
+    libc = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so" in line)
     done = python("import a2a\ntry: a2a.version()\nexcept ImportError as error: print(error)", A2A_LIBRARY=libc)
     assert "has no a2a_get_unique_id: it is not the liba2a that this package is for" in done.stdout, done.stderr
 

@@ -90,6 +90,8 @@ def test_whose_stream_is_current(monkeypatch, torch):
     assert _cuda.current(_cuda.framework_of(torch.Tensor(1)), 1) == 0x71
     assert _cuda.current(_cuda.framework_of(a2a.as_tensor(torch.Tensor(1))), 1) == 0x71
     assert _cuda.current(_cuda.framework_of(cupy(1)), 1) == 0x60
+    derived = type("Parameter", (torch.Tensor,), {"__module__": "engine.layers"})
+    assert _cuda.framework_of(derived(1)) == "torch"
     other = type("Tensor", (Array,), {"__module__": "another.inner"})
     assert _cuda.current(_cuda.framework_of(other(1)), 0) is None and "another" not in sys.modules
 

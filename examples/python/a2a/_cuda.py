@@ -26,9 +26,12 @@ def number(stream: Any) -> int:
 
 
 def framework_of(array: Any) -> str:
-    """Whose an array is: the top module of its class, or what a tensor remembers of where it came from."""
-    name: str = getattr(array, "framework", None) or type(array).__module__.partition(".")[0]
-    return name
+    """Whose an array is: the top module of its class, or of a base that has streams, or what a tensor remembers of it."""
+    told = getattr(array, "framework", None)
+    if isinstance(told, str):
+        return told
+    modules = [base.__module__.partition(".")[0] for base in type(array).__mro__]
+    return next((name for name in modules if name in ("torch", "cupy")), modules[0])
 
 
 def current(framework: str, ordinal: int) -> int | None:

@@ -226,4 +226,6 @@ def config_of(config: Config | None, settings: dict[str, Any]) -> Config:
     """A config, or its fields; fields replace those of a config beside them."""
     if config is None:
         return Config(**settings)
+    if not isinstance(config, Config):
+        raise TypeError(f"config is a {type(config).__name__}, it must be an a2a.Config; fields go by name")
     return Config(**{one.name: getattr(config, one.name) for one in fields(config)} | settings)

@@ -16,5 +16,6 @@ class CarriesTheLibrary(BuildHookInterface):
         if not library.is_file():
             raise FileNotFoundError(f"{library} is not there: build it with `make`, or name another by A2A_LIBRARY")
         build_data["force_include"][str(library)] = "a2a/liba2a.so.0"
+        build_data["force_include"][str(Path(self.root, "../../LICENSE").resolve())] = "a2a/LICENSE"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

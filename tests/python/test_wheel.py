@@ -50,7 +50,7 @@ def test_what_it_is(wheel):
         names = {name for name in content.namelist() if ".dist-info/" not in name}
         assert content.read("a2a/liba2a.so.0") == (ROOT / "target/release/liba2a.so").read_bytes()
     ours = {f"a2a/{path.name}" for path in (ROOT / "examples/python/a2a").glob("*.py")}
-    assert names == ours | {"a2a/py.typed", "a2a/liba2a.so.0"}
+    assert names == ours | {"a2a/py.typed", "a2a/LICENSE", "a2a/liba2a.so.0"}
 
 
 def test_two_processes(python, tmp_path):

@@ -1,0 +1,183 @@
+"""Tensors of whatever library the engine has: what is given in torch comes back in torch, numpy gives numpy, CuPy gives CuPy.
+
+Nothing here copies unless its name says so. torch and CuPy are used where a caller's tensor is theirs, and never imported otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from typing import Any
+
+import a2a
+
+# Element types that numpy has from ml_dtypes, if at all, and what they go in and out of DLPack as.
+AS_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+# A tensor, a dtype and a device of the caller's library.
+Tensor = Any
+Dtype = Any
+Device = Any
+
+
+class NumpyArrays:
+    """numpy, and CuPy, which has the same names. What numpy itself lacks (bfloat16, float8) are ml_dtypes' types."""
+
+    def __init__(self, module):
+        self.np = module
+
+    def dtype(self, name: str) -> Dtype:
+        if name in AS_BITS:
+            return self.np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
+        return self.np.dtype(name)
+
+    def name_of(self, array: Tensor) -> str:
+        return array.dtype.name
+
+    def size_of(self, array: Tensor) -> int:
+        return array.dtype.itemsize
+
+    def empty(self, shape: tuple[int, ...], dtype: Dtype, device: Device = None) -> Tensor:
+        return self.np.empty(shape, dtype)
+
+    def device_of(self, array: Tensor) -> Device:
+        return None
+
+    def from_list(self, values: list, name: str, device: Device = None) -> Tensor:
+        return self.np.asarray(values, self.dtype(name))
+
+    def arange(self, n: int, device: Device = None) -> Tensor:
+        return self.np.arange(n)
+
+    def give(self, array: Tensor) -> Tensor | a2a.Tensor:
+        """The array as the library takes it."""
+        name = self.name_of(array)
+        return a2a.as_tensor(array.view(AS_BITS[name]), name) if name in AS_BITS else array
+
+    def take(self, tensor: a2a.Tensor) -> Tensor:
+        """The library's memory as an array."""
+        name = tensor.dtype.name
+        return self.np.from_dlpack(tensor.view(AS_BITS.get(name, name))).view(self.dtype(name))
+
+    def cast(self, array: Tensor, name: str) -> Tensor:
+        return array.astype(self.dtype(name), copy=False)
+
+    def where(self, condition: Tensor, then: Tensor, otherwise: Any) -> Tensor:
+        return self.np.where(condition, then, then.dtype.type(otherwise))
+
+    def stack(self, columns: list[Tensor]) -> Tensor:
+        """[n, len(columns)]"""
+        return self.np.stack(columns, 1)
+
+    def copy(self, out: Tensor, values: Tensor) -> None:
+        out[...] = values
+
+    def compact(self, array: Tensor) -> Tensor:
+        """The array itself if its last dimension is contiguous, else a compact copy."""
+        contiguous = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
+        return array if contiguous else self.np.ascontiguousarray(array)
+
+
+class TorchArrays:
+    """torch, for tensors on any of its devices."""
+
+    def __init__(self, module):
+        self.torch = module
+
+    def dtype(self, name: str) -> Dtype:
+        return getattr(self.torch, name)
+
+    def name_of(self, array: Tensor) -> str:
+        return str(array.dtype).removeprefix("torch.")
+
+    def size_of(self, array: Tensor) -> int:
+        return array.dtype.itemsize
+
+    def empty(self, shape: tuple[int, ...], dtype: Dtype, device: Device = None) -> Tensor:
+        return self.torch.empty(shape, dtype=dtype, device=device)
+
+    def device_of(self, array: Tensor) -> Device:
+        return array.device
+
+    def from_list(self, values: list, name: str, device: Device = None) -> Tensor:
+        return self.torch.tensor(values, dtype=self.dtype(name), device=device)
+
+    def arange(self, n: int, device: Device = None) -> Tensor:
+        return self.torch.arange(n, device=device)
+
+    def give(self, array: Tensor) -> Tensor:
+        return array
+
+    def take(self, tensor: a2a.Tensor) -> Tensor:
+        return self.torch.from_dlpack(tensor)
+
+    def cast(self, array: Tensor, name: str) -> Tensor:
+        return array.to(self.dtype(name))
+
+    def where(self, condition: Tensor, then: Tensor, otherwise: Any) -> Tensor:
+        return self.torch.where(condition, then, otherwise)
+
+    def stack(self, columns: list[Tensor]) -> Tensor:
+        return self.torch.stack(columns, 1)
+
+    def copy(self, out: Tensor, values: Tensor) -> None:
+        out.copy_(values)
+
+    def compact(self, array: Tensor) -> Tensor:
+        contiguous = array.shape[-1] <= 1 or array.stride(-1) == 1
+        return array if contiguous else array.contiguous()
+
+
+Arrays = NumpyArrays | TorchArrays
+
+
+@functools.cache
+def _arrays(library: str) -> Arrays:
+    if library == "torch":
+        return TorchArrays(sys.modules["torch"])
+    if library in ("numpy", "cupy"):
+        return NumpyArrays(sys.modules[library])
+    raise TypeError(f"a2a_vllm: a tensor of {library}: it takes torch's, numpy's and CuPy's")
+
+
+def of(array: Tensor) -> Arrays:
+    """The library of an array."""
+    return _arrays(type(array).__module__.partition(".")[0])
+
+
+def default() -> Arrays:
+    """The library for a result that no argument tells: torch where the engine uses it, else numpy."""
+    if "torch" not in sys.modules:
+        import numpy  # noqa: F401 (so that it is among the modules)
+    return _arrays("torch" if "torch" in sys.modules else "numpy")
+
+
+def rows(array: Tensor) -> Tensor:
+    """[n] or [n, *] as the library takes rows: of two dimensions at most, each row contiguous."""
+    if len(array.shape) > 2:
+        array = array.reshape(array.shape[0], -1)
+    return of(array).compact(array) if len(array.shape) == 2 else array
+
+
+def row_bytes(array: Tensor) -> int:
+    """Bytes of a row of [n] or [n, *]."""
+    count = 1
+    for size in array.shape[1:]:
+        count *= size
+    return count * of(array).size_of(array)
+
+
+def result_bytes(tokens: Tensor) -> int:
+    """Bytes of a row of what experts make of such tokens: as many, but for 16 bits a value where tokens are quantised (uint8: two
+    values a byte)."""
+    library = of(tokens)
+    return row_bytes(tokens) * (1 if library.size_of(tokens) > 1 else 4 if library.name_of(tokens) == "uint8" else 2)
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """[n, H]: [n, K, H] times [n, K], summed over k in float32."""
+    library = of(values)
+    wide = library.cast(values, "float32")
+    if weights is not None:
+        wide = wide * weights[:, :, None]
+    return library.cast(wide.sum(1), library.name_of(values))

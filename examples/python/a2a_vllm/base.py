@@ -1,0 +1,143 @@
+"""All2AllManagerBase: what every manager has, and how handles are shared between layers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import arrays, engine, groups
+from .arrays import Device, Dtype, Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Cache:
+    """Handles by what they were made from. One lives as long as somebody holds it: layers that ask alike share one."""
+
+    def __init__(self):
+        self._cache: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._lock = threading.RLock()
+
+    def get_or_create(self, kwargs: dict, func: Callable) -> Any:
+        key = tuple(sorted((name, value) for name, value in kwargs.items()))
+        with self._lock:
+            handle = self._cache.get(key)
+            if handle is None:
+                handle = self._cache[key] = func(**kwargs)
+            return handle
+
+    def handles(self) -> list:
+        with self._lock:
+            return list(self._cache.values())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._cache.clear()
+
+
+class All2AllManagerBase:
+    """One rank's part of an expert-parallel group. What a manager lacks raises NotImplementedError and says what it has instead."""
+
+    rank: int
+    world_size: int
+
+    def __init__(self, cpu_group, tcp_store_group=None):
+        self.cpu_group, self.tcp_store_group = cpu_group, tcp_store_group
+        self.engine = engine.current()
+        self.dp_group, self.tp_group = self.engine.dp_group, self.engine.tp_group
+        self.dp_rank, self.dp_world_size = self.dp_group.rank_in_group, self.dp_group.world_size
+        self.rank, self.world_size = groups.member(cpu_group, "rank"), groups.member(cpu_group, "size")
+        self.meeting_group = cpu_group if tcp_store_group is None else tcp_store_group
+        self.internode = len(set(groups.gather(self.meeting_group, groups.host()))) > 1
+        self.support_fault_tolerance = False
+
+    def _lacks(self, what: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} has no {what}: {self._instead}")
+
+    _instead = "its rows travel through what get_handle gives"
+
+    def get_handle(self, kwargs):
+        raise self._lacks("get_handle")
+
+    def dispatch_router_logits(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]]:
+        raise self._lacks("dispatch_router_logits")
+
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        raise self._lacks("dispatch")
+
+    def combine(self, hidden_states: Tensor, is_sequence_parallel: bool = False):
+        raise self._lacks("combine")
+
+    def allocate_combine_input(
+        self,
+        shape: tuple[int, ...],
+        dtype: Dtype,
+        device: Device,
+        is_sequence_parallel: bool = False,
+    ) -> Tensor | None:
+        """None: no memory is better than any other."""
+        return None
+
+    def combine_into_output(
+        self,
+        hidden_states: Tensor,
+        output: Tensor,
+        is_sequence_parallel: bool = False,
+    ) -> Tensor:
+        arrays.of(output).copy(output, self.combine(hidden_states, is_sequence_parallel))
+        return output
+
+    def query_active_mask(self) -> Tensor:
+        """[R] int32: 0 is live, 1 is lost."""
+        raise self._lacks("query_active_mask")
+
+    def query_fault(self) -> Tensor:
+        """A bool: whether the mask is another than when it was last cleaned."""
+        raise self._lacks("query_fault")
+
+    def clean_buffers(self) -> None:
+        """After a fault, on every rank that is left: nothing that came before is looked at any more."""
+        raise self._lacks("clean_buffers")
+
+    def set_num_sms(self, num_sms: int):
+        """Bounds the multiprocessors of later calls, and says what is in effect; None: nothing changed."""
+
+    def max_sms_used(self) -> int | None:
+        """None: as many as there are. 0: so few that none need to be set aside."""
+        return None
+
+    def checkpoint_prepare(self) -> None:
+        logger.warning("%s has no checkpoint_prepare: it keeps its memory", type(self).__name__)
+
+    def checkpoint_restore(self) -> None:
+        logger.warning("%s has no checkpoint_restore: it kept its memory", type(self).__name__)
+
+    def stage_ep_size(self) -> None:
+        """Nothing to prepare: this manager's group stays as it is."""
+
+    def commit_ep_size(self) -> None:
+        """Nothing to change: this manager's group stays as it is."""
+
+    @contextmanager
+    def mask_remote_ranks(self) -> Iterator[None]:
+        yield
+
+    def destroy(self):
+        """Frees what the manager took. May be called again."""

@@ -1,0 +1,125 @@
+"""Rows by expert, for LOW_LATENCY and NIXL_ELASTIC: what low_latency_dispatch of DeepEP and dispatch of NIXL EP have in common.
+
+A dispatch whose receiving half comes later has to say now where its rows will be. A view lies at the same place whenever a slot takes
+a step of the same shape; so the first step of a shape on a slot is received at once, and later ones when their hook is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import a2a
+
+from . import arrays
+from .arrays import Tensor
+from .comms import Wire
+
+# What dispatch makes of 16-bit rows, by name.
+QUANT = {"": a2a.Quant.NONE, "fp8": a2a.Quant.FP8_F32_SCALES, "ue8m0": a2a.Quant.FP8_UE8M0_SCALES}
+
+
+def format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str:
+    """The name in QUANT for the three switches that DeepEP and NIXL EP have."""
+    if round_scale != use_ue8m0:
+        raise ValueError(f"round_scale is {round_scale} and use_ue8m0 is {use_ue8m0}: scales are float32 as they come out, or powers of "
+                         "two packed as UE8M0")
+    return "" if not use_fp8 else "ue8m0" if use_ue8m0 else "fp8"
+
+
+def fields_of(quant: str) -> dict:
+    """The config fields of a name in QUANT. Scales lie by column, as grouped GEMMs load them."""
+    return dict(quant=QUANT[quant], scale_layout=a2a.ScaleLayout.COLUMN) if quant else {}
+
+
+class Event:
+    """What a call leaves behind for whoever overlaps streams: nothing, since all work is on the caller's."""
+
+    event = None
+
+    def current_stream_wait(self) -> None:
+        """Returns at once."""
+
+
+@dataclass(eq=False)
+class Handle:
+    """A dispatch whose combine is still to come."""
+
+    wire: Wire
+    routing: a2a.Routing
+    # Of this rank's.
+    tokens: int
+
+
+class Views:
+    """Where a slot's steps of one shape stand."""
+
+    def __init__(self, received: a2a.Received, like: Tensor):
+        take = arrays.of(like).take
+        self._addresses = self._addresses_of(received)
+        rows, scales = take(received.tokens), getattr(received, "scales", None)
+        self.rows = rows if scales is None else (rows, take(scales))
+        self.counts = take(received.expert_counts)
+
+    @staticmethod
+    def _addresses_of(received: a2a.Received) -> list[int]:
+        return [getattr(received, name).address for name in ("tokens", "scales", "expert_counts") if hasattr(received, name)]
+
+    def check(self, received: a2a.Received) -> None:
+        """Refuses a step that stands elsewhere than its caller was told."""
+        if self._addresses_of(received) != self._addresses:
+            raise RuntimeError("liba2a: a step's rows are not where the slot's last ones of the same shape were: a defect, please report it")
+
+
+def dispatch(wire: Wire, x: Tensor, topk_idx: Tensor, max_tokens: int, later: bool, stats: Tensor | None = None):
+    """(rows or (rows, scales), counts, handle, event, hook); hook receives if `later`, else all is there.
+
+    rows: [L, R * max_tokens, H]; scales, where the comm quantises: [L, R * max_tokens, S]; counts: [L] int32. stats: [L] int64, added to.
+    """
+    slot = wire.next_slot()
+    comm, routing = wire.comm, wire.routings[slot]
+    x = arrays.rows(x)
+    library = arrays.of(x)
+    handle = Handle(wire, routing, x.shape[0])
+    shape = (slot, max_tokens, x.shape[1], library.name_of(x))
+    want = ("tokens", "expert_counts") + (("scales",) if wire.quantises else ())
+    out = {} if stats is None else dict(expert_stats=library.give(stats))
+    given = dict(max_tokens=max_tokens)
+
+    if later and shape in wire.views:
+        comm.dispatch(routing, library.give(x), library.give(topk_idx), phase=a2a.SEND, **given)
+
+        def hook() -> None:
+            wire.views[shape].check(comm.dispatch(routing, phase=a2a.RECV, want=want, out=out))
+
+    else:
+        received = comm.dispatch(routing, library.give(x), library.give(topk_idx), want=want, out=out, **given)
+        if shape not in wire.views:
+            wire.views[shape] = Views(received, x)
+        wire.views[shape].check(received)
+        hook = _nothing
+    return wire.views[shape].rows, wire.views[shape].counts, handle, Event(), hook
+
+
+def combine(handle: Handle, x: Tensor, topk_weights: Tensor, later: bool, out: Tensor | None = None):
+    """(out, event, hook): out [T, H] is the weighted sum of x [L, R * max_tokens, H] over k; there once hook has been called if `later`."""
+    library = arrays.of(x)
+    if out is None:
+        out = library.empty((handle.tokens, x.shape[-1]), x.dtype, library.device_of(x))
+    comm, routing = handle.wire.comm, handle.routing
+    given = dict(weights=library.give(topk_weights))
+    if not later:
+        comm.combine(routing, library.give(x), out=library.give(out), **given)
+        return out, Event(), _nothing
+    comm.combine(routing, library.give(x), phase=a2a.SEND, **given)
+    return out, Event(), lambda: comm.combine(routing, phase=a2a.RECV, out=library.give(out)) and None
+
+
+def combine_buffer(handle: Handle, like: Tensor | None = None) -> Tensor:
+    """[L, R * max_tokens, H]: where experts write what combine then need not copy."""
+    library = arrays.default() if like is None else arrays.of(like)
+    return library.take(handle.wire.comm.combine_buffer(handle.routing))
+
+
+def _nothing() -> None:
+    """A hook for what is done already."""

@@ -1,0 +1,83 @@
+"""The comms of one group: one for each shape of rows, made by all ranks together when first used.
+
+Every rank uses the same shapes in the same order, as it makes all its calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import a2a
+
+from . import groups
+
+# Dispatches that may be under way at once: two micro-batches.
+SLOTS = 2
+
+
+class Wire:
+    """A comm and a routing for each of its slots. Dispatch n is on slot n % SLOTS, on every rank."""
+
+    def __init__(self, comm: a2a.Comm, quantises: bool = False):
+        self.comm, self.quantises = comm, quantises
+        self.routings = [comm.routing(slot) for slot in range(comm.info.num_slots)]
+        # What batched.py knows of where steps stand.
+        self.views: dict[tuple, Any] = {}
+        self._turn = 0
+
+    def next_slot(self) -> int:
+        self._turn += 1
+        return (self._turn - 1) % len(self.routings)
+
+    def close(self) -> None:
+        self.views.clear()  # they would keep the comm's memory
+        self.comm.close()
+
+
+class Comms:
+    """`group` is where its ranks meet. A wire that is too small gets a larger one beside it: captured graphs, and dispatches that are
+    under way, keep the one they have."""
+
+    def __init__(self, group, rank: int, size: int, engine):
+        self.group, self.rank, self.size, self.engine = group, rank, size, engine
+        self._wires: dict[tuple, list[Wire]] = {}
+
+    def __iter__(self) -> Iterator[Wire]:
+        return (wire for wires in self._wires.values() for wire in wires)
+
+    def config(self, **fields) -> a2a.Config:
+        """A config with these fields, and those that all comms of the group have."""
+        device, ordinal = self.engine.device
+        return a2a.Config(rank=self.rank, num_ranks=self.size, device=device, device_ordinal=ordinal, num_slots=SLOTS,
+                          allgather=self._allgather if self.size > 1 else None, **fields)
+
+    def wire(self, max_tokens: int, **fields) -> Wire:
+        """The wire whose comm has these fields and takes steps of max_tokens. Collective where there is none yet."""
+        wires = self._wires.setdefault(tuple(sorted(fields.items())), [])
+        if not wires or wires[-1].comm.info.max_tokens < max_tokens:
+            wires.append(Wire(a2a.Comm(self.config(max_tokens=max_tokens, **fields)), quantises=bool(fields.get("quant"))))
+        return wires[-1]
+
+    def check(self, **fields) -> None:
+        """Refuses fields that no comm of this group could have, before anybody waits for one."""
+        a2a.query_memory(self.config(**fields))
+
+    def mask(self) -> list[int]:
+        """Of each rank: 1 if some comm has lost it, else 0."""
+        masks = [wire.comm.rank_mask() for wire in self]
+        return [int(not all(mask[rank] for mask in masks)) for rank in range(self.size)]
+
+    def recover(self) -> None:
+        """Collective over the ranks that are left: every comm goes on among them."""
+        for wire in self:
+            wire.comm.recover()
+
+    def close(self) -> None:
+        """Frees all of it, without waiting for anybody. May be called again."""
+        for wire in self:
+            wire.close()
+        self._wires.clear()
+
+    def _allgather(self, own: bytes) -> list[bytes]:
+        return [bytes.fromhex(theirs) for theirs in groups.gather(self.group, own.hex())]

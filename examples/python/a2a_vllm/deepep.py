@@ -20,7 +20,7 @@ class Buffer:
     """What get_handle gives: comms of one set of limits, made by all ranks when a shape of rows is first used."""
 
     def __init__(self, comms: Comms):
-        self.comms = comms
+        self.comms, self.engine = comms, comms.engine
         weakref.finalize(self, comms.close)
 
     def destroy(self) -> None:

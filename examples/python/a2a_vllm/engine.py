@@ -32,7 +32,7 @@ class Coordinated(Protocol):
     cpu_group: ProcessGroup
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """A group of an engine without vLLM. A group of one rank needs no cpu_group."""
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 
 import a2a
 
-from . import arrays, batched, faults, groups
+from . import batched, faults, groups
 from .arrays import Tensor
 from .base import All2AllManagerBase
 from .comms import SLOTS, Wire
+from .engine import Engine
 
 
 @dataclass
@@ -39,8 +40,9 @@ class Limits:
 class NixlBuffer:
     """nixl_ep.Buffer's dispatch and combine, over NIXL_ELASTIC."""
 
-    def __init__(self, wire: Wire, quant: str, rank: int):
-        self.wire, self.quant, self.rank = wire, quant, rank
+    def __init__(self, wire: Wire, quant: str, engine: Engine):
+        self.wire, self.quant, self.engine = wire, quant, engine
+        self.rank = wire.comm.info.rank
         # Called before each dispatch: a rank that has warmed up joins the others.
         self.before_step = None
 
@@ -79,8 +81,9 @@ class State:
     # What others find the group by.
     name: str
     connected_ep_size: int
-    # Ranks that take part in steps; a new one is alone until it joins.
-    active: list[int]
+    # Ranks that take part in steps are those below it, without those that were lost.
+    active_ep_size: int
+    # A new rank's, until it joins.
     alone: bool
     masked: bool = False
     watch: faults.Watch = field(default_factory=faults.Watch)
@@ -122,7 +125,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         with self._lock:
             state = self._need()
             if self.world_size > state.connected_ep_size:
-                self._meet(state)
+                self._meet(state.name, state.connected_ep_size)
                 self._connect(state)
 
     def commit_ep_size(self) -> None:
@@ -131,9 +134,9 @@ class NixlEPAll2AllManager(All2AllManagerBase):
             state = self._need()
             self.stage_ep_size()
             ranks = list(range(self.world_size))
-            if ranks != state.active:
+            if ranks != [rank for rank, there in enumerate(state.buffer.wire.comm.rank_mask()) if there]:
                 state.buffer.wire.comm.activate_ranks(ranks)
-                state.active, state.alone = ranks, False
+            state.active_ep_size, state.alone = self.world_size, False
             gone = list(range(self.world_size, state.connected_ep_size))
             if gone:
                 state.buffer.wire.comm.disconnect_ranks(gone)
@@ -144,15 +147,14 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         """This rank's steps are its own alone, to warm up. No other rank that takes part begins a step meanwhile."""
         state = self._need()
         comm = state.buffer.wire.comm
-        if not state.alone:
-            comm.set_rank_mask(rank == self.rank for rank in range(self.max_num_ep_ranks))
+        there = comm.rank_mask()
+        comm.set_rank_mask(rank == self.rank for rank in range(len(there)))
         state.masked = True
         try:
             yield
         finally:
             state.masked = False
-            if not state.alone:
-                comm.set_rank_mask(rank in state.active for rank in range(self.max_num_ep_ranks))
+            comm.set_rank_mask(there)
 
     def destroy(self):
         """The last of the process's managers frees the buffer."""
@@ -181,7 +183,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
             if self._state is None:
                 return
             state, mask = self._state, self._mask()
-            state.buffer.wire.comm.activate_ranks([rank for rank, lost in zip(state.active, mask) if not lost])
+            state.buffer.wire.comm.activate_ranks(rank for rank, lost in enumerate(mask) if not lost)
             state.watch.clean(mask)
 
     def _need(self) -> State:
@@ -191,13 +193,11 @@ class NixlEPAll2AllManager(All2AllManagerBase):
 
     def _mask(self) -> list[int]:
         state = self._need()
-        alive = state.buffer.wire.comm.rank_mask()
-        return [int(not alive[rank]) for rank in state.active]
+        return [int(not there) for there in state.buffer.wire.comm.rank_mask()[: state.active_ep_size]]
 
     def _made(self, limits: Limits) -> State:
-        """The buffer, and a place among those that are there."""
-        met = self._meet(None)
-        name, members = met or (None, self.world_size)
+        """The buffer, and a place among those that are there, if any are."""
+        name, members = self._meet("", 0)
         alone = self.rank >= members
         device, ordinal = self.engine.device
         quant, max_ranks = self.engine.nixl_dispatch, self.engine.capacity(self.world_size)
@@ -205,15 +205,42 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         if self.engine.enable_fault_tolerance and device == a2a.Device.CPU:
             flags |= a2a.ConfigFlag.DEGRADE
         num_experts = max_ranks * limits.num_local_experts
-        comm = a2a.Comm(
+        wire = Wire(a2a.Comm(
             rank=self.rank, num_ranks=1 if alone else members, max_ranks=max_ranks, device=device, device_ordinal=ordinal,
             backend=a2a.Backend.NIXL_ELASTIC, num_experts=num_experts, max_topk=min(a2a.MAX_TOPK, num_experts),
             max_hidden=limits.token_hidden_size, max_tokens=limits.max_num_tokens_per_dp_rank, num_slots=SLOTS, flags=flags,
             unique_id=bytes.fromhex(name), **batched.fields_of(quant),
-        )
-        buffer = NixlBuffer(Wire(comm, quantises=bool(quant)), quant, self.rank)
-        state = State(buffer, limits, name, members, [self.rank] if alone else list(range(members)), alone)
+        ), quantises=bool(quant))
+        state = State(NixlBuffer(wire, quant, self.engine), limits, name, 0 if alone else members, self.world_size, alone)
         if alone:
-            state.connected_ep_size = 0
             self._connect(state)
         return state
+
+    def _meet(self, name: str, members: int) -> tuple[str, int]:
+        """The group's name and how many ranks were there before this manager's group met; all of it, where none were. Collective."""
+        words = groups.gather(self.meeting_group, [name or (self._new_name() if self.rank == 0 else ""), members])
+        there = [word for word in words if word[1]] or [[words[0][0], self.world_size]]
+        return there[0][0], there[0][1]
+
+    def _connect(self, state: State) -> None:
+        """To the ranks of this manager's group that are not connected yet. Collective over them and those that are."""
+        state.buffer.wire.comm.connect_ranks(range(state.connected_ep_size, self.world_size))
+        state.connected_ep_size = self.world_size
+
+    def _join(self) -> None:
+        """A new rank that has warmed up takes part with its first step."""
+        if self._state is not None and self._state.alone and not self._state.masked:
+            self.commit_ep_size()
+
+    def _new_name(self) -> str:
+        """A new group's unique id, in hexadecimal digits."""
+        made = a2a.UniqueId.create()
+        if self.internode:
+            made = a2a.UniqueId.from_address(self.engine.address or _free_address(), bytes(made).hex())
+        return bytes(made).hex()
+
+
+def _free_address() -> str:
+    """This host's address, and a port that is free now."""
+    with socket.create_server(("", 0)) as free:
+        return f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"

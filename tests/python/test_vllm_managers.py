@@ -1,0 +1,110 @@
+"""Each manager of a2a_vllm over 4 processes, through prepare and finalize, against the plain layer of vllm_ranks.py."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from vllm_ranks import (
+    COUNTS, EXPERTS, HIDDEN, RANKS, TOPK, Ranks, array_of, layer, library_of, numpy_of, owned, tokens_of, expert,
+)
+
+LIBRARIES = ["numpy"] + (["torch"] if importlib.util.find_spec("torch") else [])
+STANDARD = ["agrs", "ht", "one_sided", "two_sided"]
+BATCHED = ["ll", "nixl"]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    made = Ranks()
+    yield made
+    made.close()
+
+
+def engine_of(rank, size, store, **fields):
+    """Names an engine whose ranks are all data-parallel."""
+    import a2a_vllm
+
+    group = a2a_vllm.StoreGroup(rank, size, store)
+    engine = a2a_vllm.Engine(a2a_vllm.Group(rank, size, group), max_num_batched_tokens=16, local_sizes=COUNTS[:size], **fields)
+    a2a_vllm.use(engine)
+    return engine, group
+
+
+def kernel_of(name, group, size, topk=TOPK, **arguments):
+    """A manager, and what the modular kernel calls of it."""
+    import a2a_vllm
+    from a2a_vllm import prepare_finalize as kernels
+
+    local = EXPERTS // size
+    if name == "agrs":
+        manager = a2a_vllm.AgRsAll2AllManager(group)
+        return manager, kernels.MoEPrepareAndFinalizeNaiveDPEPModular(manager, num_dispatchers=size, **arguments)
+    if name == "ht":
+        manager = a2a_vllm.DeepEPHTAll2AllManager(group)
+        return manager, kernels.DeepEPHTPrepareAndFinalize(manager.get_handle({}), size, size, manager.rank * local, **arguments)
+    if name == "ll":
+        manager = a2a_vllm.DeepEPLLAll2AllManager(group)
+        handle = manager.get_handle(dict(max_num_tokens_per_dp_rank=16, token_hidden_size=HIDDEN, num_ep_ranks=size,
+                                         num_global_experts=EXPERTS, num_local_experts=local))
+        return manager, kernels.DeepEPLLPrepareAndFinalize(handle, 16, size, **arguments)
+    if name == "nixl":
+        manager = a2a_vllm.NixlEPAll2AllManager(group)
+        handle = manager.get_handle(dict(max_num_tokens_per_dp_rank=16, token_hidden_size=HIDDEN, num_local_experts=local))
+        most = manager.max_num_ep_ranks
+        return manager, kernels.NixlEPPrepareAndFinalize(handle, 16, most, local * most, **arguments)
+    if name == "one_sided":
+        manager = a2a_vllm.FlashInferNVLinkOneSidedManager(group)
+        return manager, kernels.FlashInferNVLinkOneSidedPrepareAndFinalize(
+            manager, 16, topk, EXPERTS, HIDDEN, num_dispatchers=size, **arguments)
+    manager = a2a_vllm.FlashInferNVLinkTwoSidedManager(group)
+    return manager, kernels.FlashInferNVLinkTwoSidedPrepareAndFinalize(manager, num_dispatchers=size, **arguments)
+
+
+def one_layer(rank, size, store, name, library, dtype, ids_dtype):
+    engine, group = engine_of(rank, size, store)
+    manager, kernel = kernel_of(name, group, size)
+    from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
+
+    x, weights, ids = tokens_of(rank, COUNTS[rank])
+    a1, w, i = array_of(library, x, dtype), array_of(library, weights, "float32"), array_of(library, ids, ids_dtype)
+    mine = owned(rank, size)
+    for _ in range(3):
+        rows, scales, meta, got_ids, got_weights = kernel.prepare(a1, w, i, EXPERTS, None, False)
+        assert scales is None and library_of(rows) == library
+        if name in STANDARD:
+            values, got_w, got_i = numpy_of(rows), numpy_of(got_weights), numpy_of(got_ids)
+            assert rows.shape[1:] == (HIDDEN,) and got_ids.shape == got_weights.shape == (len(values), TOPK)
+            came = [(sx[t], sw[t], si[t]) for sx, sw, si in (tokens_of(r, COUNTS[r]) for r in range(size)) for t in range(len(sx))
+                    if name == "agrs" or any(e in mine for e in si[t])]
+            there = (got_i >= 0).any(1) if name != "agrs" else np.ones(len(values), bool)
+            assert there.sum() == len(came)
+            for at, (tx, tw, ti) in zip(np.flatnonzero(there), came):
+                assert (values[at] == tx).all() and (got_w[at] == tw).all() and (got_i[at] == ti).all()
+            assert (values[~there] == 0).all() and (got_i[~there] == -1).all() and (got_w[~there] == 0).all()
+            if meta is not None:
+                counts = [sum(e in chosen for chosen in got_i) for e in mine]
+                assert numpy_of(meta.expert_num_tokens).tolist() == counts == numpy_of(meta.expert_num_tokens_cpu).tolist()
+            experts, impl = array_of(library, layer(values, got_w, got_i, mine), dtype), TopKWeightAndReduceNoOP()
+        else:
+            assert rows.shape == (len(mine), 16 * size, HIDDEN) and got_ids is None and got_weights is None
+            got_ids, got_weights, impl = i, w, TopKWeightAndReduceDelegate()
+            values, counts = numpy_of(rows), numpy_of(meta.expert_num_tokens)
+            results = np.full(values.shape, np.nan, np.float32)
+            for local, number in enumerate(mine):
+                came = [sx[t] for sx, _, si in (tokens_of(r, COUNTS[r]) for r in range(size)) for t in range(len(sx)) if number in si[t]]
+                assert counts[local] == len(came) and (values[local, : len(came)] == np.array(came).reshape(-1, HIDDEN)).all()
+                results[local, : len(came)] = expert(number, values[local, : len(came)])
+            experts = array_of(library, results, dtype)
+        output = array_of(library, np.full(x.shape, np.nan), dtype)
+        kernel.finalize(output, experts, got_weights, got_ids, False, impl)
+        assert (numpy_of(output) == layer(x, weights, ids)).all()
+    assert (numpy_of(a1) == x).all() and (numpy_of(i) == ids).all()
+    manager.destroy()
+    manager.destroy()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype, ids_dtype", [("bfloat16", "int64"), ("float16", "int32")])
+@pytest.mark.parametrize("name", STANDARD + BATCHED)
+def test_a_layer(ranks, name, library, dtype, ids_dtype):
+    ranks.run(one_layer, name, library, dtype, ids_dtype)

@@ -26,7 +26,7 @@ MANAGERS = {
 # What a manager asks of vLLM itself: functions, and methods and fields of classes.
 ASKED = {
     "vllm/distributed/parallel_state.py": [
-        "get_dp_group", "get_tp_group", "get_ep_group", "get_pcp_group", "in_the_same_node_as",
+        "get_dp_group", "get_tp_group", "get_ep_group", "get_pcp_group",
         "GroupCoordinator.rank_in_group", "GroupCoordinator.world_size", "GroupCoordinator.cpu_group",
     ],
     "vllm/distributed/utils.py": [
@@ -40,6 +40,7 @@ ASKED = {
         "ParallelConfig.enable_expert_parallel", "ParallelConfig.enable_elastic_ep", "ParallelConfig.elastic_ep_max_dp_size",
         "ParallelConfig.data_parallel_size", "ParallelConfig.enable_fault_tolerance",
     ],
+    "vllm/v1/worker/ubatching.py": ["dbo_current_ubatch_id"],
     "vllm/config/scheduler.py": ["SchedulerConfig.max_num_batched_tokens"],
 }
 # Private, and yet part of how handles are made.

@@ -82,8 +82,8 @@ class Engine:
 class VllmEngine:
     """vLLM's answers. Settings are read where the config is set (managers are made there), the step's sizes at each step."""
 
-    def __init__(self, nixl_dispatch: str = "", address: str = ""):
-        import torch
+    def __init__(self, nixl_dispatch: str = "", address: str = "", device: tuple[int, int] | None = None):
+        """device: None: torch's current one."""
         from vllm.config import get_current_vllm_config
 
         config = get_current_vllm_config()
@@ -94,7 +94,7 @@ class VllmEngine:
         self.max_replicas = parallel.elastic_ep_max_dp_size if parallel.enable_elastic_ep else parallel.data_parallel_size
         self.replicas = parallel.data_parallel_size
         self.nixl_dispatch, self.address = nixl_dispatch, address
-        self.device = (2, torch.cuda.current_device()) if torch.cuda.is_available() else (1, 0)
+        self.device = device or _current_device()
 
     def capacity(self, world_size: int) -> int:
         return world_size * self.max_replicas // self.replicas
@@ -135,6 +135,12 @@ class VllmEngine:
 
         metadata = get_forward_context().dp_metadata
         return None if metadata is None else metadata.get_chunk_sizes_across_dp_rank()
+
+
+def _current_device() -> tuple[int, int]:
+    import torch
+
+    return (2, torch.cuda.current_device()) if torch.cuda.is_available() else (1, 0)
 
 
 _used: Engine | None = None

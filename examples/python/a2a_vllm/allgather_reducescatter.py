@@ -13,6 +13,10 @@ from .base import All2AllManagerBase
 from .comms import Comms, Wire
 
 
+# Bytes of the smallest row of tokens.
+LEAST_ROW = 16
+
+
 @dataclass
 class Gathered:
     """A dispatch whose combine is still to come."""
@@ -110,14 +114,16 @@ class AgRsAll2AllManager(All2AllManagerBase):
         for tensor in tensors:
             library = arrays.of(tensor)
             gathered.append(library.empty((sum(sizes), *tensor.shape[1:]), tensor.dtype, library.device_of(tensor)))
-        self._open[name, self.engine.ubatch] = self._dispatched(name, group, sizes, tensors, gathered)
+        step = self._dispatched(name, group, sizes, tensors, gathered, arrays.result_bytes(tensors[0]))
+        self._open[name, self.engine.ubatch] = step
         return gathered
 
-    def _dispatched(self, name: str, group, sizes: list[int], tensors: list[Tensor], gathered: list[Tensor]) -> Gathered:
+    def _dispatched(
+        self, name: str, group, sizes: list[int], tensors: list[Tensor], gathered: list[Tensor], combine_bytes: int,
+    ) -> Gathered:
         tokens, *extras = map(arrays.rows, tensors)
         out_tokens, *out_extras = map(arrays.rows, gathered)
         library = arrays.of(tokens)
-        combine_bytes = arrays.result_bytes(tokens)
         wire = self._of(name, group).wire(
             2 ** ceil(log2(max(*sizes, 1))),
             backend=a2a.Backend.ALLGATHER_REDUCESCATTER, num_experts=group.world_size, max_topk=1,
@@ -131,12 +137,11 @@ class AgRsAll2AllManager(All2AllManagerBase):
         return Gathered(wire, routing, sum(sizes), combine_bytes)
 
     def _sized_for(self, rows: Tensor, name: str, group, sizes: list[int]) -> Gathered:
-        """A dispatch of next to nothing, for a combine of rows that no dispatch came before, or a smaller one."""
+        """A dispatch of next to nothing, for a combine of rows that no dispatch came before, or one of smaller rows."""
         library = arrays.of(rows)
-        device = library.device_of(rows)
-        bare = [library.empty((count, arrays.row_bytes(rows) // 4), library.dtype("uint8"), device)
-                for count in (sizes[group.rank_in_group], sum(sizes))]
-        return self._dispatched(name, group, sizes, bare[:1], bare[1:])
+        own, every = (library.empty((count, LEAST_ROW), library.dtype("uint8"), library.device_of(rows))
+                      for count in (sizes[group.rank_in_group], sum(sizes)))
+        return self._dispatched(name, group, sizes, [own], [every], arrays.row_bytes(rows))
 
     def _group(self, is_sequence_parallel: bool):
         """The group of a call, and its name."""

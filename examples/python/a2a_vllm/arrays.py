@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
 from typing import Any
 
@@ -155,16 +156,13 @@ def default() -> Arrays:
 def rows(array: Tensor) -> Tensor:
     """[n] or [n, *] as the library takes rows: of two dimensions at most, each row contiguous."""
     if len(array.shape) > 2:
-        array = array.reshape(array.shape[0], -1)
+        array = array.reshape(array.shape[0], row_bytes(array) // of(array).size_of(array))
     return of(array).compact(array) if len(array.shape) == 2 else array
 
 
 def row_bytes(array: Tensor) -> int:
     """Bytes of a row of [n] or [n, *]."""
-    count = 1
-    for size in array.shape[1:]:
-        count *= size
-    return count * of(array).size_of(array)
+    return math.prod(array.shape[1:]) * of(array).size_of(array)
 
 
 def result_bytes(tokens: Tensor) -> int:

@@ -130,10 +130,9 @@ class AgRsAll2AllManager(All2AllManagerBase):
             token_dtype=a2a.Dtype.U8, max_hidden=arrays.row_bytes(tokens), combine_dtype=a2a.Dtype.BF16, combine_hidden=combine_bytes // 2,
             extra_row_bytes=tuple(map(arrays.row_bytes, extras)),
         )
-        routing = wire.routings[wire.next_slot()]
         given, taken = ([arrays.of(tensor).give(tensor) for tensor in some] for some in (extras, out_extras))
-        wire.comm.dispatch(routing, library.give(tokens), extras=given, max_tokens=max(sizes), rank_tokens=sizes,
-                           out=dict(tokens=library.give(out_tokens), extras=taken), want=())
+        routing, _ = wire.dispatch(library.give(tokens), extras=given, max_tokens=max(sizes), rank_tokens=sizes,
+                                   out=dict(tokens=library.give(out_tokens), extras=taken), want=())
         return Gathered(wire, routing, sum(sizes), combine_bytes)
 
     def _sized_for(self, rows: Tensor, name: str, group, sizes: list[int]) -> Gathered:

@@ -76,29 +76,26 @@ def dispatch(wire: Wire, x: Tensor, topk_idx: Tensor, max_tokens: int, later: bo
 
     rows: [L, R * max_tokens, H]; scales, where the comm quantises: [L, R * max_tokens, S]; counts: [L] int32. stats: [L] int64, added to.
     """
-    slot = wire.next_slot()
-    comm, routing = wire.comm, wire.routings[slot]
-    x = arrays.rows(x)
+    comm, x = wire.comm, arrays.rows(x)
     library = arrays.of(x)
-    handle = Handle(wire, routing, x.shape[0])
-    shape = (slot, max_tokens, x.shape[1], library.name_of(x))
+    shape = (wire.next_routing.slot, max_tokens, x.shape[1], library.name_of(x))
     want = ("tokens", "expert_counts") + (("scales",) if wire.quantises else ())
     out = {} if stats is None else dict(expert_stats=library.give(stats))
     given = dict(max_tokens=max_tokens)
 
     if later and shape in wire.views:
-        comm.dispatch(routing, library.give(x), library.give(topk_idx), phase=a2a.SEND, **given)
+        routing, _ = wire.dispatch(library.give(x), library.give(topk_idx), phase=a2a.SEND, **given)
 
         def hook() -> None:
             wire.views[shape].check(comm.dispatch(routing, phase=a2a.RECV, want=want, out=out))
 
     else:
-        received = comm.dispatch(routing, library.give(x), library.give(topk_idx), want=want, out=out, **given)
+        routing, received = wire.dispatch(library.give(x), library.give(topk_idx), want=want, out=out, **given)
         if shape not in wire.views:
             wire.views[shape] = Views(received, x)
         wire.views[shape].check(received)
         hook = _nothing
-    return wire.views[shape].rows, wire.views[shape].counts, handle, Event(), hook
+    return wire.views[shape].rows, wire.views[shape].counts, Handle(wire, routing, x.shape[0]), Event(), hook
 
 
 def combine(handle: Handle, x: Tensor, topk_weights: Tensor, later: bool, out: Tensor | None = None):

@@ -17,18 +17,30 @@ SLOTS = 2
 
 
 class Wire:
-    """A comm and a routing for each of its slots. Dispatch n is on slot n % SLOTS, on every rank."""
+    """A comm and a routing for each of its slots, which dispatches take in turns: the same one on every rank."""
 
     def __init__(self, comm: a2a.Comm, quantises: bool = False):
         self.comm, self.quantises = comm, quantises
         self.routings = [comm.routing(slot) for slot in range(comm.info.num_slots)]
         # What batched.py knows of where steps stand.
         self.views: dict[tuple, Any] = {}
-        self._turn = 0
+        self.turn = 0
 
-    def next_slot(self) -> int:
-        self._turn += 1
-        return (self._turn - 1) % len(self.routings)
+    @property
+    def next_routing(self) -> a2a.Routing:
+        """The next dispatch's."""
+        return self.routings[self.turn % len(self.routings)]
+
+    def dispatch(self, *arguments, **keywords) -> tuple[a2a.Routing, a2a.Received]:
+        """Comm.dispatch, but for its RECV, on the next routing. A call that is refused takes no turn."""
+        routing = self.next_routing
+        received = self.comm.dispatch(routing, *arguments, **keywords)
+        self.turn += 1
+        return routing, received
+
+    def restart(self) -> None:
+        """After ranks have agreed on who takes part: turns begin anew, as steps do."""
+        self.turn = 0
 
     def close(self) -> None:
         self.views.clear()  # they would keep the comm's memory
@@ -72,6 +84,7 @@ class Comms:
         """Collective over the ranks that are left: every comm goes on among them."""
         for wire in self:
             wire.comm.recover()
+            wire.restart()
 
     def close(self) -> None:
         """Frees all of it, without waiting for anybody. May be called again."""

@@ -99,10 +99,9 @@ class HighThroughputBuffer(Buffer):
             self.max_tokens, backend=a2a.Backend.HIGH_THROUGHPUT, layout=a2a.Layout.FLAT, num_experts=num_experts,
             max_topk=topk_idx.shape[1], max_hidden=tokens.shape[1], token_dtype=library.name_of(tokens), **scale_fields,
         )
-        routing = wire.routings[wire.next_slot()]
         want = ("tokens", "topk_ids", "topk_weights", "expert_counts") + (("scales",) if scales is not None else ())
-        received = wire.comm.dispatch(
-            routing, library.give(tokens), library.give(topk_idx), library.give(topk_weights),
+        routing, received = wire.dispatch(
+            library.give(tokens), library.give(topk_idx), library.give(topk_weights),
             scales=None if scales is None else library.give(scales), want=want, flags=a2a.DispatchFlag.HOST_COUNTS,
             max_sms=self.num_sms,
         )

@@ -135,11 +135,10 @@ class OneSidedCommunication(Communication):
         """max_tokens_per_rank: of this step, the same on all ranks; None: as many as there is room for."""
         self._next()
         wire, library = self._wire, arrays.of(hidden_states)
-        routing = wire.routings[wire.next_slot()]
         scales = {} if hidden_states_scale is None else dict(scales=library.give(arrays.rows(hidden_states_scale)))
         want = ("tokens", "topk_ids", "topk_weights", "rank_counts", *scales)
-        received = wire.comm.dispatch(
-            routing, library.give(arrays.rows(hidden_states)), library.give(topk_ids), library.give(topk_weights), **scales,
+        routing, received = wire.dispatch(
+            library.give(arrays.rows(hidden_states)), library.give(topk_ids), library.give(topk_weights), **scales,
             max_tokens=max_tokens_per_rank or 0, want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
         )
         shape = received.tokens.shape[:-1]
@@ -174,11 +173,10 @@ class TwoSidedCommunication(Communication):
             token_dtype=a2a.Dtype.U8, max_hidden=arrays.row_bytes(tokens), combine_dtype=a2a.Dtype.BF16,
             combine_hidden=arrays.result_bytes(tokens) // 2, **scale_fields,
         )
-        routing = wire.routings[wire.next_slot()]
         rows = self.comms.size * max_tokens_per_rank
         out = {name: library.empty((rows, *tensor.shape[1:]), tensor.dtype, device) for name, tensor in given.items()}
-        received = wire.comm.dispatch(
-            routing, **{name: library.give(tensor) for name, tensor in given.items()}, max_tokens=max_tokens_per_rank,
+        routing, received = wire.dispatch(
+            **{name: library.give(tensor) for name, tensor in given.items()}, max_tokens=max_tokens_per_rank,
             out={name: library.give(tensor) for name, tensor in out.items()}, want=("rank_counts",),
             flags=a2a.DispatchFlag.ZERO_PADDING,
         )

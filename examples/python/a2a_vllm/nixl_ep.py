@@ -135,7 +135,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
             self.stage_ep_size()
             ranks = list(range(self.world_size))
             if ranks != [rank for rank, there in enumerate(state.buffer.wire.comm.rank_mask()) if there]:
-                state.buffer.wire.comm.activate_ranks(ranks)
+                self._activate(ranks)
             state.active_ep_size, state.alone = self.world_size, False
             gone = list(range(self.world_size, state.connected_ep_size))
             if gone:
@@ -146,14 +146,14 @@ class NixlEPAll2AllManager(All2AllManagerBase):
     def mask_remote_ranks(self) -> Iterator[None]:
         """This rank's steps are its own alone, to warm up. No other rank that takes part begins a step meanwhile."""
         state = self._need()
-        comm = state.buffer.wire.comm
-        there = comm.rank_mask()
+        wire = state.buffer.wire
+        comm, turn, there = wire.comm, wire.turn, wire.comm.rank_mask()
         comm.set_rank_mask(rank == self.rank for rank in range(len(there)))
         state.masked = True
         try:
             yield
         finally:
-            state.masked = False
+            state.masked, wire.turn = False, turn
             comm.set_rank_mask(there)
 
     def destroy(self):
@@ -183,7 +183,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
             if self._state is None:
                 return
             state, mask = self._state, self._mask()
-            state.buffer.wire.comm.activate_ranks(rank for rank, lost in enumerate(mask) if not lost)
+            self._activate([rank for rank, lost in enumerate(mask) if not lost])
             state.watch.clean(mask)
 
     def _need(self) -> State:
@@ -226,6 +226,11 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         """To the ranks of this manager's group that are not connected yet. Collective over them and those that are."""
         state.buffer.wire.comm.connect_ranks(range(state.connected_ep_size, self.world_size))
         state.connected_ep_size = self.world_size
+
+    def _activate(self, ranks: list[int]) -> None:
+        wire = self._need().buffer.wire
+        wire.comm.activate_ranks(ranks)
+        wire.restart()
 
     def _join(self) -> None:
         """A new rank that has warmed up takes part with its first step."""

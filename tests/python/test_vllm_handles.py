@@ -2,12 +2,13 @@
 
 import gc
 
+import a2a_vllm
 import numpy as np
 import pytest
-from test_vllm_managers import BATCHED, STANDARD, engine_of, kernel_of, ranks  # noqa: F401 (a fixture)
-from vllm_ranks import (
-    COUNTS, EXPERTS, HIDDEN, TOPK, array_of, expert, layer, numpy_of, owned, tokens_of,
-)
+from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate as Delegate
+from a2a_vllm.prepare_finalize import TopKWeightAndReduceNoOP as NoOP
+from test_vllm_managers import BATCHED, KERNELS, STANDARD, engine_of, kernel_of, ranks  # noqa: F401 (a fixture)
+from vllm_ranks import COUNTS, EXPERTS, HIDDEN, TOPK, array_of, expert, layer, numpy_of, owned, tokens_of
 
 
 def given(rank, dtype="float32", ids_dtype="int64", **shape):
@@ -24,8 +25,6 @@ def raises(kind, text, function, *arguments, **keywords):
 
 
 def gathers_any_rows(rank, size, store):
-    import a2a_vllm
-
     engine, group = engine_of(rank, size, store)
     manager = a2a_vllm.AgRsAll2AllManager(group)
     assert manager.max_sms_used() is None and manager.set_num_sms(4) is None
@@ -76,8 +75,6 @@ def test_gathers_any_rows(ranks):  # noqa: F811
 
 def gathers_over_the_right_group(rank, size, store):
     """Two data-parallel replicas of two tensor-parallel ranks: inputs are the replica's, or, sequence-parallel, a rank's own."""
-    import a2a_vllm
-
     whole = a2a_vllm.StoreGroup(rank, size, store)
     replica, column = divmod(rank, 2)
     across = a2a_vllm.Group(replica, 2, a2a_vllm.StoreGroup(replica, 2, store, f"column{column}"))
@@ -107,8 +104,6 @@ def test_gathers_over_the_right_group(ranks):  # noqa: F811
 
 
 def high_throughput_speaks_deep_ep(rank, size, store):
-    import a2a_vllm
-
     engine, group = engine_of(rank, size, store)
     manager = a2a_vllm.DeepEPHTAll2AllManager(group)
     raises(ValueError, "takes an empty dict, it was given tokens", manager.get_handle, dict(tokens=1))
@@ -159,8 +154,6 @@ def test_high_throughput_speaks_deep_ep(ranks):  # noqa: F811
 
 
 def low_latency_speaks_deep_ep(rank, size, store):
-    import a2a_vllm
-
     engine, group = engine_of(rank, size, store)
     manager = a2a_vllm.DeepEPLLAll2AllManager(group)
     limits = dict(max_num_tokens_per_dp_rank=16, token_hidden_size=256, num_ep_ranks=size, num_global_experts=EXPERTS,
@@ -222,12 +215,8 @@ def test_low_latency_speaks_deep_ep(ranks):  # noqa: F811
 
 def send_waits_for_nobody(rank, size, store):
     """A dispatch and a combine whose receiving half comes later return before any peer has called."""
-    import a2a_vllm
-
     engine, group = engine_of(rank, size, store)
     manager, kernel = kernel_of("ll", group, size)
-    from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate as Delegate
-
     x, weights, ids = given(rank, "bfloat16")
     output = np.empty_like(x)
     for step in range(4):
@@ -261,8 +250,6 @@ def test_send_waits_for_nobody(ranks):  # noqa: F811
 
 
 def one_sided_grows(rank, size, store):
-    import a2a_vllm
-
     engine, group = engine_of(rank, size, store)
     manager = a2a_vllm.FlashInferNVLinkOneSidedManager(group, tcp_store_group=None)
     assert manager.get_handle({}) is manager
@@ -314,8 +301,6 @@ def test_one_sided_grows(ranks):  # noqa: F811
 
 
 def two_sided_comes_with_the_first_step(rank, size, store):
-    import a2a_vllm
-
     engine, group = engine_of(rank, size, store)
     alone = a2a_vllm.FlashInferNVLinkTwoSidedManager(a2a_vllm.StoreGroup(0, 1, store, f"alone{rank}"))
     assert alone.ensure_alltoall_workspace_initialized() is False
@@ -356,8 +341,6 @@ def two_micro_batches(rank, size, store, name):
     """Both are dispatched before either is combined."""
     engine, group = engine_of(rank, size, store)
     manager, kernel = kernel_of(name, group, size)
-    from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate as Delegate
-
     x, weights, ids = given(rank, "bfloat16", "int32")
     rows_of, mine = {}, owned(rank, size)
     for _ in range(2):
@@ -379,7 +362,7 @@ def two_micro_batches(rank, size, store, name):
     manager.destroy()
 
 
-@pytest.mark.parametrize("name", STANDARD + BATCHED)
+@pytest.mark.parametrize("name", KERNELS)
 def test_two_micro_batches(ranks, name):  # noqa: F811
     ranks.run(two_micro_batches, name)
 
@@ -387,8 +370,6 @@ def test_two_micro_batches(ranks, name):  # noqa: F811
 def weights_on_the_input(rank, size, store, name):
     engine, group = engine_of(rank, size, store)
     manager, kernel = kernel_of(name, group, size, topk=1)
-    from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate as Delegate
-
     x, weights, ids = given(rank, "bfloat16", "int32", topk=1)
     before = x.copy()
     rows, _, _, got_ids, got_weights = kernel.prepare(x, weights, ids, EXPERTS, None, True)
@@ -403,7 +384,7 @@ def weights_on_the_input(rank, size, store, name):
     manager.destroy()
 
 
-@pytest.mark.parametrize("name", STANDARD + BATCHED)
+@pytest.mark.parametrize("name", KERNELS)
 def test_weights_on_the_input(ranks, name):  # noqa: F811
     ranks.run(weights_on_the_input, name)
 
@@ -422,8 +403,6 @@ def quantised_by_the_engine(rank, size, store, name):
     def arranged(scales, given_config):
         assert given_config is config
         return scales.T.copy()
-
-    from a2a_vllm.prepare_finalize import TopKWeightAndReduceNoOP as NoOP
 
     manager, kernel = kernel_of(name, group, size, quantize=by_row, arrange_scales=arranged, **extra)
     shared = np.float32(0.5)
@@ -470,6 +449,6 @@ def properties(rank, size, store, name):
     manager.destroy()
 
 
-@pytest.mark.parametrize("name", STANDARD + BATCHED)
+@pytest.mark.parametrize("name", KERNELS)
 def test_properties(ranks, name):  # noqa: F811
     ranks.run(properties, name)

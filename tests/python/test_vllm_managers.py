@@ -1,16 +1,23 @@
 """Each manager of a2a_vllm over 4 processes, through prepare and finalize, against the plain layer of vllm_ranks.py."""
 
+import contextlib
 import importlib.util
+import os
 
+import a2a_vllm
 import numpy as np
 import pytest
-from vllm_ranks import (
-    COUNTS, EXPERTS, HIDDEN, RANKS, TOPK, Ranks, array_of, layer, library_of, numpy_of, owned, tokens_of, expert,
-)
+from a2a_vllm import StoreGroup, groups
+from a2a_vllm import prepare_finalize as kernels
+from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
+from vllm_ranks import COUNTS, EXPERTS, HIDDEN, TOPK, Ranks, array_of, expert, layer, library_of, numpy_of, owned, tokens_of
 
-LIBRARIES = ["numpy"] + (["torch"] if importlib.util.find_spec("torch") else [])
+NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed: numpy's tensors alone are tried")
+NEEDS_NIXL = pytest.mark.skipif(not os.environ.get("A2A_NIXL_LIB"), reason="A2A_NIXL_LIB names no NIXL")
 STANDARD = ["agrs", "ht", "one_sided", "two_sided"]
 BATCHED = ["ll", "nixl"]
+# All, as arguments of tests.
+KERNELS = [*STANDARD, "ll", pytest.param("nixl", marks=NEEDS_NIXL)]
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +27,22 @@ def ranks():
     made.close()
 
 
-def engine_of(rank, size, store, **fields):
-    """Names an engine whose ranks are all data-parallel."""
-    import a2a_vllm
+@contextlib.contextmanager
+def group_of(library, rank, size, store):
+    """torch's own ProcessGroup for torch."""
+    if library != "torch":
+        yield StoreGroup(rank, size, store)
+        return
+    import torch.distributed
 
-    group = a2a_vllm.StoreGroup(rank, size, store)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store.directory}/gloo", rank=rank, world_size=size)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def engine_of(rank, size, store, group=None, **fields):
+    """Names an engine whose ranks are all data-parallel."""
+    group = group or StoreGroup(rank, size, store)
     engine = a2a_vllm.Engine(a2a_vllm.Group(rank, size, group), max_num_batched_tokens=16, local_sizes=COUNTS[:size], **fields)
     a2a_vllm.use(engine)
     return engine, group
@@ -32,9 +50,6 @@ def engine_of(rank, size, store, **fields):
 
 def kernel_of(name, group, size, topk=TOPK, **arguments):
     """A manager, and what the modular kernel calls of it."""
-    import a2a_vllm
-    from a2a_vllm import prepare_finalize as kernels
-
     local = EXPERTS // size
     if name == "agrs":
         manager = a2a_vllm.AgRsAll2AllManager(group)
@@ -61,10 +76,13 @@ def kernel_of(name, group, size, topk=TOPK, **arguments):
 
 
 def one_layer(rank, size, store, name, library, dtype, ids_dtype):
-    engine, group = engine_of(rank, size, store)
-    manager, kernel = kernel_of(name, group, size)
-    from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
+    with group_of(library, rank, size, store) as group:
+        engine_of(rank, size, store, group)
+        layer_over(group, rank, size, name, library, dtype, ids_dtype)
 
+
+def layer_over(group, rank, size, name, library, dtype, ids_dtype):
+    manager, kernel = kernel_of(name, group, size)
     x, weights, ids = tokens_of(rank, COUNTS[rank])
     a1, w, i = array_of(library, x, dtype), array_of(library, weights, "float32"), array_of(library, ids, ids_dtype)
     mine = owned(rank, size)
@@ -103,8 +121,31 @@ def one_layer(rank, size, store, name, library, dtype, ids_dtype):
     manager.destroy()
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+def test_groups_of_each_kind():
+    class Stateless:
+        """As vLLM's StatelessProcessGroup is."""
+
+        rank, world_size = 1, 3
+
+        def all_gather_obj(self, value):
+            return [value] * 3
+
+    class Own(Stateless):
+        """As engine.ProcessGroup is."""
+
+        all_gather_obj = None
+        rank, size = (lambda self: 1), (lambda self: 3)
+
+        def all_gather_object(self, value):
+            return [value] * 3
+
+    for group in (Stateless(), Own()):
+        assert (groups.member(group, "rank"), groups.member(group, "size"), groups.gather(group, "x")) == (1, 3, ["x"] * 3)
+    assert groups.gather(None, "x") == ["x"]
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("torch", marks=NEEDS_TORCH)])
 @pytest.mark.parametrize("dtype, ids_dtype", [("bfloat16", "int64"), ("float16", "int32")])
-@pytest.mark.parametrize("name", STANDARD + BATCHED)
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_layer(ranks, name, library, dtype, ids_dtype):
     ranks.run(one_layer, name, library, dtype, ids_dtype)

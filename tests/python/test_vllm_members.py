@@ -3,8 +3,11 @@
 import os
 import threading
 
+import a2a
+import a2a_vllm
 import numpy as np
 import pytest
+from test_vllm_managers import NEEDS_NIXL
 from vllm_ranks import COUNTS, EXPERTS, HIDDEN, RANKS, Ranks, array_of, expert, layer, numpy_of, owned, tokens_of
 
 LOCAL = EXPERTS // RANKS
@@ -39,8 +42,6 @@ def step(buffer, rank, present, layout=RANKS):
 
 
 def manager_of(kind, rank, size, store, prefix, **fields):
-    import a2a_vllm
-
     group = a2a_vllm.StoreGroup(rank, size, store, prefix)
     a2a_vllm.use(a2a_vllm.Engine(a2a_vllm.Group(rank, size, group), max_num_batched_tokens=16, **fields))
     return getattr(a2a_vllm, kind)(group), group
@@ -110,14 +111,13 @@ def two_four_two(rank, size, store):
         manager.query_fault()
 
 
+@NEEDS_NIXL
 def test_two_four_two(ranks):
     ranks.run(two_four_two)
 
 
 def one_dies(rank, size, store, kind):
     """The last rank dies; the others see who, clean up, and go on without it."""
-    import a2a
-
     degrades = kind == "NixlEPAll2AllManager"
     manager, group = manager_of(kind, rank, size, store, "all", enable_fault_tolerance=True)
     assert manager.support_fault_tolerance
@@ -144,6 +144,6 @@ def one_dies(rank, size, store, kind):
     manager.destroy()
 
 
-@pytest.mark.parametrize("kind", ["DeepEPLLAll2AllManager", "NixlEPAll2AllManager"])
+@pytest.mark.parametrize("kind", ["DeepEPLLAll2AllManager", pytest.param("NixlEPAll2AllManager", marks=NEEDS_NIXL)])
 def test_one_dies(ranks, kind):
     ranks.run(one_dies, kind, gone=(3,))

@@ -51,9 +51,9 @@ def gather(group, value: Any) -> list:
     """Collective: every rank's value, rank ascending. Values are what JSON has."""
     if group is None:
         return [value]  # of a group of one rank
-    for name in ("all_gather_obj", "all_gather_object"):
-        if hasattr(group, name):
-            return getattr(group, name)(value)
+    own = getattr(group, "all_gather_obj", None) or getattr(group, "all_gather_object", None)
+    if own is not None:
+        return own(value)
     import torch.distributed
 
     values = [None] * member(group, "size")

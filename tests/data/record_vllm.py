@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Record what vLLM's all-to-all managers look like: python record_vllm.py WHEEL_OR_DIRECTORY OUTPUT.json
 
-Writes the signatures of the managers (names, parameters, defaults, annotations: nothing of their bodies), and of the functions and
-settings of vLLM that examples/python/a2a_vllm asks. Files are parsed with `ast`, never imported: no torch and no GPU are needed.
+Writes the signatures of the managers (names, parameters, defaults, annotations: nothing of their bodies), which arguments vLLM's
+adapters pass to what get_handle gives, and the signatures of the functions and settings that examples/python/a2a_vllm asks. Files are parsed with `ast`, never imported: no torch and no GPU are needed.
 
   pip download --no-deps --only-binary :all: vllm==0.33.0
   python tests/data/record_vllm.py vllm-0.33.0-*.whl tests/data/vllm-0.33.0.json
@@ -42,6 +42,13 @@ ASKED = {
     ],
     "vllm/v1/worker/ubatching.py": ["dbo_current_ubatch_id"],
     "vllm/config/scheduler.py": ["SchedulerConfig.max_num_batched_tokens"],
+}
+# Whose calls the handles answer: by file, what vLLM's adapters name them.
+ADAPTERS = {
+    "vllm/model_executor/layers/fused_moe/prepare_finalize/deepep_ht.py": "self.buffer",
+    "vllm/model_executor/layers/fused_moe/prepare_finalize/deepep_ll.py": "self.buffer",
+    "vllm/model_executor/layers/fused_moe/prepare_finalize/nixl_ep.py": "self.buffer",
+    "vllm/model_executor/layers/fused_moe/prepare_finalize/flashinfer_nvlink_one_sided.py": "communication",
 }
 # Private, and yet part of how handles are made.
 PRIVATE = {"__init__", "_make_all2all_kwargs"}
@@ -89,6 +96,15 @@ def asked(source, names):
     return {name: found[name] for name in names}
 
 
+def calls(source, of):
+    """By method of an object: how many arguments a file passes by position, and which by name."""
+    return {
+        node.func.attr: dict(positional=len(node.args), keywords=sorted(k.arg for k in node.keywords if k.arg))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == of
+    }
+
+
 def reader(place):
     """A function that gives a file's text, from a wheel or from the directory that it was unpacked into."""
     if place.is_dir():
@@ -107,6 +123,7 @@ def record(place):
     return dict(
         vllm=version.group(1) if version else place.name,
         managers=managers,
+        calls={file: calls(read(file), of) for file, of in ADAPTERS.items()},
         asked={file: asked(read(file), names) for file, names in ASKED.items()},
     )
 

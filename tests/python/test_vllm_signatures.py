@@ -1,12 +1,16 @@
 """The managers' signatures against vLLM 0.33.0's, which tests/data/vllm-0.33.0.json has, and what is asked of vLLM against the same."""
 
+import importlib.util
+import inspect
 import json
 import re
 import sys
 import types
 from pathlib import Path
 
+import a2a_vllm
 import pytest
+from a2a_vllm import VllmEngine, engine
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/data"))
@@ -61,6 +65,21 @@ def test_the_table_has_all_managers():
     assert len(TABLE["managers"]) == 8 and len(METHODS) == 67
 
 
+HANDLES = {
+    "deepep_ht": a2a_vllm.HighThroughputBuffer,
+    "deepep_ll": a2a_vllm.LowLatencyBuffer,
+    "nixl_ep": a2a_vllm.NixlBuffer,
+    "flashinfer_nvlink_one_sided": a2a_vllm.OneSidedCommunication,
+}
+
+
+@pytest.mark.parametrize("file, method", [(file, method) for file, methods in TABLE["calls"].items() for method in methods])
+def test_a_handle_takes_what_vllms_adapter_passes(file, method):
+    passed = TABLE["calls"][file][method]
+    call = inspect.signature(getattr(HANDLES[Path(file).stem], method))
+    call.bind("self", *range(passed["positional"]), **dict.fromkeys(passed["keywords"]))
+
+
 # ------------------------------------------------------------------------------------------------- what is asked of vLLM
 
 
@@ -106,14 +125,12 @@ def vllm(monkeypatch):
 
 
 def test_vllm_is_asked_for_what_it_has(vllm):
-    from a2a_vllm import VllmEngine
-
-    engine = VllmEngine(device=(1, 0))
+    asked = VllmEngine(device=(1, 0))
     for name in ("dp_group", "tp_group", "ep_group", "pcp_group"):
-        assert getattr(engine, name) is vllm[f"get_{name}"]
-    assert engine.enable_expert_parallel is True and engine.enable_fault_tolerance is False
-    assert engine.max_num_batched_tokens == 512 and engine.capacity(6) == 12
-    assert engine.local_sizes == [3, 4] and engine.ubatch == 1
+        assert getattr(asked, name) is vllm[f"get_{name}"]
+    assert asked.enable_expert_parallel is True and asked.enable_fault_tolerance is False
+    assert asked.max_num_batched_tokens == 512 and asked.capacity(6) == 12
+    assert asked.local_sizes == [3, 4] and asked.ubatch == 1
 
 
 def test_the_package_asks_vllm_for_nothing_else():
@@ -125,10 +142,12 @@ def test_the_package_asks_vllm_for_nothing_else():
     assert asked and asked <= known
 
 
-def test_without_vllm_an_engine_is_named():
-    import a2a_vllm.engine
-
+def test_without_vllm_an_engine_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     a2a_vllm.use(None)
-    if "vllm" not in sys.modules:
-        with pytest.raises(RuntimeError, match="vLLM is not installed.*a2a_vllm.use"):
-            a2a_vllm.engine.current()
+    with pytest.raises(RuntimeError, match="vLLM is not installed.*a2a_vllm.use"):
+        engine.current()
+    named = a2a_vllm.Engine(ep_group=a2a_vllm.Group())
+    a2a_vllm.use(named)
+    assert engine.current() is named and named.capacity(4) == 4
+    a2a_vllm.use(None)

@@ -24,8 +24,8 @@ class Gathered:
     wire: Wire
     routing: a2a.Routing
     rows: int
-    # Bytes of a row of the combine that fits.
-    combine_bytes: int
+    # Bytes of a combine's row at most.
+    result_bytes: int
 
 
 class AgRsAll2AllManager(All2AllManagerBase):
@@ -87,7 +87,7 @@ class AgRsAll2AllManager(All2AllManagerBase):
             raise ValueError(f"rank {self.rank}: combine has {hidden_states.shape[0]} rows, the group's sizes are {sizes}")
         step = self._open.pop((name, self.engine.ubatch), None)
         rows = arrays.rows(hidden_states)
-        if step is None or step.rows != rows.shape[0] or step.combine_bytes < arrays.row_bytes(rows):
+        if step is None or step.rows != rows.shape[0] or step.result_bytes < arrays.row_bytes(rows):
             step = self._sized_for(rows, name, group, sizes)
         library = arrays.of(rows)
         step.wire.comm.combine(step.routing, library.give(rows), library.give(arrays.rows(output)))
@@ -114,26 +114,27 @@ class AgRsAll2AllManager(All2AllManagerBase):
         for tensor in tensors:
             library = arrays.of(tensor)
             gathered.append(library.empty((sum(sizes), *tensor.shape[1:]), tensor.dtype, library.device_of(tensor)))
-        step = self._dispatched(name, group, sizes, tensors, gathered, arrays.result_bytes(tensors[0]))
+        step = self._dispatched(name, group, sizes, tensors, gathered)
         self._open[name, self.engine.ubatch] = step
         return gathered
 
     def _dispatched(
-        self, name: str, group, sizes: list[int], tensors: list[Tensor], gathered: list[Tensor], combine_bytes: int,
+        self, name: str, group, sizes: list[int], tensors: list[Tensor], gathered: list[Tensor],
+        result_bytes: int | None = None,
     ) -> Gathered:
         tokens, *extras = map(arrays.rows, tensors)
         out_tokens, *out_extras = map(arrays.rows, gathered)
         library = arrays.of(tokens)
+        fields = arrays.row_fields(tokens, result_bytes)
         wire = self._of(name, group).wire(
             2 ** ceil(log2(max(*sizes, 1))),
             backend=a2a.Backend.ALLGATHER_REDUCESCATTER, num_experts=group.world_size, max_topk=1,
-            token_dtype=a2a.Dtype.U8, max_hidden=arrays.row_bytes(tokens), combine_dtype=a2a.Dtype.BF16, combine_hidden=combine_bytes // 2,
-            extra_row_bytes=tuple(map(arrays.row_bytes, extras)),
+            extra_row_bytes=tuple(map(arrays.row_bytes, extras)), **fields,
         )
         given, taken = ([arrays.of(tensor).give(tensor) for tensor in some] for some in (extras, out_extras))
         routing, _ = wire.dispatch(library.give(tokens), extras=given, max_tokens=max(sizes), rank_tokens=sizes,
                                    out=dict(tokens=library.give(out_tokens), extras=taken), want=())
-        return Gathered(wire, routing, sum(sizes), combine_bytes)
+        return Gathered(wire, routing, sum(sizes), 2 * fields["combine_hidden"])
 
     def _sized_for(self, rows: Tensor, name: str, group, sizes: list[int]) -> Gathered:
         """A dispatch of next to nothing, for a combine of rows that no dispatch came before, or one of smaller rows."""

@@ -44,6 +44,10 @@ class NumpyArrays:
     def device_of(self, array: Tensor) -> Device:
         return None
 
+    def device(self, kind: int, ordinal: int) -> Device:
+        """Of DLPack's device type and an ordinal."""
+        return None
+
     def from_list(self, values: list, name: str, device: Device = None) -> Tensor:
         return self.np.asarray(values, self.dtype(name))
 
@@ -100,6 +104,9 @@ class TorchArrays:
     def device_of(self, array: Tensor) -> Device:
         return array.device
 
+    def device(self, kind: int, ordinal: int) -> Device:
+        return self.torch.device("cuda", ordinal) if kind == a2a.Device.CUDA else self.torch.device("cpu")
+
     def from_list(self, values: list, name: str, device: Device = None) -> Tensor:
         return self.torch.tensor(values, dtype=self.dtype(name), device=device)
 
@@ -149,7 +156,7 @@ def of(array: Tensor) -> Arrays:
 def default() -> Arrays:
     """The library for a result that no argument tells: torch where the engine uses it, else numpy."""
     if "torch" not in sys.modules:
-        import numpy  # noqa: F401 (so that it is among the modules)
+        importlib.import_module("numpy")
     return _arrays("torch" if "torch" in sys.modules else "numpy")
 
 
@@ -165,11 +172,13 @@ def row_bytes(array: Tensor) -> int:
     return math.prod(array.shape[1:]) * of(array).size_of(array)
 
 
-def result_bytes(tokens: Tensor) -> int:
-    """Bytes of a row of what experts make of such tokens: as many, but for 16 bits a value where tokens are quantised (uint8: two
-    values a byte)."""
+def row_fields(tokens: Tensor, result_bytes: int | None = None) -> dict:
+    """The config fields of a comm that dispatches such rows, of any type, and combines rows of `result_bytes`; None: as many as the
+    tokens have, but 16 bits a value where tokens are quantised (uint8: two values a byte)."""
     library = of(tokens)
-    return row_bytes(tokens) * (1 if library.size_of(tokens) > 1 else 4 if library.name_of(tokens) == "uint8" else 2)
+    if result_bytes is None:
+        result_bytes = row_bytes(tokens) * (1 if library.size_of(tokens) > 1 else 4 if library.name_of(tokens) == "uint8" else 2)
+    return dict(token_dtype=a2a.Dtype.U8, max_hidden=row_bytes(tokens), combine_dtype=a2a.Dtype.BF16, combine_hidden=result_bytes // 2)
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -97,7 +97,7 @@ class HighThroughputBuffer(Buffer):
         scale_fields = {} if scales is None else dict(max_scale_bytes=arrays.row_bytes(scales))
         wire = self.comms.wire(
             self.max_tokens, backend=a2a.Backend.HIGH_THROUGHPUT, layout=a2a.Layout.FLAT, num_experts=num_experts,
-            max_topk=topk_idx.shape[1], max_hidden=tokens.shape[1], token_dtype=library.name_of(tokens), **scale_fields,
+            max_topk=topk_idx.shape[1], **arrays.row_fields(tokens), **scale_fields,
         )
         want = ("tokens", "topk_ids", "topk_weights", "expert_counts") + (("scales",) if scales is not None else ())
         routing, received = wire.dispatch(
@@ -147,9 +147,13 @@ class LowLatencyBuffer(Buffer):
     def low_latency_dispatch(
         self, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int,
         cumulative_local_expert_recv_stats: Tensor | None = None, use_fp8: bool = True, round_scale: bool = False,
-        use_ue8m0: bool = False, async_finish: bool = False, return_recv_hook: bool = False,
+        use_ue8m0: bool = False, use_nvfp4: bool = False, x_global_scale: Tensor | None = None, async_finish: bool = False,
+        return_recv_hook: bool = False,
     ):
         """(rows [L, R * M, H], or (e4m3 rows, scales), counts [L] int32, handle, event, hook); hook receives if return_recv_hook."""
+        if use_nvfp4:
+            raise NotImplementedError("low_latency_dispatch makes no nvfp4: dispatch bf16 rows and quantise what is received, or rows that "
+                                      "are nvfp4 already by FlashInfer's managers or AgRsAll2AllManager")
         if num_experts != self.num_experts:
             raise ValueError(f"rank {self.comms.rank}: num_experts is {num_experts}, the buffer was made for {self.num_experts}")
         quant = batched.format_of(use_fp8, round_scale, use_ue8m0)
@@ -170,7 +174,7 @@ class LowLatencyBuffer(Buffer):
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Writes [R] int32: 0 live, 1 lost."""
-        arrays.of(mask_status).copy(mask_status, faults.as_tensor(self.comms.mask()))
+        arrays.of(mask_status).copy(mask_status, faults.as_tensor(self.comms.mask(), self.engine))
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Collective over the ranks that are left: goes on among them."""
@@ -248,10 +252,10 @@ class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
         return [int(any(mask[rank] for mask in masks)) for rank in range(self.world_size)]
 
     def query_active_mask(self) -> Tensor:
-        return faults.as_tensor(self._mask())
+        return faults.as_tensor(self._mask(), self.engine)
 
     def query_fault(self) -> Tensor:
-        return self._watch.fault(self._mask())
+        return self._watch.fault(self._mask(), self.engine)
 
     def clean_buffers(self) -> None:
         """Collective over the ranks that are left: their comms go on among them, and what was under way is void."""

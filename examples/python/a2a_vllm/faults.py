@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from . import arrays
 from .arrays import Tensor
+from .engine import Engine
 
 
 class Watch:
-    """A mask and what it was when it was last cleaned."""
+    """What a mask was when it was last cleaned."""
 
     def __init__(self):
-        self._baseline: list[int] | None = None
+        self._clean: list[int] = []
 
-    def fault(self, mask: list[int]) -> Tensor:
-        """A bool: whether the mask is another than the last clean one; before any, than one without a loss."""
-        library = arrays.default()
-        known = self._baseline if self._baseline and len(self._baseline) == len(mask) else [0] * len(mask)
-        return (as_tensor(mask) != library.from_list(known, "int32")).any()
+    def fault(self, mask: list[int], engine: Engine) -> Tensor:
+        """A bool on the engine's device: whether the mask is another than then; of a mask of another length, whether it has a loss."""
+        clean = self._clean if len(self._clean) == len(mask) else [0] * len(mask)
+        return as_tensor([int(mask != clean)], engine).any()
 
     def clean(self, mask: list[int]) -> None:
-        self._baseline = mask
+        self._clean = mask
 
 
-def as_tensor(mask: list[int]) -> Tensor:
-    return arrays.default().from_list(mask, "int32")
+def as_tensor(mask: list[int], engine: Engine) -> Tensor:
+    """[R] int32 on the engine's device."""
+    library = arrays.default()
+    return library.from_list(mask, "int32", library.device(*engine.device))

@@ -162,16 +162,15 @@ class TwoSidedCommunication(Communication):
         """max_tokens_per_rank: of this step, the same on all ranks."""
         self._next()
         library, device = arrays.of(hidden_states), arrays.of(hidden_states).device_of(hidden_states)
-        tokens, top_k = arrays.rows(hidden_states), topk_ids.shape[1]
+        tokens = arrays.rows(hidden_states)
         given = dict(tokens=tokens, topk_ids=topk_ids, topk_weights=topk_weights)
         scale_fields = {}
         if hidden_states_scale is not None:
             given["scales"] = arrays.rows(hidden_states_scale)
             scale_fields = dict(max_scale_bytes=arrays.row_bytes(given["scales"]))
         wire = self.comms.wire(
-            2 ** ceil(log2(max(max_tokens_per_rank, 1))), backend=a2a.Backend.NVLINK_TWO_SIDED, num_experts=num_experts, max_topk=top_k,
-            token_dtype=a2a.Dtype.U8, max_hidden=arrays.row_bytes(tokens), combine_dtype=a2a.Dtype.BF16,
-            combine_hidden=arrays.result_bytes(tokens) // 2, **scale_fields,
+            2 ** ceil(log2(max(max_tokens_per_rank, 1))), backend=a2a.Backend.NVLINK_TWO_SIDED, num_experts=num_experts, max_topk=topk_ids.shape[1],
+            **arrays.row_fields(tokens), **scale_fields,
         )
         rows = self.comms.size * max_tokens_per_rank
         out = {name: library.empty((rows, *tensor.shape[1:]), tensor.dtype, device) for name, tensor in given.items()}

@@ -172,10 +172,10 @@ class NixlEPAll2AllManager(All2AllManagerBase):
 
     def query_active_mask(self) -> Tensor:
         """[ranks that take part] int32: 0 is live, 1 is lost."""
-        return faults.as_tensor(self._mask())
+        return faults.as_tensor(self._mask(), self.engine)
 
     def query_fault(self) -> Tensor:
-        return self._need().watch.fault(self._mask())
+        return self._need().watch.fault(self._mask(), self.engine)
 
     def clean_buffers(self) -> None:
         """Collective over the ranks that are left: from now on they take part, and what was under way is void."""

@@ -76,25 +76,24 @@ def dispatch(wire: Wire, x: Tensor, topk_idx: Tensor, max_tokens: int, later: bo
 
     rows: [L, R * max_tokens, H]; scales, where the comm quantises: [L, R * max_tokens, S]; counts: [L] int32. stats: [L] int64, added to.
     """
-    comm, x = wire.comm, arrays.rows(x)
+    x = arrays.rows(x)
     library = arrays.of(x)
     shape = (wire.next_routing.slot, max_tokens, x.shape[1], library.name_of(x))
     want = ("tokens", "expert_counts") + (("scales",) if wire.quantises else ())
     out = {} if stats is None else dict(expert_stats=library.give(stats))
-    given = dict(max_tokens=max_tokens)
 
     if later and shape in wire.views:
-        routing, _ = wire.dispatch(library.give(x), library.give(topk_idx), phase=a2a.SEND, **given)
+        routing, _ = wire.dispatch(library.give(x), library.give(topk_idx), max_tokens=max_tokens, phase=a2a.SEND)
 
         def hook() -> None:
-            wire.views[shape].check(comm.dispatch(routing, phase=a2a.RECV, want=want, out=out))
+            wire.views[shape].check(wire.comm.dispatch_recv(routing, want=want, out=out))
 
     else:
-        routing, received = wire.dispatch(library.give(x), library.give(topk_idx), want=want, out=out, **given)
+        routing, received = wire.dispatch(library.give(x), library.give(topk_idx), max_tokens=max_tokens, want=want, out=out)
         if shape not in wire.views:
             wire.views[shape] = Views(received, x)
         wire.views[shape].check(received)
-        hook = _nothing
+        hook = nothing
     return wire.views[shape].rows, wire.views[shape].counts, Handle(wire, routing, x.shape[0]), Event(), hook
 
 
@@ -103,13 +102,16 @@ def combine(handle: Handle, x: Tensor, topk_weights: Tensor, later: bool, out: T
     library = arrays.of(x)
     if out is None:
         out = library.empty((handle.tokens, x.shape[-1]), x.dtype, library.device_of(x))
-    comm, routing = handle.wire.comm, handle.routing
-    given = dict(weights=library.give(topk_weights))
+    comm, routing, given, weights = handle.wire.comm, handle.routing, library.give(out), library.give(topk_weights)
     if not later:
-        comm.combine(routing, library.give(x), out=library.give(out), **given)
-        return out, Event(), _nothing
-    comm.combine(routing, library.give(x), phase=a2a.SEND, **given)
-    return out, Event(), lambda: comm.combine(routing, phase=a2a.RECV, out=library.give(out)) and None
+        comm.combine(routing, library.give(x), given, weights=weights)
+        return out, Event(), nothing
+    comm.combine(routing, library.give(x), weights=weights, phase=a2a.SEND)
+
+    def hook() -> None:
+        comm.combine_recv(routing, given)
+
+    return out, Event(), hook
 
 
 def combine_buffer(handle: Handle, like: Tensor | None = None) -> Tensor:
@@ -118,5 +120,5 @@ def combine_buffer(handle: Handle, like: Tensor | None = None) -> Tensor:
     return library.take(handle.wire.comm.combine_buffer(handle.routing))
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """A hook for what is done already."""

@@ -38,6 +38,12 @@ class Wire:
         self.turn += 1
         return routing, received
 
+    def lost(self, size: int) -> list[int]:
+        """Of each of the first ranks: 1 if it takes no part, is dead, or was given up on, else 0."""
+        failure = self.comm.async_error()
+        given_up = failure.lost_ranks if failure else ()
+        return [int(not there or rank in given_up) for rank, there in enumerate(self.comm.rank_mask()[:size])]
+
     def restart(self) -> None:
         """After ranks have agreed on who takes part: turns begin anew, as steps do."""
         self.turn = 0
@@ -77,8 +83,8 @@ class Comms:
 
     def mask(self) -> list[int]:
         """Of each rank: 1 if some comm has lost it, else 0."""
-        masks = [wire.comm.rank_mask() for wire in self]
-        return [int(not all(mask[rank] for mask in masks)) for rank in range(self.size)]
+        masks = [wire.lost(self.size) for wire in self]
+        return [int(any(mask[rank] for mask in masks)) for rank in range(self.size)]
 
     def recover(self) -> None:
         """Collective over the ranks that are left: every comm goes on among them."""

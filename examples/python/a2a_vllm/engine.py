@@ -27,9 +27,12 @@ class ProcessGroup(Protocol):
 class Coordinated(Protocol):
     """A group as vLLM's GroupCoordinator describes it."""
 
-    rank_in_group: int
-    world_size: int
-    cpu_group: ProcessGroup
+    @property
+    def rank_in_group(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def cpu_group(self) -> ProcessGroup | None: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Engine:
 
     ep_group: Coordinated
     # Where they are left out: the expert-parallel group is data-parallel, without tensor and context parallelism.
-    dp_group: Coordinated | None = None
+    dp_group: Coordinated = ALONE
     tp_group: Coordinated = ALONE
     pcp_group: Coordinated = ALONE
     enable_expert_parallel: bool = True
@@ -72,7 +75,8 @@ class Engine:
     address: str = ""
 
     def __post_init__(self):
-        self.dp_group = self.dp_group or self.ep_group
+        if self.dp_group is ALONE:
+            self.dp_group = self.ep_group
 
     def capacity(self, world_size: int) -> int:
         """Ranks that a group which now has `world_size` may grow to."""
@@ -143,16 +147,17 @@ def _current_device() -> tuple[int, int]:
     return (2, torch.cuda.current_device()) if torch.cuda.is_available() else (1, 0)
 
 
-_used: Engine | None = None
+AnyEngine = Engine | VllmEngine
+_used: AnyEngine | None = None
 
 
-def use(engine: Engine | None) -> None:
+def use(engine: AnyEngine | None) -> None:
     """Says whose managers this process makes from now on; None: vLLM's."""
     global _used
     _used = engine
 
 
-def current() -> Engine:
+def current() -> AnyEngine:
     """The engine of a manager that is being made."""
     if _used is not None:
         return _used

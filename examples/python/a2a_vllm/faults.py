@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import arrays
 from .arrays import Tensor
-from .engine import Engine
+from .engine import AnyEngine
 
 
 class Watch:
@@ -13,7 +13,7 @@ class Watch:
     def __init__(self):
         self._clean: list[int] = []
 
-    def fault(self, mask: list[int], engine: Engine) -> Tensor:
+    def fault(self, mask: list[int], engine: AnyEngine) -> Tensor:
         """A bool on the engine's device: whether the mask is another than then; of a mask of another length, whether it has a loss."""
         clean = self._clean if len(self._clean) == len(mask) else [0] * len(mask)
         return as_tensor([int(mask != clean)], engine).any()
@@ -22,7 +22,7 @@ class Watch:
         self._clean = mask
 
 
-def as_tensor(mask: list[int], engine: Engine) -> Tensor:
+def as_tensor(mask: list[int], engine: AnyEngine) -> Tensor:
     """[R] int32 on the engine's device."""
     library = arrays.default()
     return library.from_list(mask, "int32", library.device(*engine.device))

@@ -284,7 +284,7 @@ class FlashInferNVLinkTwoSidedManager(All2AllManagerBase):
         return self.initialized
 
     def get_communication(self) -> TwoSidedCommunication:
-        if not self.ensure_alltoall_workspace_initialized():
+        if not self.ensure_alltoall_workspace_initialized() or self.communication is None:
             raise RuntimeError("the group has one rank: there is no all-to-all workspace")
         return self.communication
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from . import batched, faults, groups
 from .arrays import Tensor
 from .base import All2AllManagerBase
 from .comms import SLOTS, Wire
-from .engine import Engine
+from .engine import AnyEngine
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Limits:
 class NixlBuffer:
     """nixl_ep.Buffer's dispatch and combine, over NIXL_ELASTIC."""
 
-    def __init__(self, wire: Wire, quant: str, engine: Engine):
+    def __init__(self, wire: Wire, quant: str, engine: AnyEngine):
         self.wire, self.quant, self.engine = wire, quant, engine
         self.rank = wire.comm.info.rank
-        # Called before each dispatch: a rank that has warmed up joins the others.
-        self.before_step = None
+        # Called before each dispatch, where a rank that has warmed up joins the others.
+        self.before_step: Callable[[], None] = batched.nothing
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, use_fp8: bool = True,
@@ -113,12 +113,13 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         stage_ep_size. kwargs: max_num_tokens_per_dp_rank, token_hidden_size, num_local_experts; later calls have the same."""
         limits = Limits(**kwargs)
         with self._lock:
-            if self._state is None:
-                NixlEPAll2AllManager._state = self._made(limits)
-            elif limits != self._state.limits:
-                raise ValueError(f"rank {self.rank}: get_handle asks for {limits}, the process's one buffer was made for {self._state.limits}")
-            self._state.buffer.before_step = self._join
-            return self._state.buffer
+            state = self._state
+            if state is None:
+                state = NixlEPAll2AllManager._state = self._made(limits)
+            elif limits != state.limits:
+                raise ValueError(f"rank {self.rank}: get_handle asks for {limits}, the process's one buffer was made for {state.limits}")
+            state.buffer.before_step = self._join
+            return state.buffer
 
     def stage_ep_size(self) -> None:
         """A group that is larger than the one connected: meets the new ranks and connects to them. Steps go on beside it."""
@@ -193,7 +194,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
 
     def _mask(self) -> list[int]:
         state = self._need()
-        return [int(not there) for there in state.buffer.wire.comm.rank_mask()[: state.active_ep_size]]
+        return state.buffer.wire.lost(state.active_ep_size)
 
     def _made(self, limits: Limits) -> State:
         """The buffer, and a place among those that are there, if any are."""

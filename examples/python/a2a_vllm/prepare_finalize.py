@@ -23,9 +23,9 @@ from typing import Any
 from . import arrays, batched
 from .allgather_reducescatter import AgRsAll2AllManager
 from .arrays import Dtype, Tensor
-from .base import All2AllManagerBase
+from .batched import nothing
 from .deepep import Dispatched, HighThroughputBuffer, LowLatencyBuffer
-from .flashinfer_nvlink import FlashInferNVLinkOneSidedManager, FlashInferNVLinkTwoSidedManager
+from .flashinfer_nvlink import FlashInferNVLinkOneSidedManager, FlashInferNVLinkTwoSidedManager, Received
 from .nixl_ep import NixlBuffer
 
 
@@ -167,19 +167,15 @@ class PrepareAndFinalize:
         hook, receive = self._send(x, sent, topk_weights, topk_ids, num_experts, later)
 
         def arranged() -> PrepareResult:
-            rows, received, *rest = receive()
+            rows, received, counts, ids, weights = receive()
             if received is not None and self._arrange_scales is not None:
                 received = self._arrange_scales(received, quant_config)
-            return rows, shared if shared is not None else received, *rest
+            return rows, shared if shared is not None else received, counts, ids, weights
 
         return hook, arranged
 
     def _quantized(self, a1: Tensor, quant_config: Any, deferred: bool) -> tuple[Tensor, Tensor | None]:
         return (a1, None) if deferred or self._quantize is None else self._quantize(a1, quant_config)
-
-
-def nothing() -> None:
-    """A hook for what is done already."""
 
 
 def sums_of(rows: Tensor, weights: Tensor, ids: Tensor, applied: bool, impl: Any) -> Tensor:
@@ -201,7 +197,7 @@ class MoEPrepareAndFinalizeNaiveDPEPModular(PrepareAndFinalize):
         self.manager, self.is_sequence_parallel = manager, is_sequence_parallel
 
     def _send(self, x, scales, weights, ids, num_experts, later):
-        received = self.manager.dispatch(x, weights, ids, self.is_sequence_parallel, None if scales is None else [scales])
+        received: tuple = self.manager.dispatch(x, weights, ids, self.is_sequence_parallel, None if scales is None else [scales])
         rows, weights, ids = received[:3]
         return nothing, lambda: (rows, None if scales is None else received[3][0], None, ids, weights)
 
@@ -269,8 +265,17 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
     def _quantized(self, a1, quant_config, deferred):
         if deferred:
             raise NotImplementedError(f"{type(self).__name__}: dispatch quantises or nobody does, defer_input_quant is for Standard rows")
-        self._after = None if self._quantize is None or self.use_fp8_dispatch else lambda rows: self._quantize(rows, quant_config)
+        quantize = self._quantize
+        self._after = None if quantize is None or self.use_fp8_dispatch else lambda rows: quantize(rows, quant_config)
         return a1, None
+
+    def _dispatch(self, x: Tensor, ids: Tensor, max_tokens: int, num_experts: int, **switches: bool) -> tuple:
+        """The buffer's dispatch."""
+        raise NotImplementedError
+
+    def _combined(self, rows: Tensor, ids: Tensor, weights: Tensor, handle: batched.Handle, **switches: Any) -> tuple:
+        """The buffer's combine."""
+        raise NotImplementedError
 
     def _physical(self, ids: Tensor) -> Tensor:
         if self.global_to_physical is None:
@@ -332,9 +337,13 @@ class NixlEPPrepareAndFinalize(BatchedPrepareAndFinalize):
 
 
 class FlashInferPrepareAndFinalize(PrepareAndFinalize):
-    """[R * max_tokens, H] rows; steps are the communication's, one for each micro-batch."""
+    """[R * max_tokens, H] rows; steps are the communication's, one for each micro-batch. A subclass has `_dispatch`."""
 
-    manager: FlashInferNVLinkOneSidedManager | FlashInferNVLinkTwoSidedManager
+    manager: Any
+
+    def _dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, **step: Any) -> Received:
+        """The communication's dispatch."""
+        raise NotImplementedError
 
     def _largest(self, own: int) -> int:
         """Tokens of the rank that has most in this step; without the engine's word all have as many."""

@@ -59,6 +59,7 @@ def gathers_any_rows(rank, size, store):
             assert summed.dtype == rows.dtype and (numpy_of(summed) == sum(values)[begin : begin + COUNTS[rank]]).all()
         output = np.empty_like(summed)
         assert manager.combine_into_output(rows, output) is output and (output == summed).all()
+    raises(NotImplementedError, "AgRsAll2AllManager has no mask of ranks", manager.query_fault)
     assert manager.allocate_combine_input((total, 8), np.float32, None) is None
     raises(ValueError, f"rank {rank}: combine has {total - 1} rows, the group's sizes are", manager.combine, rows[1:])
     raises(ValueError, f"rank {rank}: tensor 0 of dispatch has {COUNTS[rank] + 1} rows", manager.dispatch,
@@ -107,9 +108,10 @@ def high_throughput_speaks_deep_ep(rank, size, store):
     engine, group = engine_of(rank, size, store)
     manager = a2a_vllm.DeepEPHTAll2AllManager(group)
     raises(ValueError, "takes an empty dict, it was given tokens", manager.get_handle, dict(tokens=1))
+    assert manager.set_num_sms(64) == 20 and manager.max_sms_used() is None
     buffer = manager.get_handle({})
-    assert manager.get_handle({}) is buffer and manager.max_sms_used() is None
-    assert manager.set_num_sms(64) == 20 == buffer.num_sms and manager.set_num_sms(6) == 6 == buffer.num_sms
+    assert manager.get_handle({}) is buffer and buffer.num_sms == 20
+    assert manager.set_num_sms(6) == 6 == buffer.num_sms
     experts = 10  # 3, 3, 2 and 2 of them
     first = [0, 3, 6, 8, 10]
     x, weights, ids = given(rank, experts=experts)
@@ -169,7 +171,7 @@ def low_latency_speaks_deep_ep(rank, size, store):
         for step in range(4):
             stats = np.zeros(len(mine), np.int64)
             rows, counts, handle, event, hook = buffer.low_latency_dispatch(
-                x, ids, 12, EXPERTS, stats, use_fp8=False, return_recv_hook=True)
+                x, ids, 12, EXPERTS, cumulative_local_expert_recv_stats=stats, use_fp8=False, return_recv_hook=True)
             hook()
             assert rows.shape == (len(mine), 12 * size, hidden) and counts.dtype == np.int32 and (stats == counts).all()
             results = buffer.get_next_low_latency_combine_buffer(handle)
@@ -365,6 +367,24 @@ def two_micro_batches(rank, size, store, name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_two_micro_batches(ranks, name):  # noqa: F811
     ranks.run(two_micro_batches, name)
+
+
+def nobody_has_a_token(rank, size, store, name):
+    engine, group = engine_of(rank, size, store)
+    manager, kernel = kernel_of(name, group, size)
+    engine.local_sizes = [0] * size
+    x, weights, ids = given(rank, "bfloat16", "int32")
+    for _ in range(2):
+        rows, _, _, got_ids, got_weights = kernel.prepare(x[:0], weights[:0], ids[:0], EXPERTS, None, False)
+        got_ids, got_weights = (ids[:0], weights[:0]) if name in BATCHED else (got_ids, got_weights)
+        assert name in BATCHED or (got_ids == -1).all()
+        kernel.finalize(x[:0], rows, got_weights, got_ids, False, Delegate() if name in BATCHED else NoOP())
+    manager.destroy()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nobody_has_a_token(ranks, name):  # noqa: F811
+    ranks.run(nobody_has_a_token, name)
 
 
 def weights_on_the_input(rank, size, store, name):

@@ -7,7 +7,8 @@ import a2a
 import a2a_vllm
 import numpy as np
 import pytest
-from test_vllm_managers import NEEDS_NIXL
+from a2a_vllm.prepare_finalize import TopKWeightAndReduceNoOP as NoOP
+from test_vllm_managers import NEEDS_NIXL, engine_of, kernel_of
 from vllm_ranks import COUNTS, EXPERTS, HIDDEN, RANKS, Ranks, array_of, expert, layer, numpy_of, owned, tokens_of
 
 LOCAL = EXPERTS // RANKS
@@ -142,6 +143,41 @@ def one_dies(rank, size, store, kind):
     survivors = type(group)(rank, 3, store, "survivors")
     survivors.all_gather_object("served by three")
     manager.destroy()
+
+
+def one_dies_under_standard_rows(rank, size, store, name):
+    engine, group = engine_of(rank, size, store)
+    manager, kernel = kernel_of(name, group, size)
+    x, weights, ids = tokens_of(rank, COUNTS[rank])
+
+    def layer_of(present):
+        mine, there = owned(rank, size), [number for r in present for number in owned(r, size)]
+        a1 = array_of("numpy", x, "bfloat16")
+        rows, _, _, got_ids, got_weights = kernel.prepare(a1, weights, ids, EXPERTS, None, False)
+        output = np.empty_like(a1)
+        results = array_of("numpy", layer(numpy_of(rows), got_weights, got_ids, mine), "bfloat16")
+        kernel.finalize(output, results, got_weights, got_ids, False, NoOP())
+        assert (numpy_of(output) == layer(x, weights, ids, there)).all()
+
+    layer_of(range(4))
+    assert not manager.query_fault() and manager.query_active_mask().tolist() == [0] * 4
+    group.all_gather_object("served by four")
+    if rank == 3:
+        os._exit(1)
+    with pytest.raises(a2a.PeerLostError):
+        layer_of(range(4))
+    assert manager.query_fault() and manager.query_active_mask().tolist() == [0, 0, 0, 1]
+    manager.clean_buffers()
+    assert not manager.query_fault() and manager.query_active_mask().tolist() == [0, 0, 0, 1]
+    for _ in range(3):
+        layer_of(range(3))
+    type(group)(rank, 3, store, "survivors").all_gather_object("served by three")
+    manager.destroy()
+
+
+@pytest.mark.parametrize("name", ["ht", "one_sided", "two_sided"])
+def test_one_dies_under_standard_rows(ranks, name):
+    ranks.run(one_dies_under_standard_rows, name, gone=(3,))
 
 
 @pytest.mark.parametrize("kind", ["DeepEPLLAll2AllManager", pytest.param("NixlEPAll2AllManager", marks=NEEDS_NIXL)])

@@ -49,12 +49,13 @@ def test_what_it_is(wheel):
     with zipfile.ZipFile(wheel) as content:
         names = {name for name in content.namelist() if ".dist-info/" not in name}
         assert content.read("a2a/liba2a.so.0") == (ROOT / "target/release/liba2a.so").read_bytes()
-    ours = {f"a2a/{path.name}" for path in (ROOT / "examples/python/a2a").glob("*.py")}
-    assert names == ours | {"a2a/py.typed", "a2a/LICENSE", "a2a/liba2a.so.0"}
+    ours = {f"{path.parent.name}/{path.name}" for package in ("a2a", "a2a_vllm")
+            for path in (ROOT / "examples/python" / package).iterdir() if path.suffix in (".py", ".typed")}
+    assert names == ours | {"a2a/LICENSE", "a2a/liba2a.so.0"}
 
 
 def test_two_processes(python, tmp_path):
-    with run(python, "-c", "import a2a; print(bytes(a2a.UniqueId.create()).hex(), a2a.__file__)", cwd=tmp_path) as made:
+    with run(python, "-c", "import a2a, a2a_vllm.prepare_finalize; print(bytes(a2a.UniqueId.create()).hex(), a2a.__file__)", cwd=tmp_path) as made:
         group, place = made.stdout.read().split()
     assert made.returncode == 0 and str(ROOT) not in place
     processes = [run(python, "-c", RANK, str(rank), group, cwd=tmp_path) for rank in range(2)]

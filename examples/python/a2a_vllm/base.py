@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import arrays, engine, groups
+from . import arrays, engine, faults, groups
 from .arrays import Device, Dtype, Tensor
+from .comms import Comms
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class All2AllManagerBase:
         self.meeting_group = cpu_group if tcp_store_group is None else tcp_store_group
         self.internode = len(set(groups.gather(self.meeting_group, groups.host()))) > 1
         self.support_fault_tolerance = False
+        self._watch = faults.Watch()
 
     def _lacks(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{type(self).__name__} has no {what}: {self._instead}")
@@ -106,15 +108,25 @@ class All2AllManagerBase:
 
     def query_active_mask(self) -> Tensor:
         """[R] int32: 0 is live, 1 is lost."""
-        raise self._lacks("query_active_mask")
+        return faults.as_tensor(self._mask(), self.engine)
 
     def query_fault(self) -> Tensor:
         """A bool: whether the mask is another than when it was last cleaned."""
-        raise self._lacks("query_fault")
+        return self._watch.fault(self._mask(), self.engine)
 
     def clean_buffers(self) -> None:
-        """After a fault, on every rank that is left: nothing that came before is looked at any more."""
-        raise self._lacks("clean_buffers")
+        """Collective over the ranks that are left: their comms go on among them, and what was under way is void."""
+        for comms in self._used():
+            comms.recover()
+        self._watch.clean(self._mask())
+
+    def _used(self) -> list[Comms]:
+        """The comms over this manager's group, in the order in which all ranks made them."""
+        raise self._lacks("mask of ranks")
+
+    def _mask(self) -> list[int]:
+        masks = [comms.mask() for comms in self._used()]
+        return [int(any(mask[rank] for mask in masks)) for rank in range(self.world_size)]
 
     def set_num_sms(self, num_sms: int):
         """Bounds the multiprocessors of later calls, and says what is in effect; None: nothing changed."""

@@ -6,14 +6,11 @@ a step of the same shape; so the first step of a shape on a slot is received at 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import a2a
 
 from . import arrays
 from .arrays import Tensor
-from .comms import Wire
+from .comms import Handle, Wire
 
 # What dispatch makes of 16-bit rows, by name.
 QUANT = {"": a2a.Quant.NONE, "fp8": a2a.Quant.FP8_F32_SCALES, "ue8m0": a2a.Quant.FP8_UE8M0_SCALES}
@@ -39,16 +36,6 @@ class Event:
 
     def current_stream_wait(self) -> None:
         """Returns at once."""
-
-
-@dataclass(eq=False)
-class Handle:
-    """A dispatch whose combine is still to come."""
-
-    wire: Wire
-    routing: a2a.Routing
-    # Of this rank's.
-    tokens: int
 
 
 class Views:
@@ -114,10 +101,9 @@ def combine(handle: Handle, x: Tensor, topk_weights: Tensor, later: bool, out: T
     return out, Event(), hook
 
 
-def combine_buffer(handle: Handle, like: Tensor | None = None) -> Tensor:
+def combine_buffer(handle: Handle) -> Tensor:
     """[L, R * max_tokens, H]: where experts write what combine then need not copy."""
-    library = arrays.default() if like is None else arrays.of(like)
-    return library.take(handle.wire.comm.combine_buffer(handle.routing))
+    return arrays.default().take(handle.wire.comm.combine_buffer(handle.routing))
 
 
 def nothing() -> None:

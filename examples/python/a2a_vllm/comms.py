@@ -6,6 +6,7 @@ Every rank uses the same shapes in the same order, as it makes all its calls in 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import a2a
@@ -51,6 +52,16 @@ class Wire:
     def close(self) -> None:
         self.views.clear()  # they would keep the comm's memory
         self.comm.close()
+
+
+@dataclass(eq=False)
+class Handle:
+    """A dispatch whose combine is still to come."""
+
+    wire: Wire
+    routing: a2a.Routing
+    # Of this rank's.
+    tokens: int
 
 
 class Comms:

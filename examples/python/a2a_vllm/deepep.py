@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from . import arrays, batched, faults
 from .arrays import Tensor
 from .base import All2AllManagerBase, Cache
 from .batched import Event
-from .comms import Comms, Wire
+from .comms import Comms, Handle
 
 
 class Buffer:
@@ -31,15 +30,6 @@ class Buffer:
     def capture() -> Event:
         """An event after all that the current stream was given."""
         return Event()
-
-
-@dataclass(eq=False)
-class Dispatched:
-    """A dispatch of a HighThroughputBuffer whose combine is still to come."""
-
-    wire: Wire
-    routing: a2a.Routing
-    tokens: int
 
 
 class HighThroughputBuffer(Buffer):
@@ -109,10 +99,10 @@ class HighThroughputBuffer(Buffer):
         rows = rows if scales is None else (rows, library.take(received.scales))
         ids, weights = library.take(received.topk_ids), library.take(received.topk_weights)
         counts = library.take(received.expert_counts).tolist()
-        return rows, ids, weights, counts, Dispatched(wire, routing, tokens.shape[0])
+        return rows, ids, weights, counts, Handle(wire, routing, tokens.shape[0])
 
     def combine(
-        self, x: Tensor, handle: Dispatched, topk_weights: Tensor | None = None, config: Any = None, previous_event: Any = None,
+        self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None, config: Any = None, previous_event: Any = None,
         async_finish: bool = False, allocate_on_comm_stream: bool = False,
     ):
         """(sums [T, H] of the ranks' rows, None, event)."""
@@ -121,7 +111,7 @@ class HighThroughputBuffer(Buffer):
                              "of liba2a itself)")
         return self.combine_into(x, handle), None, Event()
 
-    def combine_into(self, x: Tensor, handle: Dispatched, out: Tensor | None = None) -> Tensor:
+    def combine_into(self, x: Tensor, handle: Handle, out: Tensor | None = None) -> Tensor:
         """Sums [T, H], in `out` if it is given."""
         library = arrays.of(x)
         if out is None:
@@ -145,7 +135,7 @@ class LowLatencyBuffer(Buffer):
         )
 
     def low_latency_dispatch(
-        self, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int,
+        self, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, *,
         cumulative_local_expert_recv_stats: Tensor | None = None, use_fp8: bool = True, round_scale: bool = False,
         use_ue8m0: bool = False, use_nvfp4: bool = False, x_global_scale: Tensor | None = None, async_finish: bool = False,
         return_recv_hook: bool = False,
@@ -161,14 +151,14 @@ class LowLatencyBuffer(Buffer):
         return batched.dispatch(wire, x, topk_idx, num_max_dispatch_tokens_per_rank, return_recv_hook, cumulative_local_expert_recv_stats)
 
     def low_latency_combine(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: batched.Handle, zero_copy: bool = False,
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Handle, *, zero_copy: bool = False,
         async_finish: bool = False, return_recv_hook: bool = False, out: Tensor | None = None,
     ):
-        """(out [T, H], event, hook). topk_idx is what dispatch had: where rows went is in the handle. With zero_copy x is
-        get_next_low_latency_combine_buffer's; whether it is is seen, and nothing else follows from the switch."""
+        """(out [T, H], event, hook). topk_idx is what dispatch had: where rows went is in the handle. zero_copy says that x is
+        get_next_low_latency_combine_buffer's, which is seen without it."""
         return batched.combine(handle, x, topk_weights, return_recv_hook, out)
 
-    def get_next_low_latency_combine_buffer(self, handle: batched.Handle) -> Tensor:
+    def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
         """[L, R * M, H]: where experts write what combine then need not copy."""
         return batched.combine_buffer(handle)
 
@@ -192,6 +182,9 @@ class DeepEPAll2AllManagerBase(All2AllManagerBase):
     def _comms(self) -> Comms:
         return Comms(self.meeting_group, self.rank, self.world_size, self.engine)
 
+    def _used(self) -> list[Comms]:
+        return [handle.comms for handle in self.handle_cache.handles()]
+
     def destroy(self):
         for handle in self.handle_cache.handles():
             handle.destroy()
@@ -201,6 +194,9 @@ class DeepEPAll2AllManagerBase(All2AllManagerBase):
 class DeepEPHTAll2AllManager(DeepEPAll2AllManagerBase):
     """Rows without gaps, for large steps."""
 
+    # Of multiprocessors; 0: the library's choice.
+    _bound = 0
+
     def _make_all2all_kwargs(self) -> dict[Any, Any]:
         return dict(max_tokens=self.engine.max_num_batched_tokens)
 
@@ -208,14 +204,16 @@ class DeepEPHTAll2AllManager(DeepEPAll2AllManagerBase):
         """A HighThroughputBuffer, one for the whole model. kwargs is empty."""
         if kwargs:
             raise ValueError(f"DeepEPHTAll2AllManager.get_handle takes an empty dict, it was given {', '.join(kwargs)}")
-        return self.handle_cache.get_or_create(self._make_all2all_kwargs(), partial(HighThroughputBuffer, self._comms()))
+        handle = self.handle_cache.get_or_create(self._make_all2all_kwargs(), partial(HighThroughputBuffer, self._comms()))
+        handle.num_sms = self._bound
+        return handle
 
     def set_num_sms(self, num_sms: int):
-        """Bounds later calls on this manager's handles: to at most 20, as they are made. Returns what is in effect."""
-        effective = min(num_sms, self.num_sms)
+        """Bounds later calls on this manager's handle: to 20 at most, as in vLLM. Returns what is in effect."""
+        self._bound = min(num_sms, self.num_sms)
         for handle in self.handle_cache.handles():
-            handle.num_sms = effective
-        return effective
+            handle.num_sms = self._bound
+        return self._bound
 
 
 class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
@@ -224,7 +222,6 @@ class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
     def __init__(self, cpu_group, tcp_store_group=None):
         super().__init__(cpu_group, tcp_store_group)
         self.support_fault_tolerance = self.engine.enable_fault_tolerance
-        self._watch = faults.Watch()
 
     def _make_all2all_kwargs(
         self,
@@ -246,19 +243,3 @@ class DeepEPLLAll2AllManager(DeepEPAll2AllManagerBase):
 
     def max_sms_used(self) -> int | None:
         return 0
-
-    def _mask(self) -> list[int]:
-        masks = [handle.comms.mask() for handle in self.handle_cache.handles()]
-        return [int(any(mask[rank] for mask in masks)) for rank in range(self.world_size)]
-
-    def query_active_mask(self) -> Tensor:
-        return faults.as_tensor(self._mask(), self.engine)
-
-    def query_fault(self) -> Tensor:
-        return self._watch.fault(self._mask(), self.engine)
-
-    def clean_buffers(self) -> None:
-        """Collective over the ranks that are left: their comms go on among them, and what was under way is void."""
-        for handle in self.handle_cache.handles():
-            handle.comms.recover()
-        self._watch.clean(self._mask())

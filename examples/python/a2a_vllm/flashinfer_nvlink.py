@@ -101,8 +101,12 @@ class Communication:
         if output is None:
             output = library.empty((step.like.shape[0], expert_output.shape[-1]), expert_output.dtype, library.device_of(expert_output))
         rows = expert_output.reshape(*step.shape, expert_output.shape[-1])
-        step.wire.comm.combine(step.routing, library.give(rows), library.give(output))
         del self._open[self._engine.ubatch]
+        try:
+            step.wire.comm.combine(step.routing, library.give(rows), library.give(output))
+        except a2a.CallError:  # nothing happened
+            self._open[self._engine.ubatch] = step
+            raise
         return output
 
     def destroy(self) -> None:
@@ -139,7 +143,7 @@ class OneSidedCommunication(Communication):
         want = ("tokens", "topk_ids", "topk_weights", "rank_counts", *scales)
         routing, received = wire.dispatch(
             library.give(arrays.rows(hidden_states)), library.give(topk_ids), library.give(topk_weights), **scales,
-            max_tokens=max_tokens_per_rank or 0, want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
+            max_tokens=self.capacity.max_tokens if max_tokens_per_rank is None else max(max_tokens_per_rank, 1), want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
         )
         shape = received.tokens.shape[:-1]
         self._open[self._engine.ubatch] = Step(wire, routing, shape, hidden_states)
@@ -161,6 +165,7 @@ class TwoSidedCommunication(Communication):
     ) -> Received:
         """max_tokens_per_rank: of this step, the same on all ranks."""
         self._next()
+        bound = max(max_tokens_per_rank, 1)
         library, device = arrays.of(hidden_states), arrays.of(hidden_states).device_of(hidden_states)
         tokens = arrays.rows(hidden_states)
         given = dict(tokens=tokens, topk_ids=topk_ids, topk_weights=topk_weights)
@@ -169,13 +174,13 @@ class TwoSidedCommunication(Communication):
             given["scales"] = arrays.rows(hidden_states_scale)
             scale_fields = dict(max_scale_bytes=arrays.row_bytes(given["scales"]))
         wire = self.comms.wire(
-            2 ** ceil(log2(max(max_tokens_per_rank, 1))), backend=a2a.Backend.NVLINK_TWO_SIDED, num_experts=num_experts, max_topk=topk_ids.shape[1],
+            2 ** ceil(log2(bound)), backend=a2a.Backend.NVLINK_TWO_SIDED, num_experts=num_experts, max_topk=topk_ids.shape[1],
             **arrays.row_fields(tokens), **scale_fields,
         )
-        rows = self.comms.size * max_tokens_per_rank
+        rows = self.comms.size * bound
         out = {name: library.empty((rows, *tensor.shape[1:]), tensor.dtype, device) for name, tensor in given.items()}
         routing, received = wire.dispatch(
-            **{name: library.give(tensor) for name, tensor in given.items()}, max_tokens=max_tokens_per_rank,
+            **{name: library.give(tensor) for name, tensor in given.items()}, max_tokens=bound,
             out={name: library.give(tensor) for name, tensor in out.items()}, want=("rank_counts",),
             flags=a2a.DispatchFlag.ZERO_PADDING,
         )
@@ -183,13 +188,38 @@ class TwoSidedCommunication(Communication):
         return Received(out["tokens"], out.get("scales"), out["topk_ids"], out["topk_weights"], library.take(received.rank_counts))
 
 
-class FlashInferNVLinkOneSidedManager(All2AllManagerBase):
-    """One communication for all layers, with room for the largest of each thing that they asked for."""
+class FlashInferManager(All2AllManagerBase):
+    """What both managers have: a communication, once it is initialized."""
+
+    communication: Communication | None = None
 
     def __init__(self, cpu_group, tcp_store_group=None):
         super().__init__(cpu_group, tcp_store_group)
         self.initialized = False
-        self.communication: OneSidedCommunication | None = None
+
+    def get_handle(self, kwargs):
+        return self
+
+    def cleanup(self):
+        """Frees the communication. initialize makes another."""
+        if self.communication is not None:
+            self.communication.destroy()
+        self.communication, self.initialized = None, False
+
+    def destroy(self):
+        self.cleanup()
+
+    def _used(self) -> list[Comms]:
+        return [] if self.communication is None else [self.communication.comms]
+
+
+class FlashInferNVLinkOneSidedManager(FlashInferManager):
+    """One communication for all layers, with room for the largest of each thing that they asked for."""
+
+    communication: OneSidedCommunication | None
+
+    def __init__(self, cpu_group, tcp_store_group=None):
+        super().__init__(cpu_group, tcp_store_group)
         self.top_k = self.num_experts = 0
         # What checkpoint_prepare took away.
         self._to_restore: Capacity | None = None
@@ -226,18 +256,6 @@ class FlashInferNVLinkOneSidedManager(All2AllManagerBase):
             raise RuntimeError(f"rank {self.rank}: there is no communication: initialize has not been called, or cleanup has")
         return self.communication
 
-    def get_handle(self, kwargs):
-        return self
-
-    def cleanup(self):
-        """Frees the communication. initialize makes another."""
-        if self.communication is not None:
-            self.communication.destroy()
-        self.communication, self.initialized = None, False
-
-    def destroy(self):
-        self.cleanup()
-
     def checkpoint_prepare(self) -> None:
         """Frees all memory until checkpoint_restore."""
         if self.communication is not None:
@@ -255,13 +273,10 @@ NVLinkOneSidedAlltoAll = OneSidedCommunication
 QuantFormat = Any
 
 
-class FlashInferNVLinkTwoSidedManager(All2AllManagerBase):
+class FlashInferNVLinkTwoSidedManager(FlashInferManager):
     """Memory is taken by the first dispatch of a shape, of which initialize knows nothing yet."""
 
-    def __init__(self, cpu_group, tcp_store_group=None):
-        super().__init__(cpu_group, tcp_store_group)
-        self.initialized = False
-        self.communication: TwoSidedCommunication | None = None
+    communication: TwoSidedCommunication | None
 
     def initialize(
         self,
@@ -287,15 +302,3 @@ class FlashInferNVLinkTwoSidedManager(All2AllManagerBase):
         if not self.ensure_alltoall_workspace_initialized() or self.communication is None:
             raise RuntimeError("the group has one rank: there is no all-to-all workspace")
         return self.communication
-
-    def get_handle(self, kwargs):
-        return self
-
-    def cleanup(self):
-        """Frees the communication. initialize makes another."""
-        if self.communication is not None:
-            self.communication.destroy()
-        self.communication, self.initialized = None, False
-
-    def destroy(self):
-        self.cleanup()

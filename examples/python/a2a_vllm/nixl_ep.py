@@ -17,14 +17,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import a2a
 
 from . import batched, faults, groups
 from .arrays import Tensor
 from .base import All2AllManagerBase
-from .comms import SLOTS, Wire
+from .comms import SLOTS, Handle, Wire
 from .engine import AnyEngine
 
 
@@ -47,7 +47,7 @@ class NixlBuffer:
         self.before_step: Callable[[], None] = batched.nothing
 
     def dispatch(
-        self, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, use_fp8: bool = True,
+        self, x: Tensor, topk_idx: Tensor, num_max_dispatch_tokens_per_rank: int, num_experts: int, *, use_fp8: bool = True,
         round_scale: bool = False, use_ue8m0: bool = False, async_finish: bool = False, return_recv_hook: bool = False,
     ):
         """(rows [L, max ranks * M, H], or (e4m3 rows, scales), counts [L] int32, handle, event, hook); hook receives if return_recv_hook."""
@@ -61,13 +61,13 @@ class NixlBuffer:
         return batched.dispatch(self.wire, x, topk_idx, num_max_dispatch_tokens_per_rank, return_recv_hook)
 
     def combine(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: batched.Handle, zero_copy: bool = False,
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Handle, *, zero_copy: bool = False,
         async_finish: bool = False, return_recv_hook: bool = False, out: Tensor | None = None,
     ):
         """(out [T, H], event, hook). topk_idx is what dispatch had: where rows went is in the handle."""
         return batched.combine(handle, x, topk_weights, return_recv_hook, out)
 
-    def get_next_combine_buffer(self, handle: batched.Handle) -> Tensor:
+    def get_next_combine_buffer(self, handle: Handle) -> Tensor:
         """[L, max ranks * M, H]: where experts write what combine then need not copy."""
         return batched.combine_buffer(handle)
 
@@ -86,7 +86,6 @@ class State:
     # A new rank's, until it joins.
     alone: bool
     masked: bool = False
-    watch: faults.Watch = field(default_factory=faults.Watch)
 
 
 class NixlEPAll2AllManager(All2AllManagerBase):
@@ -96,10 +95,12 @@ class NixlEPAll2AllManager(All2AllManagerBase):
     _lock = threading.RLock()
     # Managers that have not been destroyed: the last one frees the buffer.
     _managers = 0
+    _process_watch = faults.Watch()
 
     def __init__(self, cpu_group, tcp_store_group=None):
         super().__init__(cpu_group, tcp_store_group)
         self.support_fault_tolerance = True
+        self._watch = self._process_watch
         self._destroyed = False
         with self._lock:
             NixlEPAll2AllManager._managers += 1
@@ -167,25 +168,20 @@ class NixlEPAll2AllManager(All2AllManagerBase):
             if self._managers == 0 and self._state is not None:
                 self._state.buffer.wire.close()
                 NixlEPAll2AllManager._state = None
+                self._watch.clean([])
 
     def max_sms_used(self) -> int | None:
         return 0
 
-    def query_active_mask(self) -> Tensor:
-        """[ranks that take part] int32: 0 is live, 1 is lost."""
-        return faults.as_tensor(self._mask(), self.engine)
-
-    def query_fault(self) -> Tensor:
-        return self._need().watch.fault(self._mask(), self.engine)
 
     def clean_buffers(self) -> None:
         """Collective over the ranks that are left: from now on they take part, and what was under way is void."""
         with self._lock:
             if self._state is None:
                 return
-            state, mask = self._state, self._mask()
+            mask = self._mask()
             self._activate([rank for rank, lost in enumerate(mask) if not lost])
-            state.watch.clean(mask)
+            self._watch.clean(mask)
 
     def _need(self) -> State:
         if self._state is None:
@@ -193,6 +189,7 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         return self._state
 
     def _mask(self) -> list[int]:
+        """Of the ranks that take part."""
         state = self._need()
         return state.buffer.wire.lost(state.active_ep_size)
 

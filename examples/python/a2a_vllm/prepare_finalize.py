@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from . import arrays, batched
+from . import arrays
 from .allgather_reducescatter import AgRsAll2AllManager
 from .arrays import Dtype, Tensor
 from .batched import nothing
-from .deepep import Dispatched, HighThroughputBuffer, LowLatencyBuffer
+from .comms import Handle
+from .deepep import HighThroughputBuffer, LowLatencyBuffer
 from .flashinfer_nvlink import FlashInferNVLinkOneSidedManager, FlashInferNVLinkTwoSidedManager, Received
 from .nixl_ep import NixlBuffer
 
@@ -216,7 +217,7 @@ class DeepEPHTPrepareAndFinalize(PrepareAndFinalize):
         super().__init__(num_dispatchers, **quantisation)
         self.buffer, self.dp_size, self.rank_expert_offset = buffer, dp_size, rank_expert_offset
         # By micro-batch: dispatches whose combine is still to come.
-        self.handles: dict[int, Dispatched] = {}
+        self.handles: dict[int, Handle] = {}
 
     def _send(self, x, scales, weights, ids, num_experts, later):
         library = arrays.of(x)
@@ -253,7 +254,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         # Packed scales that are powers of two.
         self.use_ue8m0_dispatch = False
         # By micro-batch: dispatches whose combine is still to come.
-        self.handles: dict[int, batched.Handle] = {}
+        self.handles: dict[int, Handle] = {}
 
     def post_init_setup(self, fused_experts: Any) -> None:
         """Packed scales for experts that take them."""
@@ -273,7 +274,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         """The buffer's dispatch."""
         raise NotImplementedError
 
-    def _combined(self, rows: Tensor, ids: Tensor, weights: Tensor, handle: batched.Handle, **switches: Any) -> tuple:
+    def _combined(self, rows: Tensor, ids: Tensor, weights: Tensor, handle: Handle, **switches: Any) -> tuple:
         """The buffer's combine."""
         raise NotImplementedError
 

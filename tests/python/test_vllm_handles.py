@@ -447,6 +447,53 @@ def test_quantised_by_the_engine(ranks, name):  # noqa: F811
     ranks.run(quantised_by_the_engine, name)
 
 
+def batched_rows_as_experts_want_them(rank, size, store, name, way):
+    """Experts that are somewhere else than their number says; rows quantised on the way, or after; packed scales."""
+    engine, group = engine_of(rank, size, store, nixl_dispatch={"fp8": "fp8", "packed": "ue8m0"}.get(way, ""))
+    placed = np.array([3, 0, 6, 1, 7, 4, 2, 5])  # where expert 0, 1, ... is
+    logical = np.argsort(placed)
+
+    def after(rows, config):
+        assert config == "config"
+        return rows, "scales"
+
+    more = dict(quantize=after) if way == "after" else dict(use_fp8_dispatch=way != "as they are")
+    manager, kernel = kernel_of(name, group, size, global_to_physical=placed, **more)
+
+    class PackedExperts:
+        def supports_packed_ue8m0_act_scales(self):
+            return way == "packed"
+
+    kernel.post_init_setup(PackedExperts())
+    x, weights, ids = given(rank, "bfloat16")
+    rows, scales, meta, _, _ = kernel.prepare(x, weights, ids, EXPERTS, None, False, "config")
+    assert (scales == "scales") if way == "after" else (scales is None) == (way == "as they are")
+    if way in ("fp8", "packed"):
+        assert rows.dtype.name == "float8_e4m3fn" and scales.dtype == (np.int32 if way == "packed" else np.float32)
+    results = np.full(rows.shape, np.nan, np.float32)
+    for local, physical in enumerate(owned(rank, size)):
+        number, count = logical[physical], meta.expert_num_tokens[local]
+        came = [sx[t] for sx, _, si in (tokens_of(r, COUNTS[r]) for r in range(size)) for t in range(len(sx)) if number in si[t]]
+        assert count == len(came)
+        results[local, :count] = expert(number, np.array(came).reshape(-1, HIDDEN))
+    output = np.empty_like(x)
+    kernel.finalize(output, array_of("numpy", results, "bfloat16"), weights, ids, False, Delegate())
+    assert (numpy_of(output) == layer(numpy_of(x), weights, ids)).all()
+    if name == "nixl":
+        other = "ue8m0" if way == "fp8" else "fp8"
+        raises(ValueError, "the buffer was made for .*: the engine's nixl_dispatch says which", kernel.buffer.dispatch, x, ids, 16, EXPERTS,
+               use_fp8=True, round_scale=other == "ue8m0", use_ue8m0=other == "ue8m0")
+        raises(ValueError, "num_experts is 9, the buffer was made for 8", kernel.buffer.dispatch, x, ids, 16, 9,
+               use_fp8=way in ("fp8", "packed"), round_scale=way == "packed", use_ue8m0=way == "packed")
+    manager.destroy()
+
+
+@pytest.mark.parametrize("way", ["as they are", "fp8", "packed", "after"])
+@pytest.mark.parametrize("name", [kernel for kernel in KERNELS if kernel not in STANDARD])
+def test_batched_rows_as_experts_want_them(ranks, name, way):  # noqa: F811
+    ranks.run(batched_rows_as_experts_want_them, name, way)
+
+
 def properties(rank, size, store, name):
     """As the contract's table has them."""
     engine, group = engine_of(rank, size, store)

@@ -15,3 +15,10 @@ from .flashinfer_nvlink import (
 )
 from .groups import StoreGroup
 from .nixl_ep import NixlBuffer, NixlEPAll2AllManager
+
+__all__ = [
+    "AgRsAll2AllManager", "All2AllManagerBase", "DeepEPAll2AllManagerBase", "DeepEPHTAll2AllManager",
+    "DeepEPLLAll2AllManager", "Engine", "FlashInferNVLinkOneSidedManager", "FlashInferNVLinkTwoSidedManager", "Group",
+    "HighThroughputBuffer", "LowLatencyBuffer", "NixlBuffer", "NixlEPAll2AllManager", "OneSidedCommunication", "StoreGroup",
+    "TwoSidedCommunication", "VllmEngine", "use",
+]

@@ -12,7 +12,6 @@ from .arrays import Tensor
 from .base import All2AllManagerBase
 from .comms import Comms, Wire
 
-
 # Bytes of the smallest row of tokens.
 LEAST_ROW = 16
 
@@ -68,11 +67,9 @@ class AgRsAll2AllManager(All2AllManagerBase):
         return hidden_states, topk_weights, topk_ids, extras
 
     def combine(self, hidden_states: Tensor, is_sequence_parallel: bool = False) -> Tensor:
-        name, group = self._group(is_sequence_parallel)
+        _, group = self._group(is_sequence_parallel)
         own = self._sizes(group, hidden_states.shape[0] // group.world_size)[group.rank_in_group]
-        library = arrays.of(hidden_states)
-        shape = (own, *hidden_states.shape[1:])
-        output = library.empty(shape, hidden_states.dtype, library.device_of(hidden_states))
+        output = arrays.empty((own, *hidden_states.shape[1:]), hidden_states)
         return self.combine_into_output(hidden_states, output, is_sequence_parallel)
 
     def combine_into_output(
@@ -89,8 +86,7 @@ class AgRsAll2AllManager(All2AllManagerBase):
         rows = arrays.rows(hidden_states)
         if step is None or step.rows != rows.shape[0] or step.result_bytes < arrays.row_bytes(rows):
             step = self._sized_for(rows, name, group, sizes)
-        library = arrays.of(rows)
-        step.wire.comm.combine(step.routing, library.give(rows), library.give(arrays.rows(output)))
+        step.wire.comm.combine(step.routing, rows, arrays.rows(output))
         return output
 
     def destroy(self):
@@ -110,12 +106,8 @@ class AgRsAll2AllManager(All2AllManagerBase):
         if len(tensors) - 1 > a2a.MAX_EXTRAS:
             raise ValueError(f"rank {self.rank}: dispatch has {len(tensors) - 1} tensors beside hidden_states, "
                              f"the limit is {a2a.MAX_EXTRAS}")
-        gathered = []
-        for tensor in tensors:
-            library = arrays.of(tensor)
-            gathered.append(library.empty((sum(sizes), *tensor.shape[1:]), tensor.dtype, library.device_of(tensor)))
-        step = self._dispatched(name, group, sizes, tensors, gathered)
-        self._open[name, self.engine.ubatch] = step
+        gathered = [arrays.empty((sum(sizes), *tensor.shape[1:]), tensor) for tensor in tensors]
+        self._open[name, self.engine.ubatch] = self._dispatched(name, group, sizes, tensors, gathered)
         return gathered
 
     def _dispatched(
@@ -124,16 +116,14 @@ class AgRsAll2AllManager(All2AllManagerBase):
     ) -> Gathered:
         tokens, *extras = map(arrays.rows, tensors)
         out_tokens, *out_extras = map(arrays.rows, gathered)
-        library = arrays.of(tokens)
         fields = arrays.row_fields(tokens, result_bytes)
         wire = self._of(name, group).wire(
             2 ** ceil(log2(max(*sizes, 1))),
             backend=a2a.Backend.ALLGATHER_REDUCESCATTER, num_experts=group.world_size, max_topk=1,
             extra_row_bytes=tuple(map(arrays.row_bytes, extras)), **fields,
         )
-        given, taken = ([arrays.of(tensor).give(tensor) for tensor in some] for some in (extras, out_extras))
-        routing, _ = wire.dispatch(library.give(tokens), extras=given, max_tokens=max(sizes), rank_tokens=sizes,
-                                   out=dict(tokens=library.give(out_tokens), extras=taken), want=())
+        routing, _ = wire.dispatch(tokens, extras=extras, max_tokens=max(sizes), rank_tokens=sizes,
+                                   out=dict(tokens=out_tokens, extras=out_extras), want=())
         return Gathered(wire, routing, sum(sizes), 2 * fields["combine_hidden"])
 
     def _sized_for(self, rows: Tensor, name: str, group, sizes: list[int]) -> Gathered:

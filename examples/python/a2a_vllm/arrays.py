@@ -13,8 +13,8 @@ from typing import Any
 
 import a2a
 
-# Element types that numpy has from ml_dtypes, if at all, and what they go in and out of DLPack as.
-AS_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+# Element types that numpy has from ml_dtypes, if at all.
+OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn")
 # A tensor, a dtype and a device of the caller's library.
 Tensor = Any
 Dtype = Any
@@ -28,7 +28,7 @@ class NumpyArrays:
         self.np = module
 
     def dtype(self, name: str) -> Dtype:
-        if name in AS_BITS:
+        if name in OF_ML_DTYPES:
             return self.np.dtype(getattr(importlib.import_module("ml_dtypes"), name))
         return self.np.dtype(name)
 
@@ -54,18 +54,15 @@ class NumpyArrays:
     def arange(self, n: int, device: Device = None) -> Tensor:
         return self.np.arange(n)
 
-    def give(self, array: Tensor) -> Tensor | a2a.Tensor:
-        """The array as the library takes it."""
-        name = self.name_of(array)
-        return a2a.as_tensor(array.view(AS_BITS[name]), name) if name in AS_BITS else array
-
     def take(self, tensor: a2a.Tensor) -> Tensor:
         """The library's memory as an array."""
-        name = tensor.dtype.name
-        return self.np.from_dlpack(tensor.view(AS_BITS.get(name, name))).view(self.dtype(name))
+        return tensor.numpy() if self.np.__name__ == "numpy" else self.np.from_dlpack(tensor)
 
     def cast(self, array: Tensor, name: str) -> Tensor:
         return array.astype(self.dtype(name), copy=False)
+
+    def ones_like(self, array: Tensor) -> Tensor:
+        return self.np.ones_like(array)
 
     def where(self, condition: Tensor, then: Tensor, otherwise: Any) -> Tensor:
         return self.np.where(condition, then, then.dtype.type(otherwise))
@@ -113,14 +110,14 @@ class TorchArrays:
     def arange(self, n: int, device: Device = None) -> Tensor:
         return self.torch.arange(n, device=device)
 
-    def give(self, array: Tensor) -> Tensor:
-        return array
-
     def take(self, tensor: a2a.Tensor) -> Tensor:
         return self.torch.from_dlpack(tensor)
 
     def cast(self, array: Tensor, name: str) -> Tensor:
         return array.to(self.dtype(name))
+
+    def ones_like(self, array: Tensor) -> Tensor:
+        return self.torch.ones_like(array)
 
     def where(self, condition: Tensor, then: Tensor, otherwise: Any) -> Tensor:
         return self.torch.where(condition, then, otherwise)
@@ -158,6 +155,12 @@ def default() -> Arrays:
     if "torch" not in sys.modules:
         importlib.import_module("numpy")
     return _arrays("torch" if "torch" in sys.modules else "numpy")
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory of one's own, of the library, type and device of another."""
+    library = of(like)
+    return library.empty(shape, like.dtype, library.device_of(like))
 
 
 def rows(array: Tensor) -> Tensor:

@@ -64,19 +64,18 @@ def dispatch(wire: Wire, x: Tensor, topk_idx: Tensor, max_tokens: int, later: bo
     rows: [L, R * max_tokens, H]; scales, where the comm quantises: [L, R * max_tokens, S]; counts: [L] int32. stats: [L] int64, added to.
     """
     x = arrays.rows(x)
-    library = arrays.of(x)
-    shape = (wire.next_routing.slot, max_tokens, x.shape[1], library.name_of(x))
+    shape = (wire.next_routing.slot, max_tokens, x.shape[1], arrays.of(x).name_of(x))
     want = ("tokens", "expert_counts") + (("scales",) if wire.quantises else ())
-    out = {} if stats is None else dict(expert_stats=library.give(stats))
+    out = {} if stats is None else dict(expert_stats=stats)
 
     if later and shape in wire.views:
-        routing, _ = wire.dispatch(library.give(x), library.give(topk_idx), max_tokens=max_tokens, phase=a2a.SEND)
+        routing, _ = wire.dispatch(x, topk_idx, max_tokens=max_tokens, phase=a2a.SEND)
 
         def hook() -> None:
             wire.views[shape].check(wire.comm.dispatch_recv(routing, want=want, out=out))
 
     else:
-        routing, received = wire.dispatch(library.give(x), library.give(topk_idx), max_tokens=max_tokens, want=want, out=out)
+        routing, received = wire.dispatch(x, topk_idx, max_tokens=max_tokens, want=want, out=out)
         if shape not in wire.views:
             wire.views[shape] = Views(received, x)
         wire.views[shape].check(received)
@@ -86,17 +85,16 @@ def dispatch(wire: Wire, x: Tensor, topk_idx: Tensor, max_tokens: int, later: bo
 
 def combine(handle: Handle, x: Tensor, topk_weights: Tensor, later: bool, out: Tensor | None = None):
     """(out, event, hook): out [T, H] is the weighted sum of x [L, R * max_tokens, H] over k; there once hook has been called if `later`."""
-    library = arrays.of(x)
     if out is None:
-        out = library.empty((handle.tokens, x.shape[-1]), x.dtype, library.device_of(x))
-    comm, routing, given, weights = handle.wire.comm, handle.routing, library.give(out), library.give(topk_weights)
+        out = arrays.empty((handle.tokens, x.shape[-1]), x)
+    comm, routing = handle.wire.comm, handle.routing
     if not later:
-        comm.combine(routing, library.give(x), given, weights=weights)
+        comm.combine(routing, x, out, weights=topk_weights)
         return out, Event(), nothing
-    comm.combine(routing, library.give(x), weights=weights, phase=a2a.SEND)
+    comm.combine(routing, x, weights=topk_weights, phase=a2a.SEND)
 
     def hook() -> None:
-        comm.combine_recv(routing, given)
+        comm.combine_recv(routing, out)
 
     return out, Event(), hook
 

@@ -91,9 +91,7 @@ class HighThroughputBuffer(Buffer):
         )
         want = ("tokens", "topk_ids", "topk_weights", "expert_counts") + (("scales",) if scales is not None else ())
         routing, received = wire.dispatch(
-            library.give(tokens), library.give(topk_idx), library.give(topk_weights),
-            scales=None if scales is None else library.give(scales), want=want, flags=a2a.DispatchFlag.HOST_COUNTS,
-            max_sms=self.num_sms,
+            tokens, topk_idx, topk_weights, scales, want=want, flags=a2a.DispatchFlag.HOST_COUNTS, max_sms=self.num_sms,
         )
         rows = library.take(received.tokens)
         rows = rows if scales is None else (rows, library.take(received.scales))
@@ -113,10 +111,9 @@ class HighThroughputBuffer(Buffer):
 
     def combine_into(self, x: Tensor, handle: Handle, out: Tensor | None = None) -> Tensor:
         """Sums [T, H], in `out` if it is given."""
-        library = arrays.of(x)
         if out is None:
-            out = library.empty((handle.tokens, x.shape[1]), x.dtype, library.device_of(x))
-        handle.wire.comm.combine(handle.routing, library.give(arrays.rows(x)), out=library.give(out), max_sms=self.num_sms)
+            out = arrays.empty((handle.tokens, x.shape[1]), x)
+        handle.wire.comm.combine(handle.routing, arrays.rows(x), out=out, max_sms=self.num_sms)
         return out
 
 

@@ -97,13 +97,12 @@ class Communication:
     def combine(self, expert_output: Tensor, *, output: Tensor | None = None) -> Tensor:
         """output [T, H]: sums over ranks of [R * max_tokens, H] (or [R, max_tokens, H]), weighted and summed over the experts there."""
         step = self._step()
-        library = arrays.of(expert_output)
         if output is None:
-            output = library.empty((step.like.shape[0], expert_output.shape[-1]), expert_output.dtype, library.device_of(expert_output))
+            output = arrays.empty((step.like.shape[0], expert_output.shape[-1]), expert_output)
         rows = expert_output.reshape(*step.shape, expert_output.shape[-1])
         del self._open[self._engine.ubatch]
         try:
-            step.wire.comm.combine(step.routing, library.give(rows), library.give(output))
+            step.wire.comm.combine(step.routing, rows, output)
         except a2a.CallError:  # nothing happened
             self._open[self._engine.ubatch] = step
             raise
@@ -139,10 +138,10 @@ class OneSidedCommunication(Communication):
         """max_tokens_per_rank: of this step, the same on all ranks; None: as many as there is room for."""
         self._next()
         wire, library = self._wire, arrays.of(hidden_states)
-        scales = {} if hidden_states_scale is None else dict(scales=library.give(arrays.rows(hidden_states_scale)))
+        scales = {} if hidden_states_scale is None else dict(scales=arrays.rows(hidden_states_scale))
         want = ("tokens", "topk_ids", "topk_weights", "rank_counts", *scales)
         routing, received = wire.dispatch(
-            library.give(arrays.rows(hidden_states)), library.give(topk_ids), library.give(topk_weights), **scales,
+            arrays.rows(hidden_states), topk_ids, topk_weights, **scales,
             max_tokens=self.capacity.max_tokens if max_tokens_per_rank is None else max(max_tokens_per_rank, 1), want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
         )
         shape = received.tokens.shape[:-1]
@@ -166,7 +165,6 @@ class TwoSidedCommunication(Communication):
         """max_tokens_per_rank: of this step, the same on all ranks."""
         self._next()
         bound = max(max_tokens_per_rank, 1)
-        library, device = arrays.of(hidden_states), arrays.of(hidden_states).device_of(hidden_states)
         tokens = arrays.rows(hidden_states)
         given = dict(tokens=tokens, topk_ids=topk_ids, topk_weights=topk_weights)
         scale_fields = {}
@@ -178,14 +176,13 @@ class TwoSidedCommunication(Communication):
             **arrays.row_fields(tokens), **scale_fields,
         )
         rows = self.comms.size * bound
-        out = {name: library.empty((rows, *tensor.shape[1:]), tensor.dtype, device) for name, tensor in given.items()}
+        out = {name: arrays.empty((rows, *tensor.shape[1:]), tensor) for name, tensor in given.items()}
         routing, received = wire.dispatch(
-            **{name: library.give(tensor) for name, tensor in given.items()}, max_tokens=bound,
-            out={name: library.give(tensor) for name, tensor in out.items()}, want=("rank_counts",),
-            flags=a2a.DispatchFlag.ZERO_PADDING,
+            **given, max_tokens=bound, out=out, want=("rank_counts",), flags=a2a.DispatchFlag.ZERO_PADDING,
         )
         self._open[self._engine.ubatch] = Step(wire, routing, (rows,), hidden_states)
-        return Received(out["tokens"], out.get("scales"), out["topk_ids"], out["topk_weights"], library.take(received.rank_counts))
+        return Received(out["tokens"], out.get("scales"), out["topk_ids"], out["topk_weights"],
+                        arrays.of(hidden_states).take(received.rank_counts))
 
 
 class FlashInferManager(All2AllManagerBase):

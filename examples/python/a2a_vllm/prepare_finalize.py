@@ -169,13 +169,19 @@ class PrepareAndFinalize:
 
         def arranged() -> PrepareResult:
             rows, received, counts, ids, weights = receive()
-            if received is not None and self._arrange_scales is not None:
-                received = self._arrange_scales(received, quant_config)
+            rows, received = self._received(rows, received, quant_config)
             return rows, shared if shared is not None else received, counts, ids, weights
 
         return hook, arranged
 
+    def _received(self, rows: Tensor, scales: Tensor | None, quant_config: Any) -> tuple[Tensor, Tensor | None]:
+        """Values and scales as the experts want them."""
+        if scales is None or self._arrange_scales is None:
+            return rows, scales
+        return rows, self._arrange_scales(scales, quant_config)
+
     def _quantized(self, a1: Tensor, quant_config: Any, deferred: bool) -> tuple[Tensor, Tensor | None]:
+        """Values to send, and their scales."""
         return (a1, None) if deferred or self._quantize is None else self._quantize(a1, quant_config)
 
 
@@ -266,9 +272,10 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
     def _quantized(self, a1, quant_config, deferred):
         if deferred:
             raise NotImplementedError(f"{type(self).__name__}: dispatch quantises or nobody does, defer_input_quant is for Standard rows")
-        quantize = self._quantize
-        self._after = None if quantize is None or self.use_fp8_dispatch else lambda rows: quantize(rows, quant_config)
         return a1, None
+
+    def _received(self, rows, scales, quant_config):
+        return (rows, scales) if self.use_fp8_dispatch or self._quantize is None else self._quantize(rows, quant_config)
 
     def _dispatch(self, x: Tensor, ids: Tensor, max_tokens: int, num_experts: int, **switches: bool) -> tuple:
         """The buffer's dispatch."""
@@ -285,14 +292,13 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
         return library.where(ids >= 0, self.global_to_physical[library.where(ids >= 0, ids, 0)], -1)
 
     def _send(self, x, scales, weights, ids, num_experts, later):
-        after = self._after
         switches = dict(use_fp8=self.use_fp8_dispatch, round_scale=self.use_ue8m0_dispatch, use_ue8m0=self.use_ue8m0_dispatch)
         rows, counts, handle, _, hook = self._dispatch(
             x, self._physical(ids), self.max_tokens_per_rank, num_experts, **switches, return_recv_hook=later)
         self.handles[self.buffer.engine.ubatch] = handle
 
         def receive() -> PrepareResult:
-            values, scales = rows if isinstance(rows, tuple) else after(rows) if after else (rows, None)
+            values, scales = rows if isinstance(rows, tuple) else (rows, None)
             return values, scales, ExpertTokensMetadata(counts), None, None
 
         return hook, receive
@@ -302,7 +308,7 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
             raise ValueError(f"{type(self).__name__} weights and sums: weight_and_reduce_impl is {type(impl).__name__}, "
                              "it must be TopKWeightAndReduceDelegate")
         library = arrays.of(weights)
-        weights = weights * 0 + 1 if applied else weights  # ones: the rows that went out were weighted
+        weights = library.ones_like(weights) if applied else weights
         *_, hook = self._combined(rows, self._physical(ids), library.cast(weights, "float32"), self.handles.pop(self.buffer.engine.ubatch),
                                   return_recv_hook=later, out=output)
         return hook

@@ -2,7 +2,8 @@
 """Record what vLLM's all-to-all managers look like: python record_vllm.py WHEEL_OR_DIRECTORY OUTPUT.json
 
 Writes the signatures of the managers (names, parameters, defaults, annotations: nothing of their bodies), which arguments vLLM's
-adapters pass to what get_handle gives, and the signatures of the functions and settings that examples/python/a2a_vllm asks. Files are parsed with `ast`, never imported: no torch and no GPU are needed.
+adapters pass to what get_handle gives, and the signatures of the functions and settings that examples/python/a2a_vllm asks.
+Files are parsed with `ast`, never imported: no torch and no GPU are needed.
 
   pip download --no-deps --only-binary :all: vllm==0.33.0
   python tests/data/record_vllm.py vllm-0.33.0-*.whl tests/data/vllm-0.33.0.json

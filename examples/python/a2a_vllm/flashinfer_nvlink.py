@@ -138,11 +138,12 @@ class OneSidedCommunication(Communication):
         """max_tokens_per_rank: of this step, the same on all ranks; None: as many as there is room for."""
         self._next()
         wire, library = self._wire, arrays.of(hidden_states)
+        bound = self.capacity.max_tokens if max_tokens_per_rank is None else max(max_tokens_per_rank, 1)
         scales = {} if hidden_states_scale is None else dict(scales=arrays.rows(hidden_states_scale))
         want = ("tokens", "topk_ids", "topk_weights", "rank_counts", *scales)
         routing, received = wire.dispatch(
             arrays.rows(hidden_states), topk_ids, topk_weights, **scales,
-            max_tokens=self.capacity.max_tokens if max_tokens_per_rank is None else max(max_tokens_per_rank, 1), want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
+            max_tokens=bound, want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
         )
         shape = received.tokens.shape[:-1]
         self._open[self._engine.ubatch] = Step(wire, routing, shape, hidden_states)

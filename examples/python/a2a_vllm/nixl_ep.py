@@ -173,7 +173,6 @@ class NixlEPAll2AllManager(All2AllManagerBase):
     def max_sms_used(self) -> int | None:
         return 0
 
-
     def clean_buffers(self) -> None:
         """Collective over the ranks that are left: from now on they take part, and what was under way is void."""
         with self._lock:
@@ -211,7 +210,11 @@ class NixlEPAll2AllManager(All2AllManagerBase):
         ), quantises=bool(quant))
         state = State(NixlBuffer(wire, quant, self.engine), limits, name, 0 if alone else members, self.world_size, alone)
         if alone:
-            self._connect(state)
+            try:
+                self._connect(state)
+            except a2a.Error:
+                wire.close()
+                raise
         return state
 
     def _meet(self, name: str, members: int) -> tuple[str, int]:

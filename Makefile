@@ -149,7 +149,7 @@ clean:
 # ---------------------------------------------------------------------------------------------------------- the tests
 # One target per stage; `make test` runs them in this order and stops at the first that fails.
 
-STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols hpp abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python demo
+STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols hpp abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python docs demo
 .PHONY: $(STAGES:%=test-%)
 
 test: $(NVCC_READY)
@@ -348,6 +348,11 @@ endef
 
 test-python: target/venv/blocks wheel | lib
 	CC='$(CC)' target/venv/bin/python -B -m pytest -q -rs -p no:cacheprovider tests/python
+
+# The pages: their code, their links, and that what the library has stands in them.
+test-docs: PACKAGES := $(BOTH)
+test-docs: target/venv/ready | lib perf
+	CC='$(CC)' CXX='$(CXX)' target/venv/bin/python -B tests/docs/check.py
 
 test-demo: demo
 

@@ -2,8 +2,8 @@
 #
 #   make            the library, target/release/liba2a.so
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
-#   make test       everything that is checked; fetches CMake, pkgconf, numpy, mlx, mypy and pytest into target/venv, and, if there
-#                   are none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
+#   make test       everything that is checked; fetches CMake, pkgconf, numpy, mlx, mypy and pytest into target/venv, and, if there are
+#                   none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
 #   make soak       a million checked steps, and 10,000 comms that come and go; `make test` has a tenth of the steps
 #   make fuzz       ten million inputs for each fuzz target; `make test` has a minute of each
 #   make incidents  what `make test` does of faults at named points, with 100 seeds a kind instead of 5
@@ -56,11 +56,31 @@ LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 .PHONY: all lib demo wheel perf test soak fuzz fuzz-targets incidents header kernels install uninstall dist clean
 all: lib
 
+# What building and testing take, named here because what fails without it names something else.
+RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+define lacks
+{ printf 'liba2a needs %s, and %s: %s\n' $(1) $(2) $(3) >&2; exit 1; }
+endef
+
+.PHONY: tools python
+tools:
+	@test "$$(uname -s)" = Linux || $(call lacks,Linux,"this is $$(uname -s)",'memory is shared and peers are watched as Linux does it')
+	@command -v cargo >/dev/null && command -v rustc >/dev/null || \
+	  $(call lacks,'Rust $(RUST) or newer','there is no cargo or no rustc in PATH','https://rustup.rs installs them')
+	@have=$$(rustc --version | cut -d ' ' -f 2); printf '%s\n' '$(RUST)' "$$have" | sort -VC || \
+	  $(call lacks,'Rust $(RUST) or newer',"rustc is $$have",'rustup update stable installs the newest')
+	@command -v $(firstword $(CC)) >/dev/null || \
+	  $(call lacks,'a C compiler','there is no $(firstword $(CC)) in PATH','install gcc or clang with your system or name one by CC=')
+
+python:
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  $(call lacks,'Python 3.11 or newer with venv for its tests','$(PYTHON) is none','install python3-venv with your system or name another by PYTHON=')
+
 # Cargo builds the library once more where other packages are built with it, for they want more of what it depends on: where both
 # are wanted, they are built together.
 BOTH := --package a2a --package a2a-perf
 
-lib:
+lib: tools
 	cargo build --release $(PACKAGES)
 	ln -sf liba2a.so $(LIB).$(MAJOR)
 
@@ -76,7 +96,7 @@ wheel: target/venv/ready | lib
 	rm -rf target/wheel
 	A2A_LIBRARY= target/venv/bin/pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir target/wheel examples/python
 
-perf:
+perf: tools
 	cargo build --release $(or $(PACKAGES),--package a2a-perf)
 
 header:
@@ -152,7 +172,7 @@ clean:
 STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols hpp abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python docs demo
 .PHONY: $(STAGES:%=test-%)
 
-test: $(NVCC_READY)
+test: tools $(NVCC_READY)
 	@passed=0; \
 	for stage in $(STAGES); do \
 	  printf '\n== %s\n' $$stage; start=$$(date +%s); \
@@ -351,12 +371,12 @@ test-python: target/venv/blocks wheel | lib
 
 # The pages: their code, their links, and that what the library has stands in them.
 test-docs: PACKAGES := $(BOTH)
-test-docs: target/venv/ready | lib perf
+test-docs: target/venv/ready | target/install-test/unpacked lib perf
 	CC='$(CC)' CXX='$(CXX)' target/venv/bin/python -B tests/docs/check.py
 
 test-demo: demo
 
-target/venv/ready: tests/requirements.txt
+target/venv/ready: tests/requirements.txt | python
 	$(PYTHON) -m venv target/venv
 	target/venv/bin/pip install --quiet --no-input --require-virtualenv -r $<
 	touch $@
@@ -366,14 +386,14 @@ target/venv/blocks: tests/requirements-blocks.txt target/venv/ready
 	-target/venv/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $< && touch $@
 
 # `site` is its place, by a name without Python's version.
-target/carriers/ready: tests/requirements-carriers.txt
+target/carriers/ready: tests/requirements-carriers.txt | python
 	$(PYTHON) -m venv target/carriers
 	target/carriers/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $<
 	cd target/carriers && ln -sfn lib/python3*/site-packages site
 	touch $@
 
 # The compiler of device code and what it needs; toolkit is their place, by a name without Python's version.
-target/cuda/ready: tests/requirements-cuda.txt
+target/cuda/ready: tests/requirements-cuda.txt | python
 	$(PYTHON) -m venv target/cuda
 	target/cuda/bin/pip install --quiet --no-input --require-virtualenv --no-deps --only-binary :all: -r $<
 	cd target/cuda && ln -sfn lib/python3*/site-packages/nvidia/cu13 toolkit && toolkit/bin/nvcc --version

@@ -20,6 +20,7 @@ A comment in the line above a fence can say otherwise:
 
 import dataclasses
 import doctest
+import functools
 import json
 import os
 import re
@@ -260,15 +261,17 @@ def compare_output(block, previous, printed):
 # ------------------------------------------------------------------------------------------------------------- names
 
 
-def tracked():
-    """Files of the repository that are sources: no pages, no data."""
-    names = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).splitlines()
+@functools.cache
+def sources():
+    """Files of the repository that are neither pages nor data."""
     kinds = (".rs", ".py", ".sh", ".c", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".toml", ".cmake", ".in")
-    return [
-        name
-        for name in names
-        if (name.endswith(kinds) or Path(name).name in ("Makefile", "CMakeLists.txt", "run")) and (ROOT / name).is_file()
-    ]
+    found = []
+    for folder, inside, names in os.walk(ROOT):
+        inside[:] = [name for name in inside if name not in ("target", ".git", "corpus", "__pycache__")]
+        for name in names:
+            if name.endswith(kinds) or name in ("Makefile", "CMakeLists.txt", "run"):
+                found.append(str((Path(folder) / name).relative_to(ROOT)))
+    return sorted(found)
 
 
 def header_symbols():
@@ -289,13 +292,13 @@ def check_names(texts):
     written = set().union(*map(words_of, texts.values()))
     for symbol in sorted(header_symbols() - written):
         yield f"include/a2a.h: {symbol} stands in no page (docs/reference.md has a table of all)"
-    sources = set().union(*(words_of(read(name)) for name in tracked()))
-    files = {Path(name).stem for name in tracked()} | {part for name in tracked() for part in Path(name).parts}
+    named = set().union(*(words_of(read(name)) for name in sources()))
+    named |= {word for name in sources() for word in words_of(name)}
     for page, text in texts.items():
         if page == "docs/kernels.md":  # written by tests/kernels_table.py, of names that macros make
             continue
-        for word in sorted(words_of(text) - sources - files):
-            if not any(name.startswith(word) for name in sources):
+        for word in sorted(words_of(text) - named):
+            if not any(name.startswith(word) for name in named):
                 yield f"{page}: there is no {word}"
 
 
@@ -304,7 +307,7 @@ def check_environment():
     documented = set(re.findall(r"^\| `(A2A_\w+)`", read(ENVIRONMENT), re.M))
     header = header_symbols()
     used = {}
-    for name in tracked():
+    for name in sources():
         if name.startswith("kernels/"):  # macros; device code has no environment
             continue
         for word in re.findall(r"\bA2A_[A-Z0-9_]*[A-Z0-9]\b", read(name)):

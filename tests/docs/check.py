@@ -44,13 +44,17 @@ COMPILERS = {
     "cpp": [os.environ.get("CXX", "c++"), "-std=c++17"],
 }
 
-# Upper-case names in the sources that look like variables of the environment and are none.
+# How a source names a variable of the environment. Where macros or variables of CMake's look alike, by how it is read.
+VARIABLE = r"\b(A2A_[A-Z0-9_]*[A-Z0-9])\b"
+VARIABLES = {
+    ".c": f'"{VARIABLE}"', ".cpp": f'"{VARIABLE}"', ".h": f'"{VARIABLE}"', ".hpp": f'"{VARIABLE}"', ".cu": f'"{VARIABLE}"',
+    ".cuh": f'"{VARIABLE}"', ".cmake": rf"ENV\{{{VARIABLE}", ".in": rf"ENV\{{{VARIABLE}", ".txt": rf"ENV\{{{VARIABLE}",
+}  # fmt: skip
 NO_VARIABLES = {
-    "A2A_H": "the header's include guard",
-    "A2A_FATBIN": "from build.rs to the crate",
-    "A2A_ROOT": "of examples/CMakeLists.txt",
-    "A2A_INCLUDE_DIR": "of examples/CMakeLists.txt",
-}
+    "A2A_H",  # the guard of a2a.h
+    "A2A_FATBIN",  # from build.rs to the crate
+    "A2A_ROOT", "A2A_SOURCE", "A2A_CARGO_TARGET_DIR", "A2A_CARGO_ARGUMENTS",  # CMake's, as the Makefile passes them
+}  # fmt: skip
 
 
 class Failure(Exception):
@@ -274,13 +278,19 @@ def sources():
     return sorted(found)
 
 
-def header_symbols():
+def header():
+    return re.sub(r"/\*.*?\*/", "", read("include/a2a.h"), flags=re.S)
+
+
+def functions_of_header():
+    return set(re.findall(r"\b(a2a_\w+)\(", header()))
+
+
+def symbols_of_header():
     """Functions, structs, constants and types of include/a2a.h."""
-    header = re.sub(r"/\*.*?\*/", "", read("include/a2a.h"), flags=re.S)
-    functions = re.findall(r"\b(a2a_\w+)\(", header)
-    types = re.findall(r"\b(a2a_\w+)(?=;| \{)", header) + re.findall(r"\(\*(a2a_\w+)\)", header)
-    constants = re.findall(r"^#define (A2A_\w+) .", header, re.M)
-    return set(functions) | set(types) | set(constants)
+    types = re.findall(r"\b(a2a_\w+)(?=;| \{)", header()) + re.findall(r"\(\*(a2a_\w+)\)", header())
+    constants = re.findall(r"^#define (A2A_\w+) .", header(), re.M)
+    return functions_of_header() | set(types) | set(constants)
 
 
 def words_of(text):
@@ -290,7 +300,7 @@ def words_of(text):
 def check_names(texts):
     """Every symbol of the header stands in a page, and every name in a page is one of the header or of the sources."""
     written = set().union(*map(words_of, texts.values()))
-    for symbol in sorted(header_symbols() - written):
+    for symbol in sorted(symbols_of_header() - written):
         yield f"include/a2a.h: {symbol} stands in no page (docs/reference.md has a table of all)"
     named = set().union(*(words_of(read(name)) for name in sources()))
     named |= {word for name in sources() for word in words_of(name)}
@@ -302,16 +312,36 @@ def check_names(texts):
                 yield f"{page}: there is no {word}"
 
 
+def check_bindings():
+    """docs/reference.md has a row for each call, of names that a2a.hpp and the Python package have."""
+    bindings = {"C++": words_in("include/a2a.hpp"), "Python": set().union(*map(words_in, python_package()))}
+    table = read("docs/reference.md").partition("## In C++ and Python")[2]
+    rows = re.findall(r"^\| `(a2a_\w+)` \| (.*) \| (.*) \|$", table, re.M)
+    for missing in sorted(functions_of_header() - {call for call, *_ in rows}):
+        yield f"docs/reference.md: {missing} has no row in the table of C++ and Python"
+    for call, *cells in rows:
+        for (language, known), cell in zip(bindings.items(), cells, strict=True):
+            for word in re.findall(r"\w+", " ".join(re.findall(r"`(.*?)`", cell))):
+                if word not in known:
+                    yield f"docs/reference.md: {call}: there is no {word} in {language}"
+
+
+def words_in(name):
+    return set(re.findall(r"\w+", read(name)))
+
+
+def python_package():
+    return [name for name in sources() if name.startswith("examples/python/a2a/")]
+
+
 def check_environment():
     """docs/environment.md has a row for each variable that a source names, and no other."""
     documented = set(re.findall(r"^\| `(A2A_\w+)`", read(ENVIRONMENT), re.M))
-    header = header_symbols()
+    symbols = symbols_of_header()
     used = {}
     for name in sources():
-        if name.startswith("kernels/"):  # macros; device code has no environment
-            continue
-        for word in re.findall(r"\bA2A_[A-Z0-9_]*[A-Z0-9]\b", read(name)):
-            if word not in header and word not in NO_VARIABLES:
+        for word in re.findall(VARIABLES.get(Path(name).suffix, VARIABLE), read(name)):
+            if word not in symbols and word not in NO_VARIABLES:
                 used.setdefault(word, name)
     for word in sorted(used.keys() - documented):
         yield f"{ENVIRONMENT}: lacks {word}, which {used[word]} reads"
@@ -362,7 +392,7 @@ def main():
                 print(f"{block.where}: not run: {block.not_run}")
             elif block.language != "text" or block.prints:
                 ran += 1
-    failures += [*check_names(every), *check_environment(), *check_links(every), *check_index(every)]
+    failures += [*check_names(every), *check_bindings(), *check_environment(), *check_links(every), *check_index(every)]
     for failure in failures:
         print(f"FAIL {failure}")
     print(f"{len(wanted)} pages: {ran} blocks checked, {skipped} not run, {len(failures)} failures")

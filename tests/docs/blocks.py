@@ -32,8 +32,10 @@ def check_blocks(page, known):
     """Yields each block, with its failure or None."""
     blocks = blocks_of(page)
     make_shell(blocks)
-    program = [block for block in blocks if block.language == "python" and not block.not_run]
-    printed = run_python(program) if program else {}  # by line of the block: what it printed, or a Failure
+    printed = {}  # by line of the block: what it printed, or a Failure
+    python = [block for block in blocks if block.language == "python" and not block.not_run]
+    for program in [[block for block in python if not block.framed], *([block] for block in python if block.framed)]:
+        printed |= run_python(program)
     before = None
     for block in blocks:
         try:
@@ -113,11 +115,13 @@ def compile_and_run(block):
 
 def run_python(blocks):
     """Runs blocks as one program; returns for the line of each what it has printed, or the failure of the whole."""
+    if not blocks:
+        return {}
     end = "-- end of a block --"
-    text = ""  # its lines have the page's numbers
+    text = f"exec(open({str(HERE / 'frame.py')!r}).read())" if blocks[0].framed else ""  # its lines have the page's numbers
     for block in blocks:
         text += "\n" * (block.line - text.count("\n")) + block.text + f"print({end!r}, flush=True)"
-    program = OUT / f"{blocks[0].page.replace('/', '-')}.py"
+    program = OUT / f"{blocks[0].page.replace('/', '-')}-{blocks[0].line}.py"
     program.write_text(text + "\n")
     path = os.pathsep.join([str(ROOT / "examples/python"), os.environ.get("PYTHONPATH", "")])
     library = str(ROOT / "target/release/liba2a.so")

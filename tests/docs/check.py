@@ -6,7 +6,7 @@ Pages are README.md, CONTRIBUTING.md, SECURITY.md and docs/. What becomes of a b
 
     c, cpp      a whole program (it has a main) is compiled and run; a fragment is compiled inside frame.c or frame.cpp,
                 which declare what fragments use
-    python      the blocks of a page, one behind the other, are one program, which is run
+    python      the blocks of a page, one behind the other, are one program, which is run; a fragment is run behind frame.py
     sh          bash runs it where the folders of the repository are, with an installation that pkg-config and CMake find
     json        is parsed
     text        is shown, and nothing else
@@ -17,6 +17,7 @@ A comment in the line above a block can say otherwise:
                                 files are compared with what there is all the same
     <!-- prints -->             of a text block: what the block before it prints; "..." stands for anything
     <!-- file: NAME -->         shell blocks of the page find it under this name
+    <!-- in frame.py -->        it is a fragment of Python
 
 Then every name of the header, variable of the environment and link is compared (names.py). `make test-docs` builds what this needs.
 """

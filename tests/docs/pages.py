@@ -38,6 +38,11 @@ class Block:
         """Whether it is what the block before it prints."""
         return self._said("(prints)") is not None
 
+    @property
+    def framed(self):
+        """Whether it is a fragment that a frame completes, of Python; of C and C++ that shows by itself."""
+        return self._said("in (frame.py)") is not None
+
     def _said(self, pattern):
         found = re.fullmatch(f"<!-- {pattern} -->", self.comment)
         return found and found[1]

@@ -261,9 +261,9 @@ pub fn job(seat: &Seat) -> Result<(), String> {
         match measure(&seat, &shape, pair, &gpu, &meeting) {
             Ok(times) => timed.extend(times),
             // As many as there are otherwise: the parent compares rank by rank.
-            Err(why) => {
-                timed.extend(["dispatch", "combine", "pair_graph"].map(|_| Timed::refused(pair.name, why.clone())))
-            }
+            Err(why) => timed.extend(
+                ["dispatch", "combine", "pair_graph"].map(|_| Timed::refused(pair.name, why.clone())),
+            ),
         }
         beside.wait()?;
     }

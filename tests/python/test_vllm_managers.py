@@ -12,7 +12,17 @@ from a2a_vllm import prepare_finalize as kernels
 from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
 from vllm_ranks import COUNTS, EXPERTS, HIDDEN, TOPK, Ranks, array_of, expert, layer, library_of, numpy_of, owned, tokens_of
 
+
+def gpus():
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 NEEDS_TORCH = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed: numpy's tensors alone are tried")
+NEEDS_GPUS = pytest.mark.skipif(gpus() < 2, reason="torch sees no two GPUs, one for each rank")
 NEEDS_NIXL = pytest.mark.skipif(not os.environ.get("A2A_NIXL_LIB"), reason="A2A_NIXL_LIB names no NIXL")
 STANDARD = ["agrs", "ht", "one_sided", "two_sided"]
 BATCHED = ["ll", "nixl"]
@@ -30,7 +40,7 @@ def ranks():
 @contextlib.contextmanager
 def group_of(library, rank, size, store):
     """torch's own ProcessGroup for torch."""
-    if library != "torch":
+    if library not in ("torch", "cuda"):
         yield StoreGroup(rank, size, store)
         return
     import torch.distributed
@@ -77,7 +87,13 @@ def kernel_of(name, group, size, topk=TOPK, **arguments):
 
 def one_layer(rank, size, store, name, library, dtype, ids_dtype):
     with group_of(library, rank, size, store) as group:
-        engine_of(rank, size, store, group)
+        fields = {}
+        if library == "cuda":
+            import torch
+
+            torch.cuda.set_device(rank)
+            fields = dict(device=(2, rank))
+        engine_of(rank, size, store, group, **fields)
         layer_over(group, rank, size, name, library, dtype, ids_dtype)
 
 
@@ -88,7 +104,7 @@ def layer_over(group, rank, size, name, library, dtype, ids_dtype):
     mine = owned(rank, size)
     for _ in range(3):
         rows, scales, meta, got_ids, got_weights = kernel.prepare(a1, w, i, EXPERTS, None, False)
-        assert scales is None and library_of(rows) == library
+        assert scales is None and library_of(rows) == library_of(a1) and rows.device == a1.device
         if name in STANDARD:
             values, got_w, got_i = numpy_of(rows), numpy_of(got_weights), numpy_of(got_ids)
             assert rows.shape[1:] == (HIDDEN,) and got_ids.shape == got_weights.shape == (len(values), TOPK)
@@ -149,3 +165,9 @@ def test_groups_of_each_kind():
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_layer(ranks, name, library, dtype, ids_dtype):
     ranks.run(one_layer, name, library, dtype, ids_dtype)
+
+
+@NEEDS_GPUS
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_layer_on_gpus(ranks, name):
+    ranks.run(one_layer, name, "cuda", "bfloat16", "int64", ranks=range(2))

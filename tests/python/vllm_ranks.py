@@ -96,11 +96,12 @@ def _serve(pipe, rank):
 
 
 def array_of(library, values, name):
-    """An array of a library ("numpy" or "torch") from numpy values."""
-    if library == "torch":
+    """An array of a library ("numpy", "torch", or "cuda": torch on this process's GPU) from numpy values."""
+    if library in ("torch", "cuda"):
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, name))
+        array = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, name))
+        return array.cuda() if library == "cuda" else array
     import ml_dtypes
 
     return np.asarray(values).astype(getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else name)
@@ -109,7 +110,7 @@ def array_of(library, values, name):
 def numpy_of(array):
     """float32 or integers, for comparisons."""
     if type(array).__module__ == "torch":
-        array = array.float().numpy() if array.is_floating_point() else array.numpy()
+        array = array.float().cpu().numpy() if array.is_floating_point() else array.cpu().numpy()
     return np.asarray(array, np.float32) if array.dtype.kind not in "iub" else np.asarray(array)
 
 

@@ -266,7 +266,6 @@ mod tests {
         threads(1, std::time::Duration::from_secs(60), move |seat| {
             let shape = Shape {
                 pair: pair.name.into(),
-                nccl: false,
                 ranks: 1,
                 tokens: 3,
                 hidden: 16,
@@ -275,16 +274,9 @@ mod tests {
                 kind,
                 routing: "hash".into(),
                 seed: 5,
-                warmup: 0,
                 iterations: 1,
-                caches: Vec::new(),
-                scopes: Vec::new(),
-                graph: false,
-                split: false,
                 staged: true,
-                max_recv_rows: 0,
-                max_sms: 0,
-                directory: String::new(),
+                ..Shape::default()
             };
             let mut config = config(seat);
             (config.backend, config.layout) = (pair.backend, pair.layout);

@@ -182,7 +182,6 @@ impl Links {
     fn measure(&self, pairs: &[Pair], kind: Kind, tokens: usize, nccl: bool) -> Result<Vec<Timed>, String> {
         let directory = tempfile::tempdir().map_err(|error| error.to_string())?;
         let shape = Shape {
-            pair: String::new(),
             nccl,
             ranks: self.ranks,
             tokens,
@@ -194,14 +193,9 @@ impl Links {
             seed: 1,
             warmup: self.warmup,
             iterations: self.iterations,
-            caches: Vec::new(),
-            scopes: Vec::new(),
-            graph: true,
-            split: false,
-            staged: false,
-            max_recv_rows: 0,
             max_sms: self.sms,
             directory: directory.path().to_string_lossy().into_owned(),
+            ..Shape::default()
         };
         Meeting::place(&shape.directory)?;
         let entry = |pair: &Pair| Entry { pair: pair.name.into(), group: GroupId::new().to_hex() };

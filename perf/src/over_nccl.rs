@@ -15,7 +15,7 @@ use crate::gpu::{Gpu, Graph, Stream, describe};
 use crate::meeting::Meeting;
 use crate::one_gpu::Rank;
 use crate::row::percentile;
-use crate::shape::{Kind, Pair, Shape};
+use crate::shape::{Pair, Shape};
 
 /// Operations of a batch, one behind the other without a meeting.
 const BATCH: usize = 10;
@@ -107,19 +107,12 @@ impl Beside {
             hidden: self.hidden,
             experts: self.experts,
             topk: self.topk,
-            kind: Kind::Bf16,
             routing: "hash".into(),
             seed: 1,
             warmup: self.warmup,
             iterations: self.iterations,
-            caches: Vec::new(),
-            scopes: Vec::new(),
-            graph: true,
-            split: false,
-            staged: false,
-            max_recv_rows: 0,
-            max_sms: 0,
             directory: directory.path().to_string_lossy().into_owned(),
+            ..Shape::default()
         };
         Meeting::place(&shape.directory)?;
         let hosts: Vec<Host> = (0..self.ranks).map(|rank| Host::Child(vec![rank])).collect();

@@ -93,8 +93,9 @@ impl Device {
 }
 
 /// What tokens are made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
+    #[default]
     Bf16,
     F32,
     /// bf16, quantised to e4m3 with float32 scales by dispatch.
@@ -170,7 +171,7 @@ impl Kind {
 }
 
 /// One point of a sweep.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Shape {
     pub pair: String,
     /// Rows travel by NCCL's collectives.

@@ -1,8 +1,9 @@
 //! The board of a group whose ranks come and go: entries that ranks put under the group's key, and read.
 //!
-//! Whoever can bind the unique id's address serves it; all others are its guests. Every rank keeps what it has put and what it reads,
-//! and says so again to whoever serves next: a board that ends is replaced by another with the same entries. An entry lasts as
-//! long as the connection of who has put it: that a rank's is missing for long means that it is gone.
+//! Whoever can bind the unique id's address serves it; all others are its guests. It makes way for rank 0, should that come later:
+//! who serves must not stand still. Every rank keeps what it has put and what it reads, and says so again to whoever serves next: a
+//! board that ends is replaced by another with the same entries. An entry lasts as long as the connection of who has put it: that
+//! a rank's is missing for long means that it is gone.
 //!
 //! ```text
 //! guest -> server  JOIN, of a group of no ranks, with the incarnation          (wire.rs; a group that forms there refuses it alone)
@@ -33,6 +34,8 @@ use crate::log::{Level, log};
 const PAUSE: Duration = Duration::from_millis(20);
 /// Any other rank than 0 looks for a board so long before it is one.
 const PATIENCE: Duration = Duration::from_millis(300);
+/// Who serves again so soon after it has made way for rank 0 does so no more: rank 0 cannot serve, on another host for instance.
+const TURN: Duration = Duration::from_secs(2);
 /// Who serves answers within this.
 const ANSWER_MS: u64 = 2000;
 /// Of a name and its value: a message has room for more.
@@ -57,6 +60,8 @@ struct State {
     is_over: bool,
     /// How it went to find a board, as long as there is none.
     trouble: Option<String>,
+    #[cfg(test)]
+    is_served_here: bool,
 }
 
 #[derive(Default)]
@@ -152,6 +157,11 @@ impl Board {
         self.shared.lock().read.get(name).and_then(|seen| seen.value.clone())
     }
 
+    #[cfg(test)]
+    fn is_served_here(&self) -> bool {
+        self.shared.lock().is_served_here
+    }
+
     /// Since when the entry, which is read, has been missing. Others put theirs again within moments where the board is new.
     pub fn absent_since(&self, name: &str) -> Option<Instant> {
         self.shared.lock().read.get(name).and_then(|seen| seen.absent)
@@ -245,8 +255,9 @@ impl Run {
     }
 
     fn run(self) {
-        // Rank 0 serves if it is there: who serves must not stand still.
         let patience = if self.party.rank == 0 { Duration::ZERO } else { PATIENCE };
+        let mut stays = self.party.rank == 0;
+        let mut made_way: Option<Instant> = None;
         let mut since = Instant::now();
         while !self.is_over() {
             let soon = Deadline::after_ms(ANSWER_MS);
@@ -266,10 +277,17 @@ impl Run {
                 continue;
             }
             match Listener::open(address, remote, soon, "somebody serves there") {
-                Ok(listener) => return self.serve(listener),
-                Err(error) => self.shared.lock().trouble = Some(format!("{trouble}; {error}")),
+                Ok(listener) => {
+                    stays |= made_way.is_some_and(|at| at.elapsed() < TURN);
+                    self.serve(listener, stays);
+                    since = Instant::now();
+                    made_way = Some(since);
+                }
+                Err(error) => {
+                    self.shared.lock().trouble = Some(format!("{trouble}; {error}"));
+                    std::thread::sleep(PAUSE);
+                }
             }
-            std::thread::sleep(PAUSE);
         }
     }
 
@@ -342,14 +360,18 @@ impl Run {
 
     // ------------------------------------------------------------------------------------- the server
 
-    /// Until all is over.
-    fn serve(&self, listener: Listener) {
+    /// Until all is over, or, if it does not stay, until rank 0 comes.
+    fn serve(&self, listener: Listener, stays: bool) {
         log(Level::Debug, || format!("rank {} serves the board", self.party.rank));
         let mut lobby = Lobby::at(listener, &self.party);
         let (mut guests, mut entries): (Vec<Guest>, Entries) = Default::default();
         let mut news: Vec<String> = {
             let mut state = self.shared.lock();
             state.trouble = None;
+            #[cfg(test)]
+            {
+                state.is_served_here = true;
+            }
             state.mine.keys().chain(state.read.keys()).cloned().collect()
         };
         while !self.is_over() {
@@ -367,6 +389,10 @@ impl Run {
             }
             lobby.look();
             while let Some(mut proven) = lobby.proven.pop_front() {
+                if proven.hello.rank == 0 && proven.hello.num_ranks == 0 && !stays {
+                    log(Level::Debug, || format!("rank {} makes way for rank 0", self.party.rank));
+                    return;
+                }
                 if proven.hello.num_ranks != 0 {
                     let text = format!("the group was formed without rank {}", proven.hello.rank);
                     proven.line.fail(&Error::new(Status::Mismatch, text));
@@ -547,6 +573,33 @@ mod tests {
                     board.read("news");
                     until("the news", || board.value("news").is_some_and(|value| value == [ends as u8]));
                 }
+            }
+        }
+    }
+
+    /// Who serves in rank 0's absence is not who serves in the end: the others may stand still.
+    #[test]
+    fn a_late_rank_0_serves() {
+        for id in ids() {
+            let name = |rank: u32| format!("live/{rank}");
+            let come = |rank: u32| {
+                let board = open(&id, rank);
+                board.put(&name(rank), b"here").unwrap();
+                (0..3).for_each(|other| board.read(&name(other)));
+                board
+            };
+            let early = [come(1), come(2)];
+            early.iter().for_each(|board| drop(wait(board, "live/1")));
+            let first = come(0);
+            for board in early.iter().chain([&first]) {
+                (0..3).for_each(|rank| drop(wait(board, &name(rank))));
+            }
+            // Whichever of the others was to end, the board stays what it is: nobody has to look for another.
+            for ended in early {
+                drop(ended);
+                first.put("news", b"?").unwrap();
+                assert_eq!(wait(&first, "news"), b"?");
+                assert!(first.is_served_here());
             }
         }
     }

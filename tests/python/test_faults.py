@@ -5,6 +5,7 @@ The rank processes are this file: `python test_faults.py RANK ID BACKEND POINT V
 JSON when its step has ended, then takes the id of the survivors' new group from standard input.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -229,9 +230,11 @@ def test_nothing_is_left_behind(backend):
             thread.join()
         assert not failures, failures
 
+    gc.collect()
+    others = held()[2]
     cycle(RANKS)
     before = held()
     for _ in range(25):
         cycle(RANKS)
     assert held() == before
-    assert before[2] == 0
+    assert before[2] <= others

@@ -107,4 +107,7 @@ def pointed(struct: Any, tensors: Mapping[str, Any]) -> Any:
 
 
 def _pointer(tensor: Any) -> Any:
-    return pointer(tensor._raw if isinstance(tensor, Tensor) else tensor)
+    if not isinstance(tensor, Tensor):
+        return pointer(tensor)
+    # Without data it may be filled in as a view, and it is not ours to write into.
+    return pointer(tensor._raw if tensor._raw.data else _abi.Tensor.from_buffer_copy(tensor._raw))

@@ -3,11 +3,11 @@
 import ctypes
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import byref, c_int32, c_uint64, c_void_p
+from ctypes import byref, c_int32, c_uint64, c_void_p, pointer
 from typing import Any, NamedTuple, TypeVar, overload
 
 from . import _abi, _cuda
-from ._abi import CombineFlag, Device, DispatchFlag, Info, Phase, Stats, Status
+from ._abi import CombineFlag, Device, DispatchFlag, Info, Phase, Stats, Status, StepFlag
 from ._library import library
 from ._lifetime import Handle, Lease
 from ._outputs import Outputs, pointed, writable
@@ -242,13 +242,11 @@ class Comm:
             framework=framework, stream=handle or 0, named=stream, out=out, want=want,
         )
         if phase == SEND:
-            self._run("dispatch", routing, raw, None, handle)
-            self._keep("dispatch", routing, (inputs, others))
+            self._run("dispatch", routing, raw, None, handle, (inputs, others))
             routing._step = step
             return step.received
-        outputs = self._outputs.of(step, routing._status, handle)
-        taken = pointed(_abi.DispatchOut(), outputs)
-        self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
+        outputs, taken = self._taking(routing, step, handle)
+        self._run("dispatch", routing, raw, taken, handle, (inputs, others))
         routing._step = step
         return self._receive(routing, outputs, taken.num_rows)
 
@@ -260,10 +258,9 @@ class Comm:
         step = routing._step
         step.out, step.want = step.out if out is None else out, step.want if want is None else want
         handle = self._next_stream(step, stream, step.framework, None)
-        outputs = self._outputs.of(step, routing._status, handle)
-        taken = pointed(_abi.DispatchOut(), outputs)
+        outputs, taken = self._taking(routing, step, handle)
         raw = _abi.DispatchIn(phase=RECV, flags=flags, max_sms=max_sms)
-        self._run("dispatch", routing, raw, taken, handle, outputs.get("status"))
+        self._run("dispatch", routing, raw, taken, handle)
         return self._receive(routing, outputs, taken.num_rows)
 
     def combine_buffer(self, routing: Routing, dtype: Any = None) -> Tensor:
@@ -273,7 +270,8 @@ class Comm:
         if dtype is not None:
             raw.dtype = _abi.TensorDtype(*element_type(dtype))
         self._call("a2a_combine_buffer", routing._handle.pointer, raw)
-        return view_of(raw, self._leases[routing.slot], routing._step.stream, routing._step.framework)
+        lease = self._leases.setdefault(routing.slot, Lease(self._handle, routing._handle))
+        return view_of(raw, lease, routing._step.stream, routing._step.framework)
 
     @overload
     def combine(
@@ -320,11 +318,10 @@ class Comm:
         raw = pointed(_abi.CombineIn(phase=phase, flags=flags, max_sms=max_sms), inputs)
         sums = Sums(out, weights_out, status, flags)
         if phase == SEND:
-            self._run("combine", routing, raw, None, handle)
-            self._keep("combine", routing, inputs)
+            self._run("combine", routing, raw, None, handle, inputs)
             step.sums = sums
         else:
-            self._run("combine", routing, raw, *self._sums(sums, handle))
+            self._run("combine", routing, raw, self._sums(sums, handle), handle, inputs)
         return out
 
     def combine_recv(
@@ -340,7 +337,7 @@ class Comm:
         )
         handle = self._next_stream(step, stream, step.framework, None)
         raw = _abi.CombineIn(phase=RECV, flags=sums.flags, max_sms=max_sms)
-        self._run("combine", routing, raw, *self._sums(sums, handle))
+        self._run("combine", routing, raw, self._sums(sums, handle), handle)
         step.sums = Sums()
         return sums.out
 
@@ -351,35 +348,62 @@ class Comm:
         try:
             getattr(library(), name)(self._handle.pointer, *arguments)
         except StepError as error:
-            lost = self.async_error()
-            raise error_of(error.status, error.message, lost.lost_ranks if lost else ()) from None
+            lost = self.async_error() if name in ("a2a_dispatch", "a2a_combine", "a2a_combine_buffer") else None
+            # The record is of the first loss: another slot's may have been by other ranks.
+            same = lost is not None and lost.message.partition("; last: ")[0] in error.message
+            raise error_of(error.status, error.message, lost.lost_ranks if lost and same else ()) from None
 
     def _run(
-        self, operation: str, routing: Routing, raw: Any, out: Any, stream: int | None, status: Any = None
+        self, operation: str, routing: Routing, raw: Any, out: Any, stream: int | None, given: Any = None
     ) -> None:
-        """One half of dispatch or combine, or both (out: None in SEND), and what becomes of views and of what was kept."""
+        """One half of dispatch or combine, or both (out: None in SEND), and what becomes of views and of what was given."""
+        half = operation, routing.slot
         try:
             self._call(f"a2a_{operation}", routing._handle.pointer, raw, out, stream)
-        except OverflowError as error:
+        except CallError as error:
+            if not (isinstance(error, OverflowError) and (over := self._overflowing(out))):
+                raise  # nothing happened
             self._end_views(f"its slot's {operation} overflowed", routing.slot)
-            words = [] if self._on_cuda else (status if isinstance(status, Tensor) else routing._status).tolist()
-            raise error_of(error.status, error.message, tuple(rank for rank, is_over in enumerate(words[4:]) if is_over)) from None
+            self._received_half(half)
+            raise error_of(error.status, error.message, over) from None
         except Error as error:
-            if not isinstance(error, CallError):
-                self._end_views(f"its slot's {operation} failed, {error.name}", routing.slot)
+            self._end_views(f"its slot's {operation} failed, {error.name}", routing.slot)
+            self._received_half(half)
             raise
-        finally:
-            if out is not None:
-                self._sent.discard((operation, routing.slot))
-                if not self._sent:
-                    self._kept.clear()
         if raw.phase != RECV:
             self._end_views(f"its slot's {operation} has been sent", routing.slot)
+        if raw.phase == SEND:
+            self._sent.add(half)
+        else:
+            self._received_half(half)
+        # Some backends read it only in a RECV, of whichever slot.
+        if self._sent and raw.phase != RECV:
+            self._kept.append(given)
 
-    def _keep(self, operation: str, routing: Routing, given: Any) -> None:
-        """Keeps what SEND was given until nothing that was sent waits for its RECV: some backends read it only there."""
-        self._sent.add((operation, routing.slot))
-        self._kept.append(given)
+    def _overflowing(self, out: Any) -> tuple[int, ...]:
+        """The ranks that would have received too many rows, if it was the step that overflowed: on the CPU its status says so."""
+        if self._on_cuda or not isinstance(out, _abi.DispatchOut):
+            return ()
+        words = (c_int32 * (4 + self.info.num_ranks)).from_address(out.status.contents.data + out.status.contents.byte_offset)
+        return tuple(rank for rank, is_over in enumerate(words[4:]) if is_over) if words[0] & StepFlag.OVERFLOW else ()
+
+    def _taking(self, routing: Routing, step: Step, stream: int | None) -> tuple[dict[str, Any], Any]:
+        """A dispatch's outputs by name, and the struct that points at them; on the CPU it always has a status."""
+        outputs = self._outputs.of(step, routing._status, stream)
+        taken = pointed(_abi.DispatchOut(), outputs)
+        if not self._on_cuda:
+            if "status" not in outputs:
+                taken.status = pointer(routing._status._raw)
+            status = taken.status.contents
+            # What an earlier step left there is not this one's.
+            ctypes.memset(status.data + status.byte_offset, 0, 4)
+        return outputs, taken
+
+    def _received_half(self, half: tuple[str, int]) -> None:
+        """What was kept may go once nothing that was sent waits for its RECV."""
+        self._sent.discard(half)
+        if not self._sent:
+            self._kept.clear()
 
     def _forget_sent(self) -> None:
         self._sent.clear()
@@ -396,7 +420,9 @@ class Comm:
         lease = self._leases[routing.slot] = Lease(self._handle, routing._handle)
         step = routing._step
         step.received._fill(outputs, lease, step.stream, step.framework, num_rows)
-        return step.received
+        # What was received stays as long as the caller wants it, not until the next step.
+        received, step.received, step.out = step.received, Received(), None
+        return received
 
     def _stream_of(self, stream: Any, framework: str, array: Any) -> int | None:
         """The stream of a call: the one that is named, else the current one of a framework. None on the CPU."""
@@ -416,13 +442,13 @@ class Comm:
             step.stream = handle
         return handle
 
-    def _sums(self, sums: Sums, stream: int | None) -> tuple[Any, int | None, Any]:
-        """The end of _run's arguments: what takes combine's outputs, the stream, the step's status."""
+    def _sums(self, sums: Sums, stream: int | None) -> Any:
+        """What takes combine's outputs."""
         if sums.out is None:
             raise TypeError("out is None: combine needs a tensor [T, H], which SEND or BOTH make on the CPU alone")
         arrays = {"tokens": sums.out, "topk_weights": sums.weights_out, "status": sums.status}
         outputs = {name: writable(name, array, stream) for name, array in arrays.items() if array is not None}
-        return pointed(_abi.CombineOut(), outputs), stream, outputs.get("status")
+        return pointed(_abi.CombineOut(), outputs)
 
 
 def _int32s(values: Iterable[int]) -> Any:

@@ -338,7 +338,7 @@ typedef struct a2a_config_t {
     a2a_overflow_t overflow;
     /**
      * SMs that kernels may use; 0 = the library's choice. On CUDA HIGH_THROUGHPUT, LOW_LATENCY
-     * (2 at least) and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
+     * and NIXL_ELASTIC (2 at least), and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
      */
     int32_t max_sms;
     /**
@@ -678,7 +678,7 @@ typedef struct a2a_dispatch_in_t {
     uint64_t flags;
     /**
      * SMs this call may use, where the comm's bound is no lower; 0 = the comm's. On CUDA HIGH_THROUGHPUT, LOW_LATENCY
-     * (2 at least) and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
+     * and NIXL_ELASTIC (2 at least), and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
      */
     int32_t max_sms;
     /**
@@ -792,7 +792,7 @@ typedef struct a2a_combine_in_t {
     a2a_phase_t phase;
     /**
      * SMs this call may use, where the comm's bound is no lower; 0 = the comm's. On CUDA HIGH_THROUGHPUT, LOW_LATENCY
-     * (2 at least) and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
+     * and NIXL_ELASTIC (2 at least), and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
      */
     int32_t max_sms;
 } a2a_combine_in_t;

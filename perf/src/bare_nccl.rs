@@ -46,11 +46,10 @@ impl BareNccl {
     }
 
     pub fn group(&self, calls: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
-        // SAFETY: paired.
-        ok("ncclGroupStart", unsafe { (self.nccl.ncclGroupStart)() })?;
-        calls()?;
-        // SAFETY: as above.
-        ok("ncclGroupEnd", unsafe { (self.nccl.ncclGroupEnd)() })
+        // SAFETY: paired, whatever becomes of the calls.
+        let (begun, done, ended) =
+            unsafe { ((self.nccl.ncclGroupStart)(), calls(), (self.nccl.ncclGroupEnd)()) };
+        ok("ncclGroupStart", begun).and(done).and(ok("ncclGroupEnd", ended))
     }
 
     /// `bytes` of each rank, from an address, one behind the other to another.

@@ -11,13 +11,15 @@ use crate::gpu::{Gpu, Stream};
 const BYTES: usize = 4096;
 /// A line of the cache for each place.
 const PLACE: usize = 64;
-const LIMIT: Duration = Duration::from_secs(60);
+/// Longer than any call of the library waits for a rank here.
+pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// A place of the file. Ranks that meet at one know nothing of the others' places.
 pub struct Meeting {
     word: &'static AtomicU32,
     ranks: u32,
     met: std::cell::Cell<u32>,
+    limit: Duration,
 }
 
 fn path(directory: &str) -> String {
@@ -30,7 +32,8 @@ impl Meeting {
         std::fs::write(path(directory), [0; BYTES]).map_err(|error| error.to_string())
     }
 
-    pub fn open(directory: &str, ranks: usize, place: usize) -> Result<Meeting, String> {
+    /// `limit`: how long one waits for the others.
+    pub fn open(directory: &str, ranks: usize, place: usize, limit: Duration) -> Result<Meeting, String> {
         assert!(place < BYTES / PLACE);
         let file = File::options().read(true).write(true).open(path(directory));
         let file = file.map_err(|error| error.to_string())?;
@@ -42,7 +45,7 @@ impl Meeting {
         }
         // SAFETY: mapped for good, inside, aligned, and atomic for all who have it.
         let word = unsafe { &*at.byte_add(place * PLACE).cast::<AtomicU32>() };
-        Ok(Meeting { word, ranks: ranks as u32, met: std::cell::Cell::new(0) })
+        Ok(Meeting { word, ranks: ranks as u32, met: std::cell::Cell::new(0), limit })
     }
 
     /// Returns when every rank has called it as often as this one.
@@ -52,8 +55,8 @@ impl Meeting {
         let begun = Instant::now();
         while self.word.load(Ordering::Acquire) < self.met.get() {
             std::hint::spin_loop();
-            if begun.elapsed() > LIMIT {
-                return Err(format!("a rank did not come to a meeting in {} s", LIMIT.as_secs()));
+            if begun.elapsed() > self.limit {
+                return Err(format!("a rank did not come to a meeting in {} s", self.limit.as_secs()));
             }
         }
         Ok(())

@@ -19,7 +19,7 @@ use crate::conformance::common::cuda::{self, ok};
 use crate::conformance::common::{BF16, GroupId, Host, Seat, Tensor, choose_device, launch};
 use crate::gate::Gate;
 use crate::gpu::{Gpu, Stream, describe};
-use crate::meeting::Meeting;
+use crate::meeting::{LIMIT, Meeting};
 use crate::one_gpu::{Rank, tensor_bytes};
 use crate::routing::Routing;
 use crate::row::{Row, percentile};
@@ -64,7 +64,7 @@ pub struct Links {
     #[arg(long, default_value_t = 60)]
     iterations: usize,
     /// Seconds until a number of tokens is given up
-    #[arg(long, default_value_t = 120)]
+    #[arg(long, default_value_t = 300)]
     limit: u64,
 }
 
@@ -246,11 +246,12 @@ pub fn job(seat: &Seat) -> Result<(), String> {
     cuda::grow(largest + 4 * rows + (64 << 20))?;
     let gpu = Gpu::new(1)?;
 
-    let beside = Meeting::open(&shape.directory, shape.ranks, 0)?;
+    // Where all come again that have failed to meet at a backend's own place.
+    let beside = Meeting::open(&shape.directory, shape.ranks, 0, 3 * LIMIT)?;
     let mut timed = measure_beside(seat, &shape, &gpu, &beside)?;
     for (at, (entry, pair)) in entries.iter().zip(pairs).enumerate() {
         // A place of its own: who fails comes to it no more.
-        let meeting = Meeting::open(&shape.directory, shape.ranks, at + 1)?;
+        let meeting = Meeting::open(&shape.directory, shape.ranks, at + 1, LIMIT)?;
         let seat = Seat { id: GroupId::from_hex(&entry.group), args: Vec::new(), ..*seat };
         match measure(&seat, &shape, pair, &gpu, &meeting) {
             Ok(times) => timed.extend(times),

@@ -12,7 +12,7 @@ use nccl_sys::Nccl;
 use crate::bare_nccl::{BareNccl, Part};
 use crate::conformance::common::{BF16, F32, Host, I32, Seat, Tensor, choose_device, cuda, launch};
 use crate::gpu::{Gpu, Graph, Stream, describe};
-use crate::meeting::Meeting;
+use crate::meeting::{LIMIT, Meeting};
 use crate::one_gpu::Rank;
 use crate::row::percentile;
 use crate::shape::{Pair, Shape};
@@ -208,7 +208,7 @@ pub fn job(seat: &Seat) -> Result<(), String> {
 }
 
 fn measure(seat: &Seat, shape: &Shape) -> Result<Times, String> {
-    let meeting = Meeting::open(&shape.directory, shape.ranks, 0)?;
+    let meeting = Meeting::open(&shape.directory, shape.ranks, 0, LIMIT)?;
     let rows = shape.ranks * shape.tokens;
     cuda::grow(8 * rows * (2 * shape.hidden + 64 * shape.topk) + (64 << 20))?;
     let gpu = Gpu::new(1)?;

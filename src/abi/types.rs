@@ -360,7 +360,7 @@ pub struct a2a_config_t {
     /// (same) What to do past max_recv_rows.
     pub overflow: a2a_overflow_t,
     /// SMs that kernels may use; 0 = the library's choice. On CUDA HIGH_THROUGHPUT, LOW_LATENCY
-    /// (2 at least) and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
+    /// and NIXL_ELASTIC (2 at least), and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
     pub max_sms: i32,
     /// (same) Rows a rank receives at most, which sizes its window; 0 = the layout's capacity. FLAT and
     /// EXPERT_CONTIGUOUS: rows of the outputs, alignment included; EXPERT_PADDED: rows of each expert. GATHERED and
@@ -586,7 +586,7 @@ pub struct a2a_dispatch_in_t {
     /// A2A_DISPATCH_* bits.
     pub flags: u64,
     /// SMs this call may use, where the comm's bound is no lower; 0 = the comm's. On CUDA HIGH_THROUGHPUT, LOW_LATENCY
-    /// (2 at least) and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
+    /// and NIXL_ELASTIC (2 at least), and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
     pub max_sms: i32,
     /// Must be 0.
     pub reserved: i32,
@@ -656,7 +656,7 @@ pub struct a2a_combine_in_t {
     /// Which half.
     pub phase: a2a_phase_t,
     /// SMs this call may use, where the comm's bound is no lower; 0 = the comm's. On CUDA HIGH_THROUGHPUT, LOW_LATENCY
-    /// (2 at least) and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
+    /// and NIXL_ELASTIC (2 at least), and NVLINK_TWO_SIDED (3) keep to it, the others only take 0 yet. Means nothing on the CPU.
     pub max_sms: i32,
 }
 

@@ -100,7 +100,8 @@ class Comm:
 
     def close(self) -> None:
         """Ends the comm, without waiting for anybody; a second time does nothing. Peers that still wait for this rank get
-        PeerLostError. Views end; memory that somebody took by DLPack or memoryview stays until it is let go."""
+        PeerLostError. On CUDA work that still waits for a peer ends too: synchronise the stream before. Views end; memory that
+        somebody took by DLPack or memoryview stays until it is let go."""
         self._end_views("the comm was closed")
         self._handle.close()
         self._kept.clear()

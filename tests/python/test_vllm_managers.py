@@ -46,8 +46,10 @@ def group_of(library, rank, size, store):
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{store.directory}/gloo", rank=rank, world_size=size)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
+    try:
+        yield torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def engine_of(rank, size, store, group=None, **fields):
@@ -97,6 +99,16 @@ def one_layer(rank, size, store, name, library, dtype, ids_dtype):
         layer_over(group, rank, size, name, library, dtype, ids_dtype)
 
 
+def failures_of(manager):
+    """What the manager's comms have recorded: on a stream a step fails without raising."""
+    if isinstance(manager, a2a_vllm.NixlEPAll2AllManager):
+        wires = [manager._state.buffer.wire]
+    else:
+        used = manager._comms.values() if isinstance(manager, a2a_vllm.AgRsAll2AllManager) else manager._used()
+        wires = [wire for comms in used for wire in comms]
+    return [wire.comm.async_error() for wire in wires]
+
+
 def layer_over(group, rank, size, name, library, dtype, ids_dtype):
     manager, kernel = kernel_of(name, group, size)
     x, weights, ids = tokens_of(rank, COUNTS[rank])
@@ -131,8 +143,13 @@ def layer_over(group, rank, size, name, library, dtype, ids_dtype):
             experts = array_of(library, results, dtype)
         output = array_of(library, np.full(x.shape, np.nan), dtype)
         kernel.finalize(output, experts, got_weights, got_ids, False, impl)
-        assert (numpy_of(output) == layer(x, weights, ids)).all()
+        assert (numpy_of(output) == layer(x, weights, ids)).all(), failures_of(manager)
     assert (numpy_of(a1) == x).all() and (numpy_of(i) == ids).all()
+    if library == "cuda":
+        import torch
+
+        torch.cuda.synchronize()  # so that what a step left behind is seen here, whatever destroy waits for
+        assert not any(failures_of(manager)), failures_of(manager)
     manager.destroy()
     manager.destroy()
 

@@ -163,6 +163,18 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return library.empty(shape, like.dtype, library.device_of(like))
 
 
+def synchronize(kind: int, ordinal: int) -> None:
+    """Waits for all that this process has given a device, which is DLPack's device type and an ordinal; nothing on the CPU. A step that
+    has lost a rank ends at its deadline, and so does this."""
+    if kind != a2a.Device.CUDA:
+        return
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize(ordinal)
+    elif cupy is not None:
+        cupy.cuda.Device(ordinal).synchronize()
+
+
 def rows(array: Tensor) -> Tensor:
     """[n] or [n, *] as the library takes rows: of two dimensions at most, each row contiguous."""
     if len(array.shape) > 2:

@@ -152,4 +152,5 @@ class All2AllManagerBase:
         yield
 
     def destroy(self):
-        """Frees what the manager took. May be called again."""
+        """Frees what the manager took, once this rank's own work on its device is done: a step that waits for a lost rank ends at its
+        deadline. May be called again."""

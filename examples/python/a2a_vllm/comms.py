@@ -11,7 +11,7 @@ from typing import Any
 
 import a2a
 
-from . import groups
+from . import arrays, groups
 
 # Dispatches that may be under way at once: two micro-batches.
 SLOTS = 2
@@ -26,6 +26,7 @@ class Wire:
         # What batched.py knows of where steps stand.
         self.views: dict[tuple, Any] = {}
         self.turn = 0
+        self.closed = False
 
     @property
     def next_routing(self) -> a2a.Routing:
@@ -50,8 +51,15 @@ class Wire:
         self.turn = 0
 
     def close(self) -> None:
+        """Waits for this rank's own work, as the last step may still be under way on a stream, and for nobody else."""
         self.views.clear()  # they would keep the comm's memory
-        self.comm.close()
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            arrays.synchronize(self.comm.info.device, self.comm.info.device_ordinal)
+        finally:  # where the device has failed, too
+            self.comm.close()
 
 
 @dataclass(eq=False)
@@ -103,8 +111,12 @@ class Comms:
             wire.comm.recover()
             wire.restart()
 
+    def synchronize(self) -> None:
+        """Waits for what this rank has given its device; never for longer than a step's deadline."""
+        arrays.synchronize(*self.engine.device)
+
     def close(self) -> None:
-        """Frees all of it, without waiting for anybody. May be called again."""
+        """Frees all of it, once this rank's own work is done. Waits for no other rank. May be called again."""
         for wire in self:
             wire.close()
         self._wires.clear()

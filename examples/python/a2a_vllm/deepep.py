@@ -23,7 +23,7 @@ class Buffer:
         weakref.finalize(self, comms.close)
 
     def destroy(self) -> None:
-        """Frees its memory, without waiting for anybody. May be called again; a buffer that nobody holds any more is freed too."""
+        """Frees its memory, once this rank's own work is done. May be called again; a buffer that nobody holds any more is freed too."""
         self.comms.close()
 
     @staticmethod

@@ -109,7 +109,7 @@ class Communication:
         return output
 
     def destroy(self) -> None:
-        """Frees its memory, without waiting for anybody. May be called again."""
+        """Frees its memory, once this rank's own work is done. May be called again."""
         self._open.clear()
         self.comms.close()
 
@@ -243,6 +243,7 @@ class FlashInferNVLinkOneSidedManager(FlashInferManager):
             capacity = capacity | self.communication.capacity
             if capacity == self.communication.capacity:
                 return
+            self.communication.comms.synchronize()
             groups.gather(self.meeting_group, "grow")  # nobody is in a step any more
             self.cleanup()
         self.communication = OneSidedCommunication(self, top_k, num_experts, capacity)

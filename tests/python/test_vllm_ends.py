@@ -1,0 +1,86 @@
+"""In which order managers end what they made: a comm that is destroyed while its last combine is under way on a stream aborts it."""
+
+import sys
+from types import SimpleNamespace
+
+import a2a
+import a2a_vllm
+import pytest
+from a2a_vllm import arrays, comms, groups
+from a2a_vllm.engine import Group
+
+
+class Framework:
+    """As much of torch or CuPy as waits for a device. It records whom it has waited for."""
+
+    def __init__(self, calls, used=True, failure=None):
+        def wait(ordinal):
+            calls.append(f"waited for {ordinal}")
+            if failure is not None:
+                raise failure
+
+        self.cuda = SimpleNamespace(is_initialized=lambda: used, synchronize=wait,
+                                    Device=lambda ordinal: SimpleNamespace(synchronize=lambda: wait(ordinal)))
+
+
+def wire_on(calls, device):
+    info = SimpleNamespace(num_slots=2, device=device, device_ordinal=3)
+    return comms.Wire(SimpleNamespace(info=info, routing=lambda slot: None, close=lambda: calls.append("closed")))
+
+
+@pytest.mark.parametrize("modules, waits", [
+    (dict(torch=True, cupy=None), True), (dict(torch=False, cupy=True), True), (dict(torch=None, cupy=True), True),
+    (dict(torch=None, cupy=None), False),
+])
+def test_a_comm_ends_after_this_ranks_work(monkeypatch, modules, waits):
+    calls = []
+    for name, used in modules.items():
+        monkeypatch.setitem(sys.modules, name, None if used is None else Framework(calls, used))
+    wire = wire_on(calls, a2a.Device.CUDA)
+    wire.close()
+    wire.close()
+    assert calls == (["waited for 3"] if waits else []) + ["closed"]
+
+
+def test_nothing_is_waited_for_on_the_cpu(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "torch", Framework(calls))
+    wire_on(calls, a2a.Device.CPU).close()
+    assert calls == ["closed"]
+
+
+def test_a_device_that_has_failed_keeps_no_comm(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "torch", Framework(calls, failure=RuntimeError("an illegal address")))
+    with pytest.raises(RuntimeError, match="an illegal address"):
+        wire_on(calls, a2a.Device.CUDA).close()
+    assert calls == ["waited for 3", "closed"]
+
+
+@pytest.fixture
+def one_sided(monkeypatch):
+    """A manager of one rank, and what happened to it in which order."""
+    calls = []
+    monkeypatch.setattr(arrays, "synchronize", lambda *device: calls.append("waited"))
+    real = groups.gather
+    monkeypatch.setattr(groups, "gather", lambda group, value: calls.append(value) or real(group, value))
+    a2a_vllm.use(a2a_vllm.Engine(Group(0, 1), max_num_batched_tokens=16))
+
+    class Alone:
+        rank, size = (lambda self: 0), (lambda self: 1)
+
+        def all_gather_object(self, value):
+            return [value]
+
+    made = a2a_vllm.FlashInferNVLinkOneSidedManager(Alone())
+    made.initialize(8, 2, 4, 64)
+    calls.clear()
+    yield made, calls
+    made.destroy()
+    a2a_vllm.use(None)
+
+
+def test_growth_waits_before_it_says_so(one_sided):
+    manager, calls = one_sided
+    manager.initialize(16, 2, 4, 64)
+    assert calls[:3] == ["waited", "grow", "waited"]

@@ -1,10 +1,11 @@
-"""In which order managers end what they made: a comm that is destroyed while its last combine is under way on a stream aborts it."""
+"""What managers end in which order, and whose tensors they take. A comm that is destroyed while its last combine is under way on a stream aborts it."""
 
 import sys
 from types import SimpleNamespace
 
 import a2a
 import a2a_vllm
+import numpy as np
 import pytest
 from a2a_vllm import arrays, comms, groups
 from a2a_vllm.engine import Group
@@ -55,6 +56,15 @@ def test_a_device_that_has_failed_keeps_no_comm(monkeypatch):
     with pytest.raises(RuntimeError, match="an illegal address"):
         wire_on(calls, a2a.Device.CUDA).close()
     assert calls == ["waited for 3", "closed"]
+
+
+def test_subclasses_are_their_librarys():
+    class Own(np.ndarray):
+        pass
+
+    assert arrays.of(np.zeros(3).view(Own)) is arrays.of(np.zeros(3))
+    with pytest.raises(TypeError, match="a tensor of builtins.list: it takes torch's, numpy's and CuPy's"):
+        arrays.of([1])
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """What the managers' own calls and handles give: each library's dialect, limits, sharing, ends, errors. 4 processes, CPU memory."""
 
 import gc
+import sys
+import types
 
+import a2a
 import a2a_vllm
 import numpy as np
 import pytest
@@ -59,6 +62,11 @@ def gathers_any_rows(rank, size, store):
             assert summed.dtype == rows.dtype and (numpy_of(summed) == sum(values)[begin : begin + COUNTS[rank]]).all()
         output = np.empty_like(summed)
         assert manager.combine_into_output(rows, output) is output and (output == summed).all()
+    # An output that is not compact is written where it lies.
+    wide = np.full((COUNTS[rank], 2, 3, 8), np.nan, np.float32)
+    values = [np.random.default_rng(r).integers(-4, 5, (total, 2, 8)).astype(np.float32) for r in range(size)]
+    assert (manager.combine_into_output(values[rank], wide[:, :, 1]) == sum(values)[begin : begin + COUNTS[rank]]).all()
+    assert (wide[:, :, 1] == sum(values)[begin : begin + COUNTS[rank]]).all() and np.isnan(wide[:, :, ::2]).all()
     raises(NotImplementedError, "AgRsAll2AllManager has no mask of ranks", manager.query_fault)
     assert manager.allocate_combine_input((total, 8), np.float32, None) is None
     raises(ValueError, f"rank {rank}: combine has {total - 1} rows, the group's sizes are", manager.combine, rows[1:])
@@ -174,7 +182,9 @@ def low_latency_speaks_deep_ep(rank, size, store):
                 x, ids, 12, EXPERTS, cumulative_local_expert_recv_stats=stats, use_fp8=False, return_recv_hook=True)
             hook()
             assert rows.shape == (len(mine), 12 * size, hidden) and counts.dtype == np.int32 and (stats == counts).all()
+            sys.modules["torch"] = types.ModuleType("torch")  # somebody else's: rows are numpy's still
             results = buffer.get_next_low_latency_combine_buffer(handle)
+            del sys.modules["torch"]
             for local, number in enumerate(mine):
                 results[local, : counts[local]] = expert(number, numpy_of(rows[local, : counts[local]]))
             out, _, hook = buffer.low_latency_combine(results, ids, weights, handle, zero_copy=True, return_recv_hook=True)
@@ -367,6 +377,103 @@ def two_micro_batches(rank, size, store, name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_two_micro_batches(ranks, name):  # noqa: F811
     ranks.run(two_micro_batches, name)
+
+
+def a_third_dispatch_takes_the_first_ones_slot(rank, size, store, name):
+    """Two dispatches may be under way; what a third one gives up is refused, and never combined by the third's routing."""
+    engine, group = engine_of(rank, size, store)
+    manager, kernel = kernel_of(name, group, size)
+    x, weights, ids = given(rank, "bfloat16", "int64")
+    ids = [ids, ids, ids[::-1].copy()]
+    ones, handles, outputs = np.ones_like(weights), [], []
+    for chosen in ids:
+        if name == "ht":
+            rows, *_, handle = kernel.buffer.dispatch_global(x, chosen, weights, EXPERTS)
+        else:
+            rows, _, handle, _, hook = kernel._dispatch(x, chosen, 16, EXPERTS, use_fp8=False, return_recv_hook=True)
+            hook()
+        handles.append((rows.copy(), handle))
+
+    def combined(at):
+        rows, handle = handles[at]
+        if name == "ht":
+            return kernel.buffer.combine(rows, handle)[0]
+        return kernel._combined(rows, ids[at], ones, handle)[0]
+
+    raises(RuntimeError, f"rank {rank}: dispatch 1 was given up for 3; slot 0 of 2 held it", combined, 0)
+    if name != "ht":
+        raises(RuntimeError, f"rank {rank}: dispatch 1 was given up for 3", kernel.buffer.get_next_low_latency_combine_buffer
+               if name == "ll" else kernel.buffer.get_next_combine_buffer, handles[0][1])
+    for at in (1, 2):
+        where = [[int(e) // (EXPERTS // size) if name == "ht" else int(e) for e in chosen if e >= 0] for chosen in ids[at]]
+        assert (numpy_of(combined(at)) == np.array([len(set(w)) for w in where]).reshape(-1, 1) * numpy_of(x)).all()
+    manager.destroy()
+
+
+@pytest.mark.parametrize("name", [kernel for kernel in KERNELS if kernel not in ("agrs", "one_sided", "two_sided")])
+def test_a_third_dispatch_takes_the_first_ones_slot(ranks, name):  # noqa: F811
+    ranks.run(a_third_dispatch_takes_the_first_ones_slot, name)
+
+
+def a_micro_batch_keeps_its_slot(rank, size, store, name):
+    """While one is between dispatch and combine, the other takes as many steps as it likes."""
+    engine, group = engine_of(rank, size, store)
+    manager, kernel = kernel_of(name, group, size)
+    x, weights, ids = given(rank, "bfloat16", "int32")
+    mine, prepared = owned(rank, size), {}
+
+    def prepare(ubatch, factor):
+        engine.ubatch = ubatch
+        chosen = ids if ubatch == 0 else ids[::-1].copy()  # other rows, so that the other's routing cannot do
+        rows, _, _, got_ids, got_weights = kernel.prepare(x * factor, weights, chosen, EXPERTS, None, False)
+        prepared[ubatch] = (factor, chosen, rows.copy(), got_ids.copy(), got_weights.copy())
+
+    def finalize(ubatch):
+        engine.ubatch = ubatch
+        factor, chosen, rows, got_ids, got_weights = prepared[ubatch]
+        output = np.empty_like(x)
+        kernel.finalize(output, array_of("numpy", layer(numpy_of(rows), got_weights, got_ids, mine), "bfloat16"), got_weights, got_ids,
+                        False, NoOP())
+        assert (numpy_of(output) == layer(numpy_of(x) * factor, weights, chosen)).all()
+
+    prepare(0, 1)
+    for factor in (2, 1, 2):
+        prepare(1, factor)
+        finalize(1)
+    finalize(0)
+    engine.ubatch = 2
+    raises(ValueError, f"rank {rank}: the engine's micro-batch is 2, it must be from 0 to 1", kernel.prepare, x, weights, ids, EXPERTS, None,
+           False)
+    manager.destroy()
+
+
+@pytest.mark.parametrize("name", ["agrs", "one_sided", "two_sided"])
+def test_a_micro_batch_keeps_its_slot(ranks, name):  # noqa: F811
+    ranks.run(a_micro_batch_keeps_its_slot, name)
+
+
+def a_refused_combine_is_called_again(rank, size, store, name):
+    engine, group = engine_of(rank, size, store)
+    manager, kernel = kernel_of(name, group, size)
+    x, weights, ids = given(rank, "bfloat16", "int32")
+    rows, _, _, got_ids, got_weights = kernel.prepare(x, weights, ids, EXPERTS, None, False)
+    if name in BATCHED:
+        got_ids, got_weights, impl = ids, np.ones_like(weights), Delegate()
+        where = [[int(e) for e in chosen if e >= 0] for chosen in ids]
+    else:
+        impl = NoOP()
+        where = [[int(e) // (EXPERTS // size) for e in chosen if e >= 0] for chosen in ids]
+    wanted = np.array([size if name == "agrs" else len(set(w)) for w in where]).reshape(-1, 1) * numpy_of(x)
+    rows, output = rows.copy(), np.empty_like(x)
+    raises(a2a.CallError, "float|dtype|type", kernel.finalize, np.empty(x.shape, np.int32), rows, got_weights, got_ids, False, impl)
+    kernel.finalize(output, rows, got_weights, got_ids, False, impl)
+    assert (numpy_of(output) == wanted).all()
+    manager.destroy()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_refused_combine_is_called_again(ranks, name):  # noqa: F811
+    ranks.run(a_refused_combine_is_called_again, name)
 
 
 def nobody_has_a_token(rank, size, store, name):

@@ -160,6 +160,9 @@ def one_dies_under_standard_rows(rank, size, store, name):
         assert (numpy_of(output) == layer(x, weights, ids, there)).all()
 
     layer_of(range(4))
+    # Another micro-batch is between dispatch and combine when it happens.
+    kernel.prepare(array_of("numpy", x, "bfloat16"), weights, ids, EXPERTS, None, False)
+    engine.ubatch = 1
     assert not manager.query_fault() and manager.query_active_mask().tolist() == [0] * 4
     group.all_gather_object("served by four")
     if rank == 3:
@@ -169,7 +172,8 @@ def one_dies_under_standard_rows(rank, size, store, name):
     assert manager.query_fault() and manager.query_active_mask().tolist() == [0, 0, 0, 1]
     manager.clean_buffers()
     assert not manager.query_fault() and manager.query_active_mask().tolist() == [0, 0, 0, 1]
-    for _ in range(3):
+    for ubatch in (0, 1, 0):
+        engine.ubatch = ubatch
         layer_of(range(3))
     type(group)(rank, 3, store, "survivors").all_gather_object("served by three")
     manager.destroy()

@@ -10,7 +10,7 @@ import a2a
 from . import arrays
 from .arrays import Tensor
 from .base import All2AllManagerBase
-from .comms import Comms, Wire
+from .comms import Comms, Handle
 
 # Bytes of the smallest row of tokens.
 LEAST_ROW = 16
@@ -20,8 +20,7 @@ LEAST_ROW = 16
 class Gathered:
     """A dispatch whose combine is still to come."""
 
-    wire: Wire
-    routing: a2a.Routing
+    handle: Handle
     rows: int
     # Bytes of a combine's row at most.
     result_bytes: int
@@ -82,11 +81,17 @@ class AgRsAll2AllManager(All2AllManagerBase):
         sizes = self._sizes(group, hidden_states.shape[0] // group.world_size)
         if hidden_states.shape[0] != sum(sizes):
             raise ValueError(f"rank {self.rank}: combine has {hidden_states.shape[0]} rows, the group's sizes are {sizes}")
+        rows, sums = arrays.rows(hidden_states), arrays.rows(output)
         step = self._open.pop((name, self.engine.ubatch), None)
-        rows = arrays.rows(hidden_states)
         if step is None or step.rows != rows.shape[0] or step.result_bytes < arrays.row_bytes(rows):
             step = self._sized_for(rows, name, group, sizes)
-        step.wire.comm.combine(step.routing, rows, arrays.rows(output))
+        try:
+            step.handle.comm.combine(step.handle.routing, rows, sums)
+        except a2a.CallError:  # nothing happened
+            self._open[name, self.engine.ubatch] = step
+            raise
+        if not arrays.same_memory(sums, output):  # rows that are not compact
+            arrays.of(output).copy(output, sums.reshape(output.shape))
         return output
 
     def destroy(self):
@@ -117,14 +122,15 @@ class AgRsAll2AllManager(All2AllManagerBase):
         tokens, *extras = map(arrays.rows, tensors)
         out_tokens, *out_extras = map(arrays.rows, gathered)
         fields = arrays.row_fields(tokens, result_bytes)
-        wire = self._of(name, group).wire(
+        comms = self._of(name, group)
+        wire = comms.wire(
             2 ** ceil(log2(max(*sizes, 1))),
             backend=a2a.Backend.ALLGATHER_REDUCESCATTER, num_experts=group.world_size, max_topk=1,
             extra_row_bytes=tuple(map(arrays.row_bytes, extras)), **fields,
         )
-        routing, _ = wire.dispatch(tokens, extras=extras, max_tokens=max(sizes), rank_tokens=sizes,
-                                   out=dict(tokens=out_tokens, extras=out_extras), want=())
-        return Gathered(wire, routing, sum(sizes), 2 * fields["combine_hidden"])
+        handle, _ = wire.dispatch(tokens, extras=extras, max_tokens=max(sizes), rank_tokens=sizes,
+                                  out=dict(tokens=out_tokens, extras=out_extras), want=(), slot=comms.slot())
+        return Gathered(handle, sum(sizes), 2 * fields["combine_hidden"])
 
     def _sized_for(self, rows: Tensor, name: str, group, sizes: list[int]) -> Gathered:
         """A dispatch of next to nothing, for a combine of rows that no dispatch came before, or one of smaller rows."""

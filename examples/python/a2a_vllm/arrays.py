@@ -79,6 +79,9 @@ class NumpyArrays:
         contiguous = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
         return array if contiguous else self.np.ascontiguousarray(array)
 
+    def address(self, array: Tensor) -> int:
+        return array.ctypes.data if self.np.__name__ == "numpy" else array.data.ptr
+
 
 class TorchArrays:
     """torch, for tensors on any of its devices."""
@@ -132,22 +135,30 @@ class TorchArrays:
         contiguous = array.shape[-1] <= 1 or array.stride(-1) == 1
         return array if contiguous else array.contiguous()
 
+    def address(self, array: Tensor) -> int:
+        return array.data_ptr()
+
 
 Arrays = NumpyArrays | TorchArrays
 
 
 @functools.cache
 def _arrays(library: str) -> Arrays:
-    if library == "torch":
-        return TorchArrays(sys.modules["torch"])
-    if library in ("numpy", "cupy"):
-        return NumpyArrays(sys.modules[library])
-    raise TypeError(f"a2a_vllm: a tensor of {library}: it takes torch's, numpy's and CuPy's")
+    return TorchArrays(sys.modules["torch"]) if library == "torch" else NumpyArrays(sys.modules[library])
+
+
+@functools.cache
+def _of_class(kind: type) -> Arrays:
+    """By the class or the first of its bases that is a library's own: engines and torch subclass tensors."""
+    for base in kind.__mro__:
+        if (library := base.__module__.partition(".")[0]) in ("torch", "numpy", "cupy"):
+            return _arrays(library)
+    raise TypeError(f"a2a_vllm: a tensor of {kind.__module__}.{kind.__qualname__}: it takes torch's, numpy's and CuPy's")
 
 
 def of(array: Tensor) -> Arrays:
     """The library of an array."""
-    return _arrays(type(array).__module__.partition(".")[0])
+    return _of_class(type(array))  # type: ignore[arg-type]  # any class may be a key
 
 
 def default() -> Arrays:
@@ -180,6 +191,11 @@ def rows(array: Tensor) -> Tensor:
     if len(array.shape) > 2:
         array = array.reshape(array.shape[0], row_bytes(array) // of(array).size_of(array))
     return of(array).compact(array) if len(array.shape) == 2 else array
+
+
+def same_memory(rows: Tensor, array: Tensor) -> bool:
+    """Whether what `rows` gave is the array's own memory, and no copy."""
+    return of(array).address(rows) == of(array).address(array)
 
 
 def row_bytes(array: Tensor) -> int:

@@ -69,39 +69,38 @@ def dispatch(wire: Wire, x: Tensor, topk_idx: Tensor, max_tokens: int, later: bo
     out = {} if stats is None else dict(expert_stats=stats)
 
     if later and shape in wire.views:
-        routing, _ = wire.dispatch(x, topk_idx, max_tokens=max_tokens, phase=a2a.SEND)
+        handle, _ = wire.dispatch(x, topk_idx, max_tokens=max_tokens, phase=a2a.SEND, want=want, out=out)
 
         def hook() -> None:
-            wire.views[shape].check(wire.comm.dispatch_recv(routing, want=want, out=out))
+            wire.views[shape].check(handle.comm.dispatch_recv(handle.routing))
 
     else:
-        routing, received = wire.dispatch(x, topk_idx, max_tokens=max_tokens, want=want, out=out)
+        handle, received = wire.dispatch(x, topk_idx, max_tokens=max_tokens, want=want, out=out)
         if shape not in wire.views:
             wire.views[shape] = Views(received, x)
         wire.views[shape].check(received)
         hook = nothing
-    return wire.views[shape].rows, wire.views[shape].counts, Handle(wire, routing, x.shape[0]), Event(), hook
+    return wire.views[shape].rows, wire.views[shape].counts, handle, Event(), hook
 
 
 def combine(handle: Handle, x: Tensor, topk_weights: Tensor, later: bool, out: Tensor | None = None):
     """(out, event, hook): out [T, H] is the weighted sum of x [L, R * max_tokens, H] over k; there once hook has been called if `later`."""
     if out is None:
         out = arrays.empty((handle.tokens, x.shape[-1]), x)
-    comm, routing = handle.wire.comm, handle.routing
     if not later:
-        comm.combine(routing, x, out, weights=topk_weights)
+        handle.comm.combine(handle.routing, x, out, weights=topk_weights)
         return out, Event(), nothing
-    comm.combine(routing, x, weights=topk_weights, phase=a2a.SEND)
+    handle.comm.combine(handle.routing, x, out, weights=topk_weights, phase=a2a.SEND)
 
     def hook() -> None:
-        comm.combine_recv(routing, out)
+        handle.comm.combine_recv(handle.routing)
 
     return out, Event(), hook
 
 
 def combine_buffer(handle: Handle) -> Tensor:
     """[L, R * max_tokens, H]: where experts write what combine then need not copy."""
-    return arrays.default().take(handle.wire.comm.combine_buffer(handle.routing))
+    return handle.library.take(handle.comm.combine_buffer(handle.routing))
 
 
 def nothing() -> None:

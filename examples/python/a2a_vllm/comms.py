@@ -12,13 +12,14 @@ from typing import Any
 import a2a
 
 from . import arrays, groups
+from .arrays import Tensor
 
 # Dispatches that may be under way at once: two micro-batches.
 SLOTS = 2
 
 
 class Wire:
-    """A comm and a routing for each of its slots, which dispatches take in turns: the same one on every rank."""
+    """A comm and a routing for each of its slots. Dispatches take a slot by name or in turns: the same one on every rank."""
 
     def __init__(self, comm: a2a.Comm, quantises: bool = False):
         self.comm, self.quantises = comm, quantises
@@ -26,6 +27,9 @@ class Wire:
         # What batched.py knows of where steps stand.
         self.views: dict[tuple, Any] = {}
         self.turn = 0
+        # Dispatches so far, and by slot the number of the one that has it.
+        self.dispatches = 0
+        self.holders: dict[int, int] = {}
         self.closed = False
 
     @property
@@ -33,12 +37,21 @@ class Wire:
         """The next dispatch's."""
         return self.routings[self.turn % len(self.routings)]
 
-    def dispatch(self, *arguments, **keywords) -> tuple[a2a.Routing, a2a.Received]:
-        """Comm.dispatch, but for its RECV, on the next routing. A call that is refused takes no turn."""
-        routing = self.next_routing
-        received = self.comm.dispatch(routing, *arguments, **keywords)
-        self.turn += 1
-        return routing, received
+    def dispatch(self, tokens: Tensor, *arguments, slot: int | None = None, **keywords) -> tuple[Handle, a2a.Received]:
+        """Comm.dispatch, but for its RECV, on a slot, or where none is named on the next in turn. A call that is refused takes neither
+        a turn nor the slot from the dispatch that has it."""
+        routing = self.next_routing if slot is None else self.routings[slot]
+        try:
+            received = self.comm.dispatch(routing, tokens, *arguments, **keywords)
+        except a2a.CallError:
+            raise
+        except a2a.Error:
+            self.holders.pop(routing.slot, None)
+            raise
+        self.turn += slot is None
+        self.dispatches += 1
+        self.holders[routing.slot] = self.dispatches
+        return Handle(self, routing, self.dispatches, tokens.shape[0], arrays.of(tokens)), received
 
     def lost(self, size: int) -> list[int]:
         """Of each of the first ranks: 1 if it takes no part, is dead, or was given up on, else 0."""
@@ -47,8 +60,9 @@ class Wire:
         return [int(not there or rank in given_up) for rank, there in enumerate(self.comm.rank_mask()[:size])]
 
     def restart(self) -> None:
-        """After ranks have agreed on who takes part: turns begin anew, as steps do."""
+        """After ranks have agreed on who takes part: turns begin anew, as steps do, and what was under way is void."""
         self.turn = 0
+        self.holders.clear()
 
     def close(self) -> None:
         """Waits for this rank's own work, as the last step may still be under way on a stream, and for nobody else."""
@@ -68,8 +82,23 @@ class Handle:
 
     wire: Wire
     routing: a2a.Routing
+    # Of the wire's dispatches, from 1.
+    number: int
     # Of this rank's.
     tokens: int
+    # Of its tokens.
+    library: arrays.Arrays
+
+    @property
+    def comm(self) -> a2a.Comm:
+        """The comm, for what comes after the dispatch. Refused once the slot is another dispatch's: its routing is that one's then."""
+        holder = self.wire.holders.get(self.routing.slot)
+        if holder != self.number:
+            info = self.wire.comm.info
+            taken = "is void: ranks have agreed anew on who takes part, or its slot failed" if holder is None else f"was given up for {holder}"
+            raise RuntimeError(f"rank {info.rank}: dispatch {self.number} {taken}; slot {self.routing.slot} of {info.num_slots} held it, and "
+                               f"at most {info.num_slots} dispatches may be between dispatch and combine")
+        return self.wire.comm
 
 
 class Comms:
@@ -110,6 +139,13 @@ class Comms:
         for wire in self:
             wire.comm.recover()
             wire.restart()
+
+    def slot(self) -> int:
+        """The slot of the calling thread's micro-batch, the same on all ranks."""
+        ubatch = self.engine.ubatch
+        if not 0 <= ubatch < SLOTS:
+            raise ValueError(f"rank {self.rank}: the engine's micro-batch is {ubatch}, it must be from 0 to {SLOTS - 1}")
+        return ubatch
 
     def synchronize(self) -> None:
         """Waits for what this rank has given its device; never for longer than a step's deadline."""

@@ -90,14 +90,14 @@ class HighThroughputBuffer(Buffer):
             max_topk=topk_idx.shape[1], **arrays.row_fields(tokens), **scale_fields,
         )
         want = ("tokens", "topk_ids", "topk_weights", "expert_counts") + (("scales",) if scales is not None else ())
-        routing, received = wire.dispatch(
+        handle, received = wire.dispatch(
             tokens, topk_idx, topk_weights, scales, want=want, flags=a2a.DispatchFlag.HOST_COUNTS, max_sms=self.num_sms,
         )
         rows = library.take(received.tokens)
         rows = rows if scales is None else (rows, library.take(received.scales))
         ids, weights = library.take(received.topk_ids), library.take(received.topk_weights)
         counts = library.take(received.expert_counts).tolist()
-        return rows, ids, weights, counts, Handle(wire, routing, tokens.shape[0])
+        return rows, ids, weights, counts, handle
 
     def combine(
         self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None, config: Any = None, previous_event: Any = None,
@@ -113,7 +113,7 @@ class HighThroughputBuffer(Buffer):
         """Sums [T, H], in `out` if it is given."""
         if out is None:
             out = arrays.empty((handle.tokens, x.shape[1]), x)
-        handle.wire.comm.combine(handle.routing, arrays.rows(x), out=out, max_sms=self.num_sms)
+        handle.comm.combine(handle.routing, arrays.rows(x), out=out, max_sms=self.num_sms)
         return out
 
 

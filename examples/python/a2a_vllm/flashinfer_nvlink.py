@@ -11,7 +11,7 @@ import a2a
 from . import arrays, groups
 from .arrays import Tensor
 from .base import All2AllManagerBase
-from .comms import Comms, Wire
+from .comms import Comms, Handle
 
 # By the name of a format: bytes of a row of H values, and of its scales.
 FORMATS = {
@@ -67,31 +67,36 @@ class Received:
 class Step:
     """A dispatch whose combine is still to come."""
 
-    wire: Wire
-    routing: a2a.Routing
+    handle: Handle
     # As they were received: [R, M] or [R * M].
     shape: tuple[int, ...]
     like: Tensor
 
 
 class Communication:
-    """Steps of one micro-batch alternate: dispatch, combine. Another micro-batch may be between its own two."""
+    """Steps of one micro-batch alternate: dispatch, combine. Another micro-batch, which has the other slot, may be between its own two."""
 
     def __init__(self, manager: All2AllManagerBase):
         self.comms = Comms(manager.meeting_group, manager.rank, manager.world_size, manager.engine)
         self._engine = manager.engine
         self._open: dict[int, Step] = {}
 
-    def _next(self) -> None:
+    def _next(self) -> int:
+        """The slot of a dispatch."""
         if self._engine.ubatch in self._open:
             raise RuntimeError(f"rank {self.comms.rank}: micro-batch {self._engine.ubatch} dispatches again before it has combined")
+        return self.comms.slot()
+
+    def void(self) -> None:
+        """What was under way is not combined any more."""
+        self._open.clear()
 
     def get_combine_input_buffer(self, dtype: Any = None) -> Tensor:
         """[R * max_tokens, H]: where experts write what combine then need not copy."""
         step = self._step()
         library = arrays.of(step.like)
         name = None if dtype is None else a2a.element_type(dtype)
-        buffer = library.take(step.wire.comm.combine_buffer(step.routing, name))
+        buffer = library.take(step.handle.comm.combine_buffer(step.handle.routing, name))
         return buffer.reshape(-1, buffer.shape[-1])
 
     def combine(self, expert_output: Tensor, *, output: Tensor | None = None) -> Tensor:
@@ -102,7 +107,7 @@ class Communication:
         rows = expert_output.reshape(*step.shape, expert_output.shape[-1])
         del self._open[self._engine.ubatch]
         try:
-            step.wire.comm.combine(step.routing, rows, output)
+            step.handle.comm.combine(step.handle.routing, rows, output)
         except a2a.CallError:  # nothing happened
             self._open[self._engine.ubatch] = step
             raise
@@ -110,7 +115,7 @@ class Communication:
 
     def destroy(self) -> None:
         """Frees its memory, once this rank's own work is done. May be called again."""
-        self._open.clear()
+        self.void()
         self.comms.close()
 
     def _step(self) -> Step:
@@ -136,17 +141,16 @@ class OneSidedCommunication(Communication):
         max_tokens_per_rank: int | None = None,
     ) -> Received:
         """max_tokens_per_rank: of this step, the same on all ranks; None: as many as there is room for."""
-        self._next()
-        wire, library = self._wire, arrays.of(hidden_states)
+        slot, library = self._next(), arrays.of(hidden_states)
         bound = self.capacity.max_tokens if max_tokens_per_rank is None else max(max_tokens_per_rank, 1)
         scales = {} if hidden_states_scale is None else dict(scales=arrays.rows(hidden_states_scale))
         want = ("tokens", "topk_ids", "topk_weights", "rank_counts", *scales)
-        routing, received = wire.dispatch(
+        handle, received = self._wire.dispatch(
             arrays.rows(hidden_states), topk_ids, topk_weights, **scales,
-            max_tokens=bound, want=want, flags=a2a.DispatchFlag.ZERO_PADDING,
+            max_tokens=bound, want=want, flags=a2a.DispatchFlag.ZERO_PADDING, slot=slot,
         )
         shape = received.tokens.shape[:-1]
-        self._open[self._engine.ubatch] = Step(wire, routing, shape, hidden_states)
+        self._open[self._engine.ubatch] = Step(handle, shape, hidden_states)
 
         def flat(name: str) -> Tensor:
             rows = library.take(getattr(received, name))
@@ -164,8 +168,7 @@ class TwoSidedCommunication(Communication):
         hidden_states_scale: Tensor | None = None, max_tokens_per_rank: int,
     ) -> Received:
         """max_tokens_per_rank: of this step, the same on all ranks."""
-        self._next()
-        bound = max(max_tokens_per_rank, 1)
+        slot, bound = self._next(), max(max_tokens_per_rank, 1)
         tokens = arrays.rows(hidden_states)
         given = dict(tokens=tokens, topk_ids=topk_ids, topk_weights=topk_weights)
         scale_fields = {}
@@ -178,10 +181,10 @@ class TwoSidedCommunication(Communication):
         )
         rows = self.comms.size * bound
         out = {name: arrays.empty((rows, *tensor.shape[1:]), tensor) for name, tensor in given.items()}
-        routing, received = wire.dispatch(
-            **given, max_tokens=bound, out=out, want=("rank_counts",), flags=a2a.DispatchFlag.ZERO_PADDING,
+        handle, received = wire.dispatch(
+            **given, max_tokens=bound, out=out, want=("rank_counts",), flags=a2a.DispatchFlag.ZERO_PADDING, slot=slot,
         )
-        self._open[self._engine.ubatch] = Step(wire, routing, (rows,), hidden_states)
+        self._open[self._engine.ubatch] = Step(handle, (rows,), hidden_states)
         return Received(out["tokens"], out.get("scales"), out["topk_ids"], out["topk_weights"],
                         arrays.of(hidden_states).take(received.rank_counts))
 
@@ -206,6 +209,11 @@ class FlashInferManager(All2AllManagerBase):
 
     def destroy(self):
         self.cleanup()
+
+    def clean_buffers(self) -> None:
+        if self.communication is not None:
+            self.communication.void()
+        super().clean_buffers()
 
     def _used(self) -> list[Comms]:
         return [] if self.communication is None else [self.communication.comms]

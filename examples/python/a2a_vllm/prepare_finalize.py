@@ -234,8 +234,9 @@ class DeepEPHTPrepareAndFinalize(PrepareAndFinalize):
         return nothing, lambda: (rows, scales, meta, library.cast(ids, self._ids_dtype), weights)
 
     def _combine(self, output, rows, weights, ids, applied, impl, later):
-        handle = self.handles.pop(self.buffer.engine.ubatch)
-        self.buffer.combine_into(sums_of(rows, weights, ids, applied, impl), handle, output)
+        ubatch = self.buffer.engine.ubatch
+        self.buffer.combine_into(sums_of(rows, weights, ids, applied, impl), self.handles[ubatch], output)
+        del self.handles[ubatch]  # only now: what is refused may be called again
         return nothing
 
 
@@ -309,8 +310,10 @@ class BatchedPrepareAndFinalize(PrepareAndFinalize):
                              "it must be TopKWeightAndReduceDelegate")
         library = arrays.of(weights)
         weights = library.ones_like(weights) if applied else weights
-        *_, hook = self._combined(rows, self._physical(ids), library.cast(weights, "float32"), self.handles.pop(self.buffer.engine.ubatch),
+        ubatch = self.buffer.engine.ubatch
+        *_, hook = self._combined(rows, self._physical(ids), library.cast(weights, "float32"), self.handles[ubatch],
                                   return_recv_hook=later, out=output)
+        del self.handles[ubatch]  # only now: what is refused may be called again
         return hook
 
 

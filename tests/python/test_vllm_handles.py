@@ -209,8 +209,9 @@ def low_latency_speaks_deep_ep(rank, size, store):
     raises(ValueError, "scales are float32 as they come out, or powers of two", buffer.low_latency_dispatch, x, ids, 16, EXPERTS,
            round_scale=True)
     raises(ValueError, f"rank {rank}: num_experts is 9, the buffer was made for 8", buffer.low_latency_dispatch, x, ids, 16, 9)
-    mask = np.ones(size, np.int32)
+    sys.modules["torch"], mask = types.ModuleType("torch"), np.ones(size, np.int32)
     buffer.low_latency_query_mask_buffer(mask)
+    del sys.modules["torch"]
     assert mask.tolist() == [0] * size == manager.query_active_mask().tolist() and not manager.query_fault()
     group.all_gather_object("all have asked")
     # A buffer that nobody holds is gone with its memory.
@@ -301,8 +302,20 @@ def one_sided_grows(rank, size, store):
         assert (numpy_of(communication.combine(results)) == np.array(there).reshape(-1, 1) * numpy_of(x)).all()
         del received, results
         manager.checkpoint_prepare()
+        raises(RuntimeError, "there is no communication: checkpoint_restore has not been called", manager.get_communication)
         manager.checkpoint_restore()
+    # What was there comes back with a layer that asks for less, too, and restoring has nothing left to do.
+    manager.checkpoint_prepare()
+    manager.initialize(8, TOPK, EXPERTS, HIDDEN)
+    communication = manager.get_communication()
+    assert communication.capacity == second.capacity and communication is not second
+    manager.checkpoint_restore()
+    assert manager.get_communication() is communication
+    received = communication.dispatch(x, ids, weights, max_tokens_per_rank=9)
+    assert (numpy_of(communication.combine(received.hidden_states.copy())) == np.array(there).reshape(-1, 1) * numpy_of(x)).all()
+    manager.checkpoint_prepare()
     manager.destroy()
+    manager.checkpoint_restore()
     manager.destroy()
     assert not manager.initialized
     raises(RuntimeError, "there is no communication", manager.get_communication)

@@ -3,10 +3,12 @@
 import contextlib
 import importlib.util
 import os
+import time
 
 import a2a_vllm
 import numpy as np
 import pytest
+import vllm_ranks
 from a2a_vllm import StoreGroup, groups
 from a2a_vllm import prepare_finalize as kernels
 from a2a_vllm.prepare_finalize import TopKWeightAndReduceDelegate, TopKWeightAndReduceNoOP
@@ -152,6 +154,26 @@ def layer_over(group, rank, size, name, library, dtype, ids_dtype):
         assert not any(failures_of(manager)), failures_of(manager)
     manager.destroy()
     manager.destroy()
+
+
+def late_or_not(rank, size, store, seconds):
+    time.sleep(seconds if rank == 0 else 0)
+    return seconds
+
+
+def test_a_late_answer_is_nobody_elses(monkeypatch):
+    """Of the harness: a rank that has not answered in time is replaced."""
+    made = Ranks(2)
+    try:
+        assert made.run(late_or_not, 0) == [0, 0]
+        monkeypatch.setattr(vllm_ranks, "PATIENCE", 0.5)
+        with pytest.raises(AssertionError, match="rank 0: TimeoutError.*no answer within 0.5 s"):
+            made.run(late_or_not, 1.5)
+        monkeypatch.undo()
+        time.sleep(1.5)
+        assert made.run(late_or_not, 0) == [0, 0]
+    finally:
+        made.close()
 
 
 def test_groups_of_each_kind():

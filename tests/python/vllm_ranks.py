@@ -16,6 +16,7 @@ import numpy as np
 
 RANKS = 4
 EXPERTS, TOPK, HIDDEN = 8, 3, 48
+PATIENCE = 120  # seconds for all ranks' answers
 COUNTS = [5, 0, 9, 2]  # tokens of each rank: none on one of them
 
 
@@ -43,15 +44,7 @@ class Ranks:
     """Processes that run functions of test modules, as rank 0, 1, ... of a new group each time."""
 
     def __init__(self, count=RANKS):
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.pipes, self.processes = map(list, zip(*(_process(rank) for rank in range(count))))
 
     def run(self, function, *arguments, gone=(), ranks=None):
         """What function(rank, size, store, *arguments) gave on each rank; None on those that are `gone`: that end in it."""
@@ -60,10 +53,12 @@ class Ranks:
             for rank in ranks:
                 self.pipes[rank].send((function.__module__, function.__name__, len(ranks), directory, arguments))
             failures, results = [], []
+            until = time.monotonic() + PATIENCE
             for rank in ranks:
                 try:
-                    if not self.pipes[rank].poll(120):
-                        raise TimeoutError("no answer within 120 s")
+                    if not self.pipes[rank].poll(max(0, until - time.monotonic())):
+                        self._replace(rank)  # its answer would be taken for the next test's
+                        raise TimeoutError(f"no answer within {PATIENCE} s")
                     kind, value = self.pipes[rank].recv()
                 except (EOFError, TimeoutError) as error:
                     kind, value = ("result", None) if rank in gone else ("failure", repr(error))
@@ -73,10 +68,27 @@ class Ranks:
         assert not failures, "\n".join(failures)
         return results
 
+    def _replace(self, rank):
+        """Kills a rank that does not answer, and has another in its place."""
+        self.processes[rank].kill()
+        self.processes[rank].join()
+        self.pipes[rank].close()
+        self.pipes[rank], self.processes[rank] = _process(rank)
+
     def close(self):
         for pipe, process in zip(self.pipes, self.processes):
             pipe.close()
             process.join(10)
+
+
+def _process(rank):
+    """(pipe, process)"""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
 
 
 def _serve(pipe, rank):

@@ -107,11 +107,13 @@ class All2AllManagerBase:
         return output
 
     def query_active_mask(self) -> Tensor:
-        """[R] int32: 0 is live, 1 is lost."""
+        """[R] int32: 0 is live, 1 is lost, as far as the host knows now: on CUDA a step in flight may find out more. Not for captured
+        graphs, where the answer would stay the one of the capture."""
         return faults.as_tensor(self._mask(), self.engine)
 
     def query_fault(self) -> Tensor:
-        """A bool: whether the mask is another than when it was last cleaned."""
+        """A bool: whether the mask is another than when it was last cleaned, as far as the host knows now: on CUDA ask after the stream
+        has passed the step (torch.cuda.current_stream().synchronize(), or the event that its tokens are waited for with)."""
         return self._watch.fault(self._mask(), self.engine)
 
     def clean_buffers(self) -> None:

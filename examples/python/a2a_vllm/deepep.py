@@ -160,8 +160,9 @@ class LowLatencyBuffer(Buffer):
         return batched.combine_buffer(handle)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        """Writes [R] int32: 0 live, 1 lost."""
-        arrays.of(mask_status).copy(mask_status, faults.as_tensor(self.comms.mask(), self.engine))
+        """Writes [R] int32: 0 live, 1 lost, as faults.py knows it."""
+        library = arrays.of(mask_status)
+        library.copy(mask_status, faults.as_tensor(self.comms.mask(), self.engine, library))
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Collective over the ranks that are left: goes on among them."""

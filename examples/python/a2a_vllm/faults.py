@@ -1,4 +1,8 @@
-"""Which ranks are lost, as vLLM asks it: an int32 for each rank, 0 live and 1 lost, and whether that has changed."""
+"""Which ranks are lost, as vLLM asks it: an int32 for each rank, 0 live and 1 lost, and whether that has changed.
+
+The answer is what this rank's host knows when it is asked, not what its stream will know after the work it has been given: on CUDA a
+loss that a step in flight runs into is seen once the stream has passed that step.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class Watch:
         self._clean = mask
 
 
-def as_tensor(mask: list[int], engine: AnyEngine) -> Tensor:
-    """[R] int32 on the engine's device."""
-    library = arrays.default()
+def as_tensor(mask: list[int], engine: AnyEngine, library: arrays.Arrays | None = None) -> Tensor:
+    """[R] int32 on the engine's device, of a library or the default one."""
+    library = library or arrays.default()
     return library.from_list(mask, "int32", library.device(*engine.device))

@@ -247,6 +247,8 @@ class FlashInferNVLinkOneSidedManager(FlashInferManager):
             if self.initialized and asked != has:
                 raise ValueError(f"rank {self.rank}: {name} is {asked}, other layers have {has}: all layers have the same")
         capacity = Capacity.of(max_num_tokens, hidden_size, dispatch_format, extra_payload_bytes_per_token)
+        if self._to_restore is not None:
+            capacity = capacity | self._to_restore
         if self.communication is not None:
             capacity = capacity | self.communication.capacity
             if capacity == self.communication.capacity:
@@ -255,22 +257,29 @@ class FlashInferNVLinkOneSidedManager(FlashInferManager):
             groups.gather(self.meeting_group, "grow")  # nobody is in a step any more
             self.cleanup()
         self.communication = OneSidedCommunication(self, top_k, num_experts, capacity)
-        self.top_k, self.num_experts, self.initialized = top_k, num_experts, True
+        self.top_k, self.num_experts, self.initialized, self._to_restore = top_k, num_experts, True, None
 
     def get_communication(self) -> NVLinkOneSidedAlltoAll:
         """What there is now; a later layer may replace it."""
         if self.communication is None:
-            raise RuntimeError(f"rank {self.rank}: there is no communication: initialize has not been called, or cleanup has")
+            why = "initialize has not been called, or cleanup has" if self._to_restore is None else "checkpoint_restore has not been called"
+            raise RuntimeError(f"rank {self.rank}: there is no communication: {why}")
         return self.communication
 
+    def cleanup(self):
+        """Frees the communication, and forgets what checkpoint_restore would make."""
+        super().cleanup()
+        self._to_restore = None
+
     def checkpoint_prepare(self) -> None:
-        """Frees all memory until checkpoint_restore."""
+        """Frees all memory, once this rank's own work is done, until checkpoint_restore (or a layer's initialize)."""
         if self.communication is not None:
             self._to_restore = self.communication.capacity
             self.communication.destroy()
+            self.communication = None
 
     def checkpoint_restore(self) -> None:
-        """Collective: takes the memory again. Captured graphs are captured anew."""
+        """Collective: takes the memory again. Captured graphs are captured anew. After cleanup, or destroy, there is nothing to take."""
         if self._to_restore is not None:
             self.communication = OneSidedCommunication(self, self.top_k, self.num_experts, self._to_restore)
             self._to_restore = None

@@ -1,4 +1,7 @@
-"""What managers end in which order, and whose tensors they take. A comm that is destroyed while its last combine is under way on a stream aborts it."""
+"""How managers end what they made, and whose tensors they take.
+
+A comm that is destroyed while its last combine is still under way on a stream aborts it.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -25,7 +28,7 @@ class Framework:
 
 
 def wire_on(calls, device):
-    info = SimpleNamespace(num_slots=2, device=device, device_ordinal=3)
+    info = SimpleNamespace(rank=1, num_slots=2, device=device, device_ordinal=3)
     return comms.Wire(SimpleNamespace(info=info, routing=lambda slot: None, close=lambda: calls.append("closed")))
 
 
@@ -50,12 +53,11 @@ def test_nothing_is_waited_for_on_the_cpu(monkeypatch):
     assert calls == ["closed"]
 
 
-def test_a_device_that_has_failed_keeps_no_comm(monkeypatch):
+def test_a_device_that_has_failed_keeps_no_comm(monkeypatch, caplog):
     calls = []
     monkeypatch.setitem(sys.modules, "torch", Framework(calls, failure=RuntimeError("an illegal address")))
-    with pytest.raises(RuntimeError, match="an illegal address"):
-        wire_on(calls, a2a.Device.CUDA).close()
-    assert calls == ["waited for 3", "closed"]
+    wire_on(calls, a2a.Device.CUDA).close()
+    assert calls == ["waited for 3", "closed"] and "rank 1: a comm is closed on a device that has failed: an illegal address" in caplog.text
 
 
 def test_subclasses_are_their_librarys():

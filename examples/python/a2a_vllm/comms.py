@@ -5,6 +5,7 @@ Every rank uses the same shapes in the same order, as it makes all its calls in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from .arrays import Tensor
 
 # Dispatches that may be under way at once: two micro-batches.
 SLOTS = 2
+
+logger = logging.getLogger(__name__)
 
 
 class Wire:
@@ -72,8 +75,9 @@ class Wire:
         self.closed = True
         try:
             arrays.synchronize(self.comm.info.device, self.comm.info.device_ordinal)
-        finally:  # where the device has failed, too
-            self.comm.close()
+        except RuntimeError as failure:  # a device that has failed has no work under way, and all that is left goes all the same
+            logger.warning("rank %d: a comm is closed on a device that has failed: %s", self.comm.info.rank, failure)
+        self.comm.close()
 
 
 @dataclass(eq=False)

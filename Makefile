@@ -295,7 +295,8 @@ target/tests/abi_test_sanitized: tests/c/abi_test.c include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CC) -std=c11 $(CFLAGS_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LINK)
 
-# a2a.hpp: half of the program is compiled without exceptions.
+# a2a.hpp: half of the program is compiled without exceptions and without RTTI, and linked first: of what both halves have, its own
+# is taken.
 CFLAGS_HPP := $(CFLAGS_TEST) -Wshadow -Wconversion -Wold-style-cast
 target/tests/hpp_test_17:        CFLAGS_HPP += -std=c++17
 target/tests/hpp_test_20:        CFLAGS_HPP += -std=c++20
@@ -303,7 +304,7 @@ target/tests/hpp_test_sanitized: CFLAGS_HPP += -std=c++17 -fsanitize=address,und
 target/tests/hpp_test_%: tests/cpp/hpp_test.cpp tests/cpp/no_exceptions.cpp tests/cpp/no_exceptions.hpp include/a2a.hpp include/a2a.h | lib
 	@mkdir -p $(@D)
 	$(CXX) $(CFLAGS_HPP) -fno-exceptions -fno-rtti -c tests/cpp/no_exceptions.cpp -o $@.o
-	$(CXX) $(CFLAGS_HPP) $< $@.o -o $@ $(LINK)
+	$(CXX) $(CFLAGS_HPP) $@.o $< -o $@ $(LINK)
 
 target/tests/defects: tests/c/defects.c include/a2a.h | lib
 	@mkdir -p $(@D)

@@ -5,23 +5,29 @@
  *
  * Results. Every call that can fail returns an a2a::Result, which must be looked at, in one of two ways:
  *
- *     a2a::Comm comm = a2a::Comm::create(config).value();                // throws a2a::Error
+ *     a2a::Comm comm = a2a::Comm::create(config).value();                // throws an a2a::Error
  *
- *     auto created = a2a::Comm::create(config);                          // throws nothing; -fno-exceptions has this way alone
+ *     auto created = a2a::Comm::create(config);                          // throws nothing but std::bad_alloc
  *     if (!created) return report(created.error().status(), created.error().what());
  *     a2a::Comm comm = std::move(*created);
+ *
+ * -fno-exceptions and -fno-rtti have the second way alone, and may be linked with what has both.
  *
  * Structs. a2a::Config, a2a::DispatchIn and so on are the C structs with struct_size set and all else zero: their fields are
  * a2a.h's, and a C struct does as well wherever one is taken.
  *
- * Threads. As in a2a.h: one call at a time on a comm and its routings. Functions that are const, abort and set_timeout may be called
- * at any time, by any thread.
+ * Threads. As in a2a.h: one call at a time on a comm and its routings. Functions that are const, abort, set_timeout and
+ * connect_ranks may be called at any time, by any thread.
  *
  * Memory. On success no call allocates here, but for those that return text or ranks.
  */
 
 #ifndef A2A_HPP
 #define A2A_HPP
+
+#if __cplusplus < 201703L && (!defined(_MSVC_LANG) || _MSVC_LANG < 201703L)
+#error "a2a.hpp needs C++17 or newer, as -std=c++17 has it"
+#endif
 
 #include <a2a.h>
 
@@ -31,11 +37,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+#if (defined(__cpp_exceptions) && defined(__cpp_rtti)) || (defined(_CPPUNWIND) && defined(_CPPRTTI))
 #define A2A_HAS_EXCEPTIONS 1
 #else
 #define A2A_HAS_EXCEPTIONS 0
@@ -45,15 +52,21 @@ namespace a2a {
 
 // ------------------------------------------------------------------------------------------------------------ outcomes
 
-/** What a failure has taken: the groups of a2a.h's statuses. (Of a create that failed nothing is there, whatever the group.) */
+/**
+ * What a failure has taken: the groups of a2a.h's statuses. (Whatever the group, of a create that failed nothing is there, and a
+ * TIMEOUT of connect_ranks or activate_ranks leaves all as before.)
+ */
 enum class Loss {
     call, /**< Nothing happened: mend the argument and call again. */
     step, /**< The step is void and its slot closed: Comm::recover on the survivors, or a new comm. */
     comm, /**< Only get_async_error, get_history, abort and destruction remain. */
 };
 
-/** A call that failed: its status, the library's sentence and, where ranks were given up on, which. */
-class Error : public std::exception {
+/**
+ * A call that failed: its status, the library's sentence and, where ranks were given up on, which. Without virtual functions, so
+ * that it is one class in programs of which parts have no RTTI.
+ */
+class Error {
 public:
     Error(a2a_status_t status, std::string sentence, std::vector<std::int32_t> lost_ranks = {})
         : status_(status), sentence_(std::move(sentence)), lost_ranks_(std::move(lost_ranks))
@@ -65,9 +78,10 @@ public:
     /** "A2A_TIMEOUT" for instance. Static. */
     const char *name() const noexcept { return a2a_status_name(status_); }
     /** Function, rank, argument, value and limit: what a2a_last_error said. Lives as long as this does. */
-    const char *what() const noexcept override { return sentence_.c_str(); }
-    /** Of a step that was lost, the ranks that were given up on, ascending; else none. */
-    const std::vector<std::int32_t> &lost_ranks() const noexcept { return lost_ranks_; }
+    const char *what() const noexcept { return sentence_.c_str(); }
+    /** Of the comm's first step that was lost, the ranks that were given up on, ascending; of any other failure none. */
+    const std::vector<std::int32_t> &lost_ranks() const & noexcept { return lost_ranks_; }
+    std::vector<std::int32_t> lost_ranks() && noexcept { return std::move(lost_ranks_); }
     Loss loss() const noexcept
     {
         return status_ < A2A_TIMEOUT ? Loss::call : status_ < A2A_CUDA_ERROR ? Loss::step : Loss::comm;
@@ -78,6 +92,15 @@ private:
     std::string sentence_;
     std::vector<std::int32_t> lost_ranks_;
 };
+
+#if A2A_HAS_EXCEPTIONS
+/** What value() throws: catch it as an a2a::Error, or as any std::exception. */
+class Exception : public std::exception, public Error {
+public:
+    explicit Exception(Error error) : Error(std::move(error)) {}
+    const char *what() const noexcept override { return Error::what(); }
+};
+#endif
 
 /** A value or the error in its place. T may be void: then success alone. */
 template <class T>
@@ -90,28 +113,29 @@ public:
     /** The value. Only if there is one. */
     T &operator*() & noexcept { return *value_; }
     const T &operator*() const & noexcept { return *value_; }
-    T &&operator*() && noexcept { return std::move(*value_); }
+    T operator*() && noexcept { return std::move(*value_); }
     T *operator->() noexcept { return &*value_; }
     const T *operator->() const noexcept { return &*value_; }
     /** The error. Only if there is one. */
-    const Error &error() const noexcept { return *error_; }
+    const Error &error() const & noexcept { return *error_; }
+    Error error() && noexcept { return std::move(*error_); }
     /** A2A_SUCCESS, or the error's status. */
     a2a_status_t status() const noexcept { return error_ ? error_->status() : A2A_SUCCESS; }
 #if A2A_HAS_EXCEPTIONS
     /** The value; throws the error if there is none. */
     T &value() &
     {
-        if (error_) throw *error_;
+        if (error_) throw Exception(*error_);
         return *value_;
     }
     const T &value() const &
     {
-        if (error_) throw *error_;
+        if (error_) throw Exception(*error_);
         return *value_;
     }
     T value() &&
     {
-        if (error_) throw std::move(*error_);
+        if (error_) throw Exception(std::move(*error_));
         return std::move(*value_);
     }
 #endif
@@ -129,14 +153,15 @@ public:
 
     explicit operator bool() const noexcept { return !error_; }
     /** The error. Only if there is one. */
-    const Error &error() const noexcept { return *error_; }
+    const Error &error() const & noexcept { return *error_; }
+    Error error() && noexcept { return std::move(*error_); }
     /** A2A_SUCCESS, or the error's status. */
     a2a_status_t status() const noexcept { return error_ ? error_->status() : A2A_SUCCESS; }
 #if A2A_HAS_EXCEPTIONS
     /** Throws the error if there is one. */
     void value() const
     {
-        if (error_) throw *error_;
+        if (error_) throw Exception(*error_);
     }
 #endif
 
@@ -221,17 +246,10 @@ public:
     /** Dimensions a tensor of this class may have: one more than any of a2a.h's. */
     static constexpr std::size_t max_ndim = 4;
 
-    /** data: on `device`, may be null if a size is 0. shape, strides: in elements; no strides: compact, row by row. */
+    /** Compact, row by row. data: on `device`, may be null if a size is 0. shape: in elements. */
     template <std::size_t N>
     ConstTensor(const void *data, Dtype dtype, const std::int64_t (&shape)[N], Device device = cpu) noexcept
         : ConstTensor(data, dtype, N, shape, nullptr, device)
-    {
-        static_assert(N <= max_ndim, "more dimensions than any tensor of a2a.h has");
-    }
-    template <std::size_t N>
-    ConstTensor(const void *data, Dtype dtype, const std::int64_t (&shape)[N], const std::int64_t (&strides)[N],
-                Device device = cpu) noexcept
-        : ConstTensor(data, dtype, N, shape, strides, device)
     {
         static_assert(N <= max_ndim, "more dimensions than any tensor of a2a.h has");
     }
@@ -240,6 +258,14 @@ public:
     ConstTensor(const T *data, const std::int64_t (&shape)[N], Device device = cpu) noexcept
         : ConstTensor(data, dtype_of<T>, shape, device)
     {
+    }
+    /** One whose rows lie apart. shape, strides: in elements. Of this name, for braces can be a device as well. */
+    template <std::size_t N>
+    static ConstTensor strided(const void *data, Dtype dtype, const std::int64_t (&shape)[N], const std::int64_t (&strides)[N],
+                               Device device = cpu) noexcept
+    {
+        static_assert(N <= max_ndim, "more dimensions than any tensor of a2a.h has");
+        return ConstTensor(data, dtype, N, shape, strides, device);
     }
 
     /** A copy refers to the same elements, and has sizes and strides of its own, whoever's they were. */
@@ -347,15 +373,17 @@ public:
         : ConstTensor(data, dtype, shape, device)
     {
     }
-    template <std::size_t N>
-    Tensor(void *data, Dtype dtype, const std::int64_t (&shape)[N], const std::int64_t (&strides)[N],
-           Device device = cpu) noexcept
-        : ConstTensor(data, dtype, shape, strides, device)
-    {
-    }
     template <class T, std::size_t N, class = std::enable_if_t<!std::is_const_v<T>>>
     Tensor(T *data, const std::int64_t (&shape)[N], Device device = cpu) noexcept : ConstTensor(data, shape, device)
     {
+    }
+    template <std::size_t N>
+    static Tensor strided(void *data, Dtype dtype, const std::int64_t (&shape)[N], const std::int64_t (&strides)[N],
+                          Device device = cpu) noexcept
+    {
+        Tensor tensor;
+        static_cast<ConstTensor &>(tensor) = ConstTensor::strided(data, dtype, shape, strides, device);
+        return tensor;
     }
 
     Tensor rows(std::int64_t first, std::int64_t count) const noexcept
@@ -613,7 +641,7 @@ public:
     Result<RecoverOut> recover(const a2a_recover_in_t &in = RecoverIn())
     {
         RecoverOut out;
-        auto done = of_step(a2a_recover(get(), &in, &out));
+        auto done = detail::outcome(a2a_recover(get(), &in, &out));
         if (!done) return done.error();
         return out;
     }
@@ -621,14 +649,14 @@ public:
     /** a2a_connect_ranks. timeout_ms: 0 = the config's setup_timeout_ms. */
     Result<void> connect_ranks(const std::vector<std::int32_t> &ranks, std::int64_t timeout_ms = 0)
     {
-        return of_step(a2a_connect_ranks(get(), ranks.data(), count(ranks), timeout_ms));
+        return detail::outcome(a2a_connect_ranks(get(), ranks.data(), count(ranks), timeout_ms));
     }
 
     /** a2a_activate_ranks: from now on these take part and nobody else. The generation they have agreed on. */
     Result<std::uint64_t> activate_ranks(const std::vector<std::int32_t> &ranks, std::int64_t timeout_ms = 0)
     {
         std::uint64_t generation = 0;
-        auto done = of_step(a2a_activate_ranks(get(), ranks.data(), count(ranks), timeout_ms, &generation));
+        auto done = detail::outcome(a2a_activate_ranks(get(), ranks.data(), count(ranks), timeout_ms, &generation));
         if (!done) return done.error();
         return generation;
     }
@@ -651,14 +679,19 @@ private:
         return static_cast<std::int32_t>(ranks.size());
     }
 
-    /** As detail::outcome, with the ranks that a lost step was lost by. */
+    /**
+     * As detail::outcome, with the ranks that the step was lost by. The comm has those of its first failure alone: they are this
+     * call's if its sentence, which begins with the function's name, is the comm's, which is cut and has the last operations.
+     */
     Result<void> of_step(a2a_status_t status)
     {
         auto done = detail::outcome(status);
         if (done || done.error().loss() != Loss::step) return done;
-        auto info = get_async_error();
-        if (!info || info->status == A2A_SUCCESS) return done;
-        return Error(status, done.error().what(), ranks_of(info->lost_ranks));
+        auto first = get_async_error();
+        if (!first || first->status != status) return done;
+        const std::string_view sentence = done.error().what(), message = first->message;
+        if (sentence.find(message.substr(0, message.find("; last: "))) == sentence.npos) return done;
+        return Error(status, done.error().what(), ranks_of(first->lost_ranks));
     }
 
     struct Destroy {

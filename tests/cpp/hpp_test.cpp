@@ -41,6 +41,11 @@ inline constexpr bool dangles = false;
 template <class T>
 inline constexpr bool dangles<T, std::void_t<decltype(std::declval<T>().get())>> = true;
 static_assert(!dangles<a2a::Tensor> && !dangles<a2a::ConstTensor> && dangles<a2a::Tensor &>);
+// Nor does what a Result that is a temporary has.
+static_assert(std::is_same_v<decltype(std::declval<a2a::Result<int>>().error()), a2a::Error>);
+static_assert(std::is_same_v<decltype(std::declval<a2a::Result<void>>().error()), a2a::Error>);
+static_assert(std::is_same_v<decltype(*std::declval<a2a::Result<int>>()), int>);
+static_assert(std::is_same_v<decltype(std::declval<a2a::Error>().lost_ranks()), std::vector<std::int32_t>>);
 
 /** An engine's own type of bf16, and its word for what it is. */
 struct Bf16 {
@@ -285,9 +290,14 @@ void test_a_tensor_is_what_it_was_made_of()
     CHECK(tensor.size(2) == 4 && tensor.num_elements() == 24);
     CHECK(tensor.stride(0) == 12 && tensor.stride(1) == 4 && tensor.stride(2) == 1);
 
-    const a2a::ConstTensor strided(elements, a2a::bfloat16, {2, 3}, {8, 1}, a2a::cuda(3));
+    const a2a::ConstTensor strided = a2a::ConstTensor::strided(elements, a2a::bfloat16, {2, 3}, {8, 1}, a2a::cuda(3));
     CHECK(strided.get()->strides[0] == 8 && strided.stride(0) == 8 && strided.stride(1) == 1);
     CHECK(strided.device().device_type == A2A_DEVICE_CUDA && strided.device().device_id == 3 && strided.dtype().code == 4);
+    const a2a::Tensor written = a2a::Tensor::strided(elements, a2a::float32, {2, 3}, {8, 1});
+    CHECK(written.stride(0) == 8 && written.data() == elements);
+    // Two numbers in braces after the sizes are a device, whatever the sizes.
+    const a2a::ConstTensor there(elements, a2a::float32, {2, 3}, {A2A_DEVICE_CUDA, 1});
+    CHECK(!there.get()->strides && there.device().device_type == A2A_DEVICE_CUDA && there.device().device_id == 1);
 
     const Bf16 own[4] = {};
     CHECK(a2a::ConstTensor(own, {4}).dtype().code == 4 && a2a::ConstTensor(own, {4}).dtype().bits == 16);
@@ -327,7 +337,8 @@ void test_copies_have_shapes_of_their_own()
 void test_rows_of_a_tensor()
 {
     float elements[40] = {};
-    const a2a::ConstTensor compact(elements, {10, 4}), strided(elements, a2a::float32, {5, 4}, {8, 1});
+    const a2a::ConstTensor compact(elements, {10, 4});
+    const a2a::ConstTensor strided = a2a::ConstTensor::strided(elements, a2a::float32, {5, 4}, {8, 1});
     CHECK(compact.rows(3, 2).data() == elements + 12 && compact.rows(3, 2).size(0) == 2 && compact.rows(3, 2).size(1) == 4);
     CHECK(strided.rows(3, 2).data() == elements + 24 && strided.rows(3, 2).stride(0) == 8);
     CHECK(compact.size(0) == 10);
@@ -505,6 +516,32 @@ void test_a_lost_rank_is_named()
     });
 }
 
+/** The comm keeps its first failure alone, and who was given up on then is nobody's of a second one. */
+void test_a_second_loss_is_not_the_first_ones()
+{
+    on_ranks(3, [](std::int32_t rank, const a2a::Config &one_slot) {
+        a2a::Config config = one_slot;
+        config.num_slots = 2;
+        a2a::Comm comm = a2a::Comm::create(config).value();
+        a2a::Routing first = a2a::Routing::create(comm, 0).value(), second = a2a::Routing::create(comm, 1).value();
+        Elements elements(rank);
+        elements.step(comm, first);
+        elements.step(comm, second);
+        if (rank == 2) return; // and is gone
+        for (a2a::Routing *routing : {&first, &second, &first}) {
+            bool thrown = false;
+            try {
+                elements.step(comm, *routing);
+            } catch (const a2a::Error &error) {
+                thrown = true;
+                CHECK(error.status() == A2A_PEER_LOST && std::strstr(error.what(), "rank 2"));
+                CHECK(error.lost_ranks().size() == (routing == &first ? 1u : 0u));
+            }
+            CHECK(thrown);
+        }
+    });
+}
+
 void test_abort()
 {
     a2a::Comm comm = a2a::Comm::create(config_of(0, 1)).value();
@@ -546,6 +583,7 @@ const Test tests[] = {
     TEST(a_step_of_two_ranks),
     TEST(members),
     TEST(a_lost_rank_is_named),
+    TEST(a_second_loss_is_not_the_first_ones),
     TEST(abort),
 };
 

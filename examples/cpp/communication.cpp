@@ -112,8 +112,7 @@ a2a::Result<void> Communication::compute(std::int32_t slot, const Experts &exper
     auto buffer = comm_.combine_buffer(routing);
     if (!buffer) return buffer.error();
     results = *buffer;
-    experts(received, results, stream);
-    return {};
+    return experts(received, results, stream);
 }
 
 a2a::Result<void> Communication::combine(std::int32_t slot, const Batch &batch, const Step &step, a2a_phase_t phase, void *stream)

@@ -40,8 +40,8 @@ struct Received {
     a2a::Tensor expert_offsets; /**< [L+1] int32: where they start, in rows */
 };
 
-/** Writes each expert's results to the places of its rows. On CUDA it enqueues that on the stream. */
-using Experts = std::function<void(const Received &received, a2a::Tensor &results, void *stream)>;
+/** Writes each expert's results to the places of its rows. On CUDA it enqueues that on the stream. Throws nothing. */
+using Experts = std::function<a2a::Result<void>(const Received &received, a2a::Tensor &results, void *stream)>;
 
 /** One dispatch and combine: on every rank at most `bound` tokens, on this one those from `first` on. */
 struct Step {

@@ -109,7 +109,7 @@ private:
 /** Work that was enqueued once and can be launched again and again. Moves, is not copied. */
 class Graph {
 public:
-    /** enqueue: puts work on the stream, and returns a Result<void>. */
+    /** enqueue: puts work on the stream, returns a Result<void>, and throws nothing: a capture that has begun must be ended. */
     template <class Enqueue>
     static a2a::Result<Graph> capture(void *stream, Enqueue enqueue)
     {

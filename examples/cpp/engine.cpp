@@ -194,13 +194,14 @@ struct Rank {
         if (!cuda) {
             return [first = communication->info().first_expert](const engine::Received &received, a2a::Tensor &results, void *) {
                 experts_on_cpu(first, received, results);
+                return a2a::Result<void>();
             };
         }
         return [this](const engine::Received &received, a2a::Tensor &results, void *on) {
             const auto bytes = static_cast<std::size_t>(results.num_elements()) * sizeof(float);
             const auto to = reinterpret_cast<Driver::Address>(results.data());
             const auto from = reinterpret_cast<Driver::Address>(received.tokens.data());
-            cuda->check(cuda->cuMemcpyDtoDAsync_v2(to, from, bytes, on), "cuMemcpyDtoDAsync").value();
+            return cuda->check(cuda->cuMemcpyDtoDAsync_v2(to, from, bytes, on), "cuMemcpyDtoDAsync");
         };
     }
 

@@ -69,6 +69,11 @@ def names_in(text):
     return set(re.findall(r"\b(?:a2a|A2A)_\w*\w\b", text))
 
 
+def prefixes_in(text):
+    """`a2a_stream_*` and its like: names of which only the beginning is given."""
+    return set(re.findall(r"\b((?:a2a|A2A)_\w*)\*", text))
+
+
 def check_symbols(texts):
     """Every symbol of the header stands in a page, and every name in a page in the header or another source."""
     written = set().union(*map(names_in, texts.values()))
@@ -78,9 +83,12 @@ def check_symbols(texts):
     for page, text in texts.items():
         if page == KERNELS:
             continue
-        for name in sorted(names_in(text) - known):
-            if not any(other.startswith(name) for other in known):  # "a2a_stream_*"
-                yield f"{page}: there is no {name}"
+        begun = prefixes_in(text)
+        for name in sorted(names_in(text) - begun - known):
+            yield f"{page}: there is no {name}"
+        for prefix in sorted(begun):
+            if not any(name.startswith(prefix) for name in known):
+                yield f"{page}: there is no {prefix}*"
 
 
 def check_bindings():

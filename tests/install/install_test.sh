@@ -14,8 +14,7 @@ mkdir -p "$root"
 
 # Programs that use an installation.
 use_by_cmake() { # name, prefix
-    "$venv/bin/cmake" --fresh -S tests/install -B "$root/build/$1" -DCMAKE_PREFIX_PATH="$2" -DVERSION="$version" \
-        -DCMAKE_C_COMPILER="${CC:-cc}" -DCMAKE_CXX_COMPILER="${CXX:-c++}" >"$root/build/$1.log"
+    "$venv/bin/cmake" --fresh -S tests/install -B "$root/build/$1" -DCMAKE_PREFIX_PATH="$2" -DVERSION="$version" >"$root/build/$1.log"
     if grep -i warning "$root/build/$1.log"; then return 1; fi
     MAKEFLAGS='' "$venv/bin/cmake" --build "$root/build/$1" --parallel 2 >>"$root/build/$1.log" || { cat "$root/build/$1.log"; return 1; }
     "$venv/bin/ctest" --test-dir "$root/build/$1" --output-on-failure

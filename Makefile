@@ -1,6 +1,6 @@
 # Builds, checks and installs liba2a.
 #
-#   make            the library, target/release/liba2a.so
+#   make            the library, target/release/liba2a.so, and the benchmark: all that `make install` installs
 #   make demo       a mixture-of-experts layer over 8 processes; needs Rust, a C compiler and make
 #   make test       everything that is checked; fetches CMake, pkgconf, numpy, mlx, mypy and pytest into target/venv, and, if there are
 #                   none, NCCL and NIXL into target/carriers, nvcc into target/cuda and valgrind into target/valgrind
@@ -11,7 +11,8 @@
 #   make perf       the benchmark, target/release/a2a-perf
 #   make header     writes include/a2a.h from src/abi
 #   make kernels    writes docs/kernels.md from what ptxas says of kernels/
-#   make install    into $(DESTDIR)$(PREFIX): libraries, headers, a2a-perf, what CMake and pkg-config look for
+#   make install    into $(DESTDIR)$(PREFIX): libraries, headers, a2a-perf, what CMake and pkg-config look for. Needs no Rust and writes
+#                   nothing here if make has run before
 #   make uninstall  what make install wrote with the same PREFIX and DESTDIR
 #   make dist       target/dist/a2a-VERSION-HOST.tar.gz: an installation to unpack anywhere, and its checksum
 #   make clean
@@ -54,7 +55,19 @@ CFLAGS_TEST := -g -O1 -Wall -Wextra -Wpedantic -Werror -Iinclude -pthread
 LINK        := -Ltarget/release -la2a -Wl,-rpath,'$$ORIGIN/../release'
 
 .PHONY: all lib demo wheel perf test soak fuzz fuzz-targets incidents header kernels install uninstall dist clean
-all: lib
+
+# What `make install` takes: built together, and last, as the stamp of it all, what a program needs beside liba2a.a, which is what
+# Rust's own library needs; everything else is opened at run time.
+READY := target/static-libs
+all: PACKAGES = $(BOTH)
+all: lib perf
+	rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | \
+	  sed -n 's/.*native-static-libs: //p' >$(READY)
+	@test -s $(READY) || { rm $(READY); echo 'rustc does not say what liba2a.a needs' >&2; exit 1; }
+
+# Only if it is not there, or older than a source, is anything built.
+$(READY): $(shell find Cargo.toml Cargo.lock build.rs src kernels late-library nccl-sys nixl-sys perf -type f)
+	$(MAKE) --no-print-directory all
 
 # What building and testing take, named here because what fails without it names something else.
 RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -62,7 +75,7 @@ define lacks
 { printf 'liba2a needs %s, and %s: %s\n' $(1) $(2) $(3) >&2; exit 1; }
 endef
 
-.PHONY: tools python
+.PHONY: tools cxx python
 tools:
 	@test "$$(uname -s)" = Linux || $(call lacks,Linux,"this is $$(uname -s)",'memory is shared and peers are watched as Linux does it')
 	@command -v cargo >/dev/null && command -v rustc >/dev/null || \
@@ -71,6 +84,10 @@ tools:
 	  $(call lacks,'Rust $(RUST) or newer',"rustc is $$have",'rustup update stable installs the newest')
 	@command -v $(firstword $(CC)) >/dev/null || \
 	  $(call lacks,'a C compiler','there is no $(firstword $(CC)) in PATH','install gcc or clang with your system or name one by CC=')
+
+cxx:
+	@command -v $(firstword $(CXX)) >/dev/null || \
+	  $(call lacks,'a C++17 compiler for its tests','there is no $(firstword $(CXX)) in PATH','install g++ or clang with your system or name one by CXX=')
 
 python:
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -110,19 +127,16 @@ endif
 kernels:
 	$(PYTHON) tests/kernels_table.py
 
-# An installation finds its own parts by where they lie beside each other: it may be moved. What a program needs beside liba2a.a
-# is what Rust's own library needs: everything else is opened at run time.
+# An installation finds its own parts by where they lie beside each other: it may be moved.
 relative     = $(shell realpath -sm --relative-to='$(1)' '$(2)')
-STATIC_LIBS  = $(or $(shell rustc --crate-type staticlib --print native-static-libs -o target/empty.a - 2>&1 </dev/null | \
-                 sed -n 's/.*native-static-libs: //p'),$(error rustc does not say what liba2a.a needs))
+STATIC_LIBS  = $(shell cat $(READY))
 STATIC_NEEDS = $(patsubst -l%,%,$(STATIC_LIBS))
 HOST         = $(shell rustc -vV | sed -n 's/^host: //p')
 
 install uninstall: bin     = $(DESTDIR)$(BINDIR)
 install uninstall: lib     = $(DESTDIR)$(LIBDIR)
 install uninstall: include = $(DESTDIR)$(INCLUDEDIR)
-install: PACKAGES := $(BOTH)
-install: lib perf
+install: $(READY)
 	install -d '$(bin)' '$(include)' '$(lib)/pkgconfig' '$(lib)/cmake/a2a'
 	install -m 755 target/release/a2a-perf '$(bin)/a2a-perf'
 	install -m 644 include/a2a.h include/a2a.hpp '$(include)'
@@ -140,8 +154,8 @@ define fill
 	sed -e 's|@VERSION@|$(VERSION)|g; s|@MAJOR@|$(MAJOR)|g' \
 	  -e 's|@PREFIX_FROM_LIB@|$(call relative,$(LIBDIR),$(PREFIX))|g; s|@LIB_FROM_PREFIX@|$(call relative,$(PREFIX),$(LIBDIR))|g' \
 	  -e 's|@INCLUDE_FROM_PREFIX@|$(call relative,$(PREFIX),$(INCLUDEDIR))|g' \
-	  -e 's|@STATIC_LIBS@|$(STATIC_LIBS)|g; s|@STATIC_NEEDS@|$(STATIC_NEEDS)|g' packaging/$(1).in >target/$(1)
-	install -m 644 target/$(1) '$(lib)/$(2)'
+	  -e 's|@STATIC_LIBS@|$(STATIC_LIBS)|g; s|@STATIC_NEEDS@|$(STATIC_NEEDS)|g' packaging/$(1).in >'$(lib)/$(2)'
+	chmod 644 '$(lib)/$(2)'
 endef
 
 uninstall:
@@ -150,17 +164,16 @@ uninstall:
 	rm -rf '$(lib)/cmake/a2a'
 
 # The same files give the same bytes: sorted, of nobody, as old as SOURCE_DATE_EPOCH says, else as the last commit. A library
-# without device code says so in its name.
+# without device code, which the first word of a fatbin tells, says so in its name.
 dist: epoch = $(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct 2>/dev/null),0)
-dist: PACKAGES := $(BOTH)
-dist: lib perf
+dist: all
 	rm -rf target/dist
-	set -e; name=a2a-$(VERSION)-$(HOST); ! grep -q 'it was built without nvcc' $(LIB) || name=$$name-cpu; \
+	set -e; name=a2a-$(VERSION)-$(HOST); LC_ALL=C grep -qaP '\x50\xed\x55\xba' $(LIB) || name=$$name-cpu; \
 	tree=target/dist/$$name; \
 	$(MAKE) --no-print-directory install DESTDIR= PREFIX=$$tree BINDIR=$$tree/bin LIBDIR=$$tree/lib INCLUDEDIR=$$tree/include; \
 	install -m 644 README.md CHANGELOG.md LICENSE SECURITY.md $$tree; \
 	cd target/dist; \
-	tar --sort=name --format=gnu --owner=0 --group=0 --numeric-owner --mtime=@$(epoch) -cf - $$name | gzip -n >$$name.tar.gz; \
+	tar --sort=name --format=gnu --owner=0 --group=0 --numeric-owner --mtime=@$(epoch) -cf $$name.tar $$name; gzip -n $$name.tar; \
 	sha256sum $$name.tar.gz | tee $$name.tar.gz.sha256
 
 clean:
@@ -172,7 +185,7 @@ clean:
 STAGES := format kernels clippy rust nixl debug loom incidents soak header symbols hpp abi-c abi-cpp abi-sanitized abi-valgrind fuzz perf install cmake python docs demo
 .PHONY: $(STAGES:%=test-%)
 
-test: tools $(NVCC_READY)
+test: tools cxx $(NVCC_READY)
 	@passed=0; \
 	for stage in $(STAGES); do \
 	  printf '\n== %s\n' $$stage; start=$$(date +%s); \
@@ -356,13 +369,12 @@ test-install: target/venv/ready
 target/install-test/unpacked:
 	$(MAKE) --no-print-directory test-install
 test-cmake: target/venv/ready | target/install-test/unpacked lib
-	$(call build_with_cmake,examples,tree,)
+	$(call build_with_cmake,examples,tree,-DCMAKE_DISABLE_FIND_PACKAGE_a2a=ON)
 	$(call build_with_cmake,examples,installed,-DA2A_ROOT=$(CURDIR)/target/install-test/unpacked)
 	$(call build_with_cmake,tests/install,fetched,-DA2A_SOURCE=$(CURDIR) -DA2A_CARGO_TARGET_DIR=$(CURDIR)/target)
 
 define build_with_cmake
-	target/venv/bin/cmake --fresh -S $(1) -B target/cmake-$(2) $(3) -DA2A_CARGO_ARGUMENTS='$(PACKAGES)' \
-	  -DCMAKE_C_COMPILER=$(CC) -DCMAKE_CXX_COMPILER=$(CXX)
+	CC='$(CC)' CXX='$(CXX)' target/venv/bin/cmake --fresh -S $(1) -B target/cmake-$(2) $(3) -DA2A_CARGO_ARGUMENTS='$(PACKAGES)'
 	MAKEFLAGS= target/venv/bin/cmake --build target/cmake-$(2) --clean-first
 	target/venv/bin/ctest --test-dir target/cmake-$(2) --output-on-failure
 endef

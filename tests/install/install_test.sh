@@ -30,8 +30,14 @@ is_linked() { # program, whether to the shared library
 }
 mkdir "$root/build"
 
-# As a distribution packs it: staged, then where users have it. The staged tree is gone when it is used.
-run_make install DESTDIR="$root/staged" PREFIX=/usr
+# As a distribution packs it: staged, then where users have it. The staged tree is gone when it is used. What has been built is
+# installed without Rust, as by a root who has none.
+run_make all
+mkdir "$root/no-rust"
+for tool in cargo rustc; do
+    printf '#!/bin/sh\necho "%s is called" >&2; exit 1\n' $tool >"$root/no-rust/$tool" && chmod +x "$root/no-rust/$tool"
+done
+PATH=$root/no-rust:$PATH run_make install DESTDIR="$root/staged" PREFIX=/usr
 sort >"$root/wanted" <<LIST
 bin/a2a-perf
 include/a2a.h

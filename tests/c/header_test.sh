@@ -29,7 +29,11 @@ check_cpp() { # compiler
     for std in c++17 c++20; do
         check a2a.hpp "$@" -x c++ -std=$std -Wold-style-cast -Wshadow -Wconversion
         check a2a.hpp "$@" -x c++ -std=$std -Wold-style-cast -Wshadow -Wconversion -fno-exceptions -fno-rtti
+        check a2a.hpp "$@" -x c++ -std=$std -Wold-style-cast -Wshadow -Wconversion -fno-rtti
     done
+    echo '#include "a2a.hpp"' | "$@" -x c++ -std=c++14 -Iinclude -fsyntax-only - 2>&1 | grep -q 'a2a.hpp needs C++17'
+    echo "a2a.hpp: $*: refuses C++14 ok"
+    passed=$((passed + 1))
 }
 
 check_c ${CC:-cc}

@@ -975,7 +975,8 @@ typedef void (*a2a_log_fn)(int32_t level, const char *message, void *user);
 #define A2A_SYSTEM_ERROR 6
 
 /**
- * Step: a rank did not answer before the deadline. The step is void on every rank, its slot closed.
+ * Step: a rank did not answer before the deadline. The step is void on every rank that has not completed it, its slot
+ * closed.
  */
 #define A2A_TIMEOUT 16
 
@@ -1458,8 +1459,8 @@ a2a_status_t a2a_routing_destroy(struct a2a_routing_t *routing);
  * Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
  * Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
  * max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch: on CUDA the call says so under
- * HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank and the
- * slot closed: later calls on it return the same); ABORTED, INTERNAL.
+ * HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank that has not
+ * completed it, and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
  */
 a2a_status_t a2a_dispatch(struct a2a_comm_t *comm,
                           struct a2a_routing_t *routing,

@@ -17,7 +17,7 @@ pub enum Status {
     OutOfMemory = 4,
     Overflow = 5,
     System = 6,
-    // The step: it is void on every rank.
+    // The step: it is void on every rank that has not completed it.
     Timeout = 16,
     PeerLost = 17,
     Mismatch = 18,

@@ -472,8 +472,8 @@ pub unsafe extern "C" fn a2a_routing_destroy(routing: *mut a2a_routing_t) -> a2a
 /// Threads: one call at a time on a comm. Capture: always allowed, but for HOST_COUNTS. Never allocates.
 /// Errors: INVALID_ARGUMENT (nothing happened), UNSUPPORTED, BUSY, OVERFLOW (an output is too small; or rows exceed
 /// max_recv_rows on some rank, on every rank alike, and the slot takes another dispatch: on CUDA the call says so under
-/// HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank and the
-/// slot closed: later calls on it return the same); ABORTED, INTERNAL.
+/// HOST_COUNTS alone, out.status always does); TIMEOUT, PEER_LOST, MISMATCH (the step is void on every rank that has not
+/// completed it, and the slot closed: later calls on it return the same); ABORTED, INTERNAL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_dispatch(
     comm: *mut a2a_comm_t,

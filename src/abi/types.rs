@@ -24,7 +24,8 @@ pub const A2A_OVERFLOW: a2a_status_t = 5;
 /// Call: the operating system refused something that set-up needs; nothing was created.
 /// From `a2a_get_async_error`: it refused the watch over peers' processes; steps go on, deaths are noticed late.
 pub const A2A_SYSTEM_ERROR: a2a_status_t = 6;
-/// Step: a rank did not answer before the deadline. The step is void on every rank, its slot closed.
+/// Step: a rank did not answer before the deadline. The step is void on every rank that has not completed it, its slot
+/// closed.
 pub const A2A_TIMEOUT: a2a_status_t = 16;
 /// Step: a rank died, left or aborted before it sent what was due. The step is void, its slot closed.
 pub const A2A_PEER_LOST: a2a_status_t = 17;

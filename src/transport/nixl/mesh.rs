@@ -497,8 +497,14 @@ impl Shared {
                 let soon = left(deadline).min(AGAIN);
                 match board.wait_until(&format!("met/{rank}/{me}"), soon, check, |said| said == met) {
                     Ok(_) => break,
-                    // It may have another way by now.
-                    Err(error) if error.status == Status::Timeout && !left(deadline).is_zero() => {}
+                    // It may have another way by now; or it has met this rank and left again, and its entries with it.
+                    Err(error) if error.status == Status::Timeout && !left(deadline).is_zero() => {
+                        let mut office = self.lock();
+                        office.settle(me, &[]);
+                        if office.used[*rank as usize] == Used::Left {
+                            break;
+                        }
+                    }
                     Err(error) => return Err(error),
                 }
             }
@@ -969,6 +975,22 @@ mod tests {
         let error = mesh.agree(&[0, 2], 1, soon(), &|| Ok(())).unwrap_err();
         let text = "rank 0: rank 2 did not agree in time that ranks [0, 2] are to take part";
         assert_eq!((error.status, &error.message[..]), (Status::Timeout, text));
+    }
+
+    /// The others may be told that they are met by nobody's entry any more.
+    #[test]
+    fn who_has_met_all_may_leave_at_once() {
+        for _ in 0..20 {
+            let id = new_unique_id().unwrap();
+            let begun = Instant::now();
+            of_all(&[0, 1, 2, 3], |rank| {
+                // Rank 0 comes when another serves the board.
+                std::thread::sleep(Duration::from_millis(if rank == 0 { 320 } else { 0 }));
+                let (mesh, _boxes) = open(&id, rank, 4, 8);
+                connect(&mesh, &[0, 1, 2, 3]).unwrap();
+            });
+            assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        }
     }
 
     /// Plans are agreed on, one after the other, the same ranks again among them; by ranks that have had none too.

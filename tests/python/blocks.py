@@ -33,7 +33,7 @@ without_init("mlx_lm")
 from mlx_lm.models import deepseek_v3, mixtral, qwen3_moe  # noqa: E402
 
 mx.set_default_device(mx.cpu)
-# A compiled function would call g++ and keep what it made in /tmp/mlx, where the ranks' processes meet.
+# A compiled function would call g++ and keep what it made among temporary files, where the ranks' processes meet.
 mx.disable_compile()
 
 HIDDEN, FFN, EXPERTS, TOKENS = 256, 512, 16, 240

@@ -1367,7 +1367,7 @@ a2a_status_t a2a_connect_ranks(struct a2a_comm_t *comm,
  * before, but if others have succeeded meanwhile, steps end by their deadline.
  *
  * Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, TIMEOUT (who did not agree),
- * ABORTED.
+ * PEER_LOST (who has gone meanwhile), ABORTED.
  */
 a2a_status_t a2a_activate_ranks(struct a2a_comm_t *comm,
                                 const int32_t *ranks,

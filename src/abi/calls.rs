@@ -304,7 +304,7 @@ pub unsafe extern "C" fn a2a_connect_ranks(
 /// before, but if others have succeeded meanwhile, steps end by their deadline.
 ///
 /// Threads: one call at a time on a comm. Errors: INVALID_ARGUMENT, UNSUPPORTED (another backend), BUSY, TIMEOUT (who did not agree),
-/// ABORTED.
+/// PEER_LOST (who has gone meanwhile), ABORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn a2a_activate_ranks(
     comm: *mut a2a_comm_t,

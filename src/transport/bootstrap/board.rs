@@ -44,9 +44,16 @@ const MAX_ENTRY: usize = 6 << 10;
 /// What a rank knows of an entry that it reads.
 #[derive(Clone, Default)]
 struct Seen {
-    value: Option<Vec<u8>>,
+    /// What it says, or said before it was gone.
+    said: Option<Vec<u8>>,
     /// Since when there has been none.
     absent: Option<Instant>,
+}
+
+impl Seen {
+    fn value(&self) -> Option<&Vec<u8>> {
+        self.said.as_ref().filter(|_| self.absent.is_none())
+    }
 }
 
 #[derive(Default)]
@@ -79,11 +86,8 @@ impl Shared {
         // What nobody here reads any more may still be on its way.
         let Some(seen) = state.read.get_mut(name) else { return };
         match value {
-            Some(value) => *seen = Seen { value: Some(value.to_vec()), absent: None },
-            None => {
-                seen.value = None;
-                seen.absent.get_or_insert_with(Instant::now);
-            }
+            Some(value) => *seen = Seen { said: Some(value.to_vec()), absent: None },
+            None => drop(seen.absent.get_or_insert_with(Instant::now)),
         }
         self.changed.notify_all();
     }
@@ -154,7 +158,12 @@ impl Board {
 
     /// As it stands, if it does.
     pub fn value(&self, name: &str) -> Option<Vec<u8>> {
-        self.shared.lock().read.get(name).and_then(|seen| seen.value.clone())
+        self.shared.lock().read.get(name).and_then(|seen| seen.value().cloned())
+    }
+
+    /// What it said last, whether or not it is still there.
+    pub fn last_value(&self, name: &str) -> Option<Vec<u8>> {
+        self.shared.lock().read.get(name).and_then(|seen| seen.said.clone())
     }
 
     #[cfg(test)]
@@ -185,7 +194,7 @@ impl Board {
         loop {
             check()?;
             let state = self.shared.lock();
-            let value = state.read.get(name).and_then(|seen| seen.value.as_ref());
+            let value = state.read.get(name).and_then(|seen| seen.value());
             if let Some(value) = value.filter(|value| is_right(value)) {
                 return Ok(value.clone());
             }
@@ -291,6 +300,20 @@ impl Run {
         }
     }
 
+    /// Names of all that this rank has put or reads. What it reads it asks for first: who hears of an entry of its knows
+    /// that it has asked for theirs.
+    fn all(&self) -> Vec<String> {
+        let state = self.shared.lock();
+        state.read.keys().chain(state.mine.keys()).cloned().collect()
+    }
+
+    /// Adds what is new. Whether all is over: what a rank has put last is said before it goes.
+    fn take_news(&self, news: &mut Vec<String>) -> bool {
+        let mut state = self.shared.lock();
+        news.append(&mut state.news);
+        state.is_over
+    }
+
     /// Waits for one of them, or for news.
     fn wait(&self, fds: &[BorrowedFd<'_>], slice: Duration) {
         let mut polled = vec![PollFd::new(&self.woken, PollFlags::IN)];
@@ -315,12 +338,9 @@ impl Run {
     /// Until the connection ends, or all is over.
     fn visit(&self, mut line: Line) {
         line.link.stream.keep_alive();
-        let all = {
-            let state = self.shared.lock();
-            state.mine.keys().chain(state.read.keys()).cloned().collect()
-        };
-        let mut news: Vec<String> = all;
-        while !self.is_over() {
+        let mut news = self.all();
+        loop {
+            let is_over = self.take_news(&mut news);
             for name in std::mem::take(&mut news) {
                 let (mine, reads) = {
                     let state = self.shared.lock();
@@ -337,6 +357,9 @@ impl Run {
                     return;
                 }
             }
+            if is_over {
+                return;
+            }
             loop {
                 let message = match line.link.receive() {
                     Ok(Some(message)) => message,
@@ -350,11 +373,7 @@ impl Run {
                     _ => return,
                 }
             }
-            news = std::mem::take(&mut self.shared.lock().news);
-            if news.is_empty() {
-                self.wait(&[line.link.stream.as_fd()], SLICE);
-                news = std::mem::take(&mut self.shared.lock().news);
-            }
+            self.wait(&[line.link.stream.as_fd()], SLICE);
         }
     }
 
@@ -365,17 +384,18 @@ impl Run {
         log(Level::Debug, || format!("rank {} serves the board", self.party.rank));
         let mut lobby = Lobby::at(listener, &self.party);
         let (mut guests, mut entries): (Vec<Guest>, Entries) = Default::default();
-        let mut news: Vec<String> = {
+        {
             let mut state = self.shared.lock();
             state.trouble = None;
             #[cfg(test)]
             {
                 state.is_served_here = true;
             }
-            state.mine.keys().chain(state.read.keys()).cloned().collect()
-        };
-        while !self.is_over() {
-            for name in news {
+        }
+        let mut news = self.all();
+        loop {
+            let is_over = self.take_news(&mut news);
+            for name in std::mem::take(&mut news) {
                 let mine = self.shared.lock().mine.get(&name).cloned();
                 match mine {
                     Some(value) => self.change(&mut guests, &mut entries, name.clone(), (None, value)),
@@ -403,13 +423,12 @@ impl Run {
                 }
             }
             self.hear(&mut guests, &mut entries);
+            if is_over {
+                return;
+            }
             let waited =
                 [lobby.fds(), guests.iter().map(|guest| guest.line.link.stream.as_fd()).collect()].concat();
-            news = std::mem::take(&mut self.shared.lock().news);
-            if news.is_empty() {
-                self.wait(&waited, lobby.slice());
-                news = std::mem::take(&mut self.shared.lock().news);
-            }
+            self.wait(&waited, lobby.slice());
         }
     }
 
@@ -573,6 +592,29 @@ mod tests {
                     board.read("news");
                     until("the news", || board.value("news").is_some_and(|value| value == [ends as u8]));
                 }
+            }
+        }
+    }
+
+    /// What is put last is said, by whoever serves or is a guest, and what was said is still known when who said it has gone.
+    #[test]
+    fn last_words_are_heard() {
+        for id in ids() {
+            for leaver in [1, 0] {
+                let boards = [open(&id, 0), open(&id, 1)];
+                let reader = 1 - leaver;
+                boards[reader].read("last words");
+                boards[reader].put("ready", b"").unwrap();
+                wait(&boards[leaver], "ready");
+                let [first, second] = boards;
+                let (leaving, staying) = if leaver == 0 { (first, second) } else { (second, first) };
+                leaving.put("last words", b"farewell").unwrap();
+                drop(leaving);
+                until("the end", || staying.absent_since("last words").is_some());
+                assert_eq!(staying.value("last words"), None);
+                until("the words", || {
+                    staying.last_value("last words").is_some_and(|value| value == b"farewell")
+                });
             }
         }
     }

@@ -11,6 +11,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 use std::any::Any;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -215,6 +216,10 @@ fn compare(me: u32, mine: &[(String, u64)], rank: u32, theirs: &[(String, u64)])
         }
     }
     Ok(())
+}
+
+fn is_absent(board: &Board, rank: u32) -> bool {
+    board.absent_since(&name_of(rank)).is_some_and(|since| since.elapsed() >= ABSENT)
 }
 
 fn left(deadline: Instant) -> Duration {
@@ -477,39 +482,70 @@ impl Shared {
         for rank in new {
             let (incarnation, mine) = (incarnations[*rank as usize], numbers[*rank as usize]);
             let wanted = [incarnation, self.incarnation];
-            let check = || check().and_then(|()| self.still(board, *rank, incarnation));
+            let is_met = Cell::new(false);
+            let check = || {
+                check()?;
+                self.still(board, *rank, incarnation)?;
+                is_met.set(self.is_met(board, *rank, mine));
+                if is_met.get() { Err(Error::internal("nobody reads this")) } else { Ok(()) }
+            };
             let is_right = |way: &[u8]| words::<4>(way).is_some_and(|(said, _)| said[..2] == wanted);
-            loop {
+            let exchange = || -> Result<()> {
                 let way = board.wait_until(&format!("way/{rank}/{me}"), left(deadline), check, is_right)?;
-                let Some(([_, _, number, inbox], card)) = words::<4>(&way) else { continue };
-                let mut office = self.lock();
-                let former = office.ways[*rank as usize].as_ref().map(|way| (way.peer, way.number));
-                if former.is_none_or(|(_, former)| former != number) {
-                    former.iter().for_each(|(peer, _)| office.courier.forget(*peer));
-                    let met = office.courier.meet(card);
-                    let peer = met.map_err(|e| e.context(format!("rank {me}: the way to rank {rank}")))?;
-                    let way = Way { peer, incarnation, number, inbox, is_lost: false, is_told: false };
-                    office.ways[*rank as usize] = Some(way);
-                }
-                drop(office);
+                let ([_, _, number, inbox], card) = words::<4>(&way).unwrap_or_default();
+                self.take_way(*rank, incarnation, (number, inbox), card)?;
                 board.put(&format!("met/{me}/{rank}"), &bytes_of(&[mine, number]))?;
-                let met = bytes_of(&[number, mine]);
+                // Until `check` has seen it; but the rank may have another way by now.
                 let soon = left(deadline).min(AGAIN);
-                match board.wait_until(&format!("met/{rank}/{me}"), soon, check, |said| said == met) {
-                    Ok(_) => break,
-                    // It may have another way by now; or it has met this rank and left again, and its entries with it.
-                    Err(error) if error.status == Status::Timeout && !left(deadline).is_zero() => {
-                        let mut office = self.lock();
-                        office.settle(me, &[]);
-                        if office.used[*rank as usize] == Used::Left {
-                            break;
-                        }
+                board.wait_until(&format!("met/{rank}/{me}"), soon, check, |_| false).map(drop)
+            };
+            while let Err(error) = exchange() {
+                match error.status {
+                    _ if is_met.get() => break,
+                    Status::Timeout if left(deadline).is_zero() => {
+                        let text = format!("rank {me}: rank {rank} did not connect to this rank in time");
+                        return Err(Error::new(Status::Timeout, text));
                     }
-                    Err(error) => return Err(error),
+                    Status::Timeout => {}
+                    _ => return Err(error),
                 }
             }
         }
         Ok(())
+    }
+
+    /// Takes over how a rank is written to, if that is news.
+    fn take_way(&self, rank: u32, incarnation: u64, (number, inbox): (u64, u64), card: &[u8]) -> Result<()> {
+        let mut office = self.lock();
+        let former = office.ways[rank as usize].as_ref().map(|way| (way.peer, way.number));
+        if former.is_some_and(|(_, former)| former == number) {
+            return Ok(());
+        }
+        former.iter().for_each(|(peer, _)| office.courier.forget(*peer));
+        let met = office.courier.meet(card);
+        let peer = met.map_err(|e| e.context(format!("rank {}: the way to rank {rank}", self.rank)))?;
+        let way = Way { peer, incarnation, number, inbox, is_lost: false, is_told: false };
+        office.ways[rank as usize] = Some(way);
+        Ok(())
+    }
+
+    /// A rank whose way is known has met this one, by its way `mine`: it says so, or it has left, which it does not before. Its
+    /// entry and its goodbye may both be lost then, and the next step names it.
+    fn is_met(&self, board: &Board, rank: u32, mine: u64) -> bool {
+        let mut office = self.lock();
+        office.settle(self.rank, &[]);
+        let Some(way) = &office.ways[rank as usize] else { return false };
+        let met = bytes_of(&[way.number, mine]);
+        if board.last_value(&format!("met/{rank}/{}", self.rank)) == Some(met)
+            || office.used[rank as usize] == Used::Left
+        {
+            return true;
+        }
+        let is_gone = is_absent(board, rank);
+        if is_gone {
+            office.lose(self.rank, rank, "it is not on the board");
+        }
+        is_gone
     }
 
     fn disconnect(&self, ranks: &[u32]) {
@@ -599,13 +635,19 @@ impl Shared {
             // Others wait for what they have sent to this rank.
             self.lock().settle(me, ranks);
             let is_seen =
-                |all: &&Vec<(u64, u64)>| peers().all(|rank| board.value(&seen_by(rank, all)).is_some());
+                |all: &&Vec<(u64, u64)>| peers().all(|rank| board.last_value(&seen_by(rank, all)).is_some());
             if let Some(all) = seen.iter().find(is_seen) {
                 self.lock().abandon_others(me, ranks);
                 for (rank, plan) in ranks.iter().zip(all) {
                     past.used[*rank as usize] = plan.0;
                 }
                 return Ok(all.iter().map(|plan| plan.1).max().unwrap_or(generation) + 1);
+            }
+            // Who has agreed may have left since, and its word would have come by now.
+            if let Some(rank) = peers().find(|rank| is_absent(board, *rank)) {
+                let text =
+                    format!("rank {me}: rank {rank} has gone before ranks {ranks:?} agreed to take part");
+                return Err(Error::new(Status::PeerLost, text));
             }
             if left(deadline).is_zero() {
                 let is_missing = |rank: &u32| match seen.last() {
@@ -756,8 +798,7 @@ impl Post for Mesh {
         if office.looked.elapsed() >= LOOK {
             office.looked = Instant::now();
             for rank in 0..office.ways.len() as u32 {
-                let absent = self.shared.board.as_ref().and_then(|board| board.absent_since(&name_of(rank)));
-                if absent.is_some_and(|since| since.elapsed() >= ABSENT) {
+                if self.shared.board.as_ref().is_some_and(|board| is_absent(board, rank)) {
                     office.lose(me, rank, "it is not on the board");
                 }
             }
@@ -993,6 +1034,32 @@ mod tests {
         }
     }
 
+    /// Its entry says to the other that it is met, but not for long enough to be seen; nor does its goodbye arrive.
+    #[test]
+    fn who_has_met_all_may_leave_without_a_trace() {
+        let id = new_unique_id().unwrap();
+        let bootstrap = Bootstrap::UniqueId(id.clone());
+        let meeting = Meeting { rank: 0, num_ranks: 2, bootstrap, remote: false, timeout_ms: 5000 };
+        let board = Board::open(&meeting, id.clone(), 7).unwrap();
+        let said = json!({
+            "version": env!("CARGO_PKG_VERSION"), "incarnation": 7, "fields": [["max_topk", 8]],
+        });
+        board.put(&name_of(0), said.to_string().as_bytes()).unwrap();
+        std::thread::scope(|scope| {
+            let (mesh, _boxes) = open(&id, 1, 2, 8);
+            let way = board.wait_for("rank/1", PATIENCE, || Ok(())).unwrap();
+            let theirs = presence(0, 1, &way).unwrap().incarnation;
+            let connecting =
+                scope.spawn(move || connect(&mesh, &[0, 1]).map(|new| (new, mesh.is_connected(0))));
+            let card = InMemory::new("mesh.7").unwrap().card().unwrap();
+            let head = bytes_of(&[7, theirs, 1, 0]);
+            board.put("way/0/1", &[&head[..], &card].concat()).unwrap();
+            board.wait_for("met/1/0", PATIENCE, || Ok(())).unwrap();
+            drop(board);
+            assert_eq!(connecting.join().unwrap().unwrap(), (vec![0], false));
+        });
+    }
+
     /// Plans are agreed on, one after the other, the same ranks again among them; by ranks that have had none too.
     #[test]
     fn plans_are_agreed_on_by_all_of_them() {
@@ -1013,6 +1080,23 @@ mod tests {
             all
         });
         assert_eq!(generations, [vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4], vec![2, 5]]);
+    }
+
+    /// Not only at the deadline.
+    #[test]
+    fn who_leaves_before_it_agrees_is_named() {
+        let id = new_unique_id().unwrap();
+        of_all(&[0, 1], |rank| {
+            let (mesh, _boxes) = open(&id, rank, 2, 8);
+            connect(&mesh, &[0, 1]).unwrap();
+            if rank == 0 {
+                let begun = Instant::now();
+                let error = agree(&mesh, &[0, 1], 1).unwrap_err();
+                let text = "rank 0: rank 1 has gone before ranks [0, 1] agreed to take part";
+                assert_eq!((error.status, &error.message[..]), (Status::PeerLost, text));
+                assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+            }
+        });
     }
 
     /// A rank is replaced by another process that says it is the same: the others disconnect the former and connect to the new one.

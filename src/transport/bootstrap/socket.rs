@@ -157,13 +157,17 @@ pub fn check_user(socket: &UnixStream) -> Result<()> {
 fn look_up(text: &str, remote: bool, deadline: Deadline) -> Result<Vec<SocketAddr>> {
     let (done, found) = channel();
     let asked = text.to_string();
-    std::thread::Builder::new()
+    let resolver = std::thread::Builder::new()
         .name("a2a-resolve".into())
         // Nobody listens any more once the deadline has passed.
         .spawn(move || drop(done.send(resolve(&asked))))
         .map_err(|e| Error::system("the resolver's thread", e))?;
     let mut found = match found.recv_timeout(deadline.left()) {
-        Ok(found) => found?,
+        Ok(found) => {
+            // It only ends; left to itself it would do so while others look for what leaks.
+            let _ = resolver.join();
+            found?
+        }
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
             return Err(Error::new(
                 Status::Timeout,

@@ -117,7 +117,7 @@ perf: tools
 	cargo build --release $(or $(PACKAGES),--package a2a-perf)
 
 header:
-	A2A_BLESS=1 cargo test --test header
+	A2A_BLESS=1 cargo test --package a2a-header
 
 kernels test-kernels: $(NVCC_READY)
 ifdef NVCC_READY
@@ -202,22 +202,23 @@ test-format:
 	cargo fmt --manifest-path fuzz/Cargo.toml -- --check
 
 # Without device code, in a directory of its own.
-CPU_ONLY := A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/cpu-only
+WITHOUT_NVCC := A2A_NVCC=none A2A_REQUIRE_NVCC=
+CPU_ONLY     := $(WITHOUT_NVCC) CARGO_TARGET_DIR=target/cpu-only
 
 # With device code, which spills nothing and is as docs/kernels.md says; and without.
 test-kernels:
 ifdef NO_NVCC
 	@echo 'skipped: the kernels are not compiled: $(NO_NVCC)'
 else
-	$(PYTHON) tests/kernels_table.py --check
+	$(PYTHON) tests/kernels_table.py --check $(PACKAGES)
 endif
-	$(CPU_ONLY) cargo build --lib
-	$(PYTHON) -B tests/cpu_only.py target/cpu-only/debug/liba2a.so
+	$(CPU_ONLY) cargo test --no-run $(DEBUG_TESTS)
+	$(PYTHON) -B tests/cpu_only.py target/cpu-only/debug/deps/liba2a.so
 
 # Again with what only the builds for tests have (CONTRIBUTING.md): that needs no kernels, which take a minute each time.
 test-clippy:
 	cargo clippy --workspace --all-targets -- -D warnings
-	$(CPU_ONLY) cargo clippy --workspace --all-targets --features a2a/jitter,a2a/faults -- -D warnings
+	$(WITHOUT_NVCC) cargo clippy --workspace --all-targets --features a2a/jitter,a2a/faults -- -D warnings
 	$(CPU_ONLY) cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 	cargo clippy --manifest-path tests/loom/Cargo.toml --target-dir target/loom --all-targets -- -D warnings
 
@@ -231,22 +232,26 @@ else
 NO_CARRIERS := there are no wheels of NCCL and NIXL for $(shell uname -s -m), and A2A_NCCL_LIB and A2A_NIXL_LIB name none
 endif
 
+# Together with the benchmark, so that all build the library but once.
+TESTED := $(BOTH) --package nccl-sys --package nixl-sys
+
 # Nothing is ignored where they are there.
 NOTHING_IGNORED := $(if $(NO_CARRIERS),,-- --include-ignored)
 
 test-rust:
-	cargo test --release --package a2a --package nccl-sys --package nixl-sys $(NOTHING_IGNORED)
+	cargo test --release $(TESTED) $(NOTHING_IGNORED)
 
 test-nixl:
 ifdef NO_CARRIERS
 	@echo 'skipped: $(NO_CARRIERS)'; test '$(A2A_REQUIRE_CARRIERS)' != 1
 else
-	A2A_TEST_TRANSPORT=nixl cargo test --release --package a2a --test conformance -- --test-threads 2 low_latency
+	A2A_TEST_TRANSPORT=nixl cargo test --release $(TESTED) --test conformance -- --test-threads 2 low_latency
 endif
 
-# A debug build checks every addition, and poisons views that have ended.
+# A debug build checks every addition, and poisons views that have ended. The one without device code, which test-kernels has built.
+DEBUG_TESTS := --lib --test traffic --test poison
 test-debug:
-	cargo test --lib --test traffic --test poison $(NOTHING_IGNORED)
+	$(CPU_ONLY) cargo test $(DEBUG_TESTS) $(NOTHING_IGNORED)
 
 # The protocol of src/device/protocol.rs, in every order of memory and of threads; how many those are is shown.
 test-loom:
@@ -254,12 +259,12 @@ test-loom:
 
 # One test at a time: each has 8 ranks.
 test-soak soak:
-	A2A_TEST_STEPS=$(SOAK_STEPS) A2A_TEST_COMMS=10000 cargo test --release --test conformance -- soak/ --test-threads 1
+	A2A_TEST_STEPS=$(SOAK_STEPS) A2A_TEST_COMMS=10000 cargo test --release $(TESTED) --test conformance -- soak/ --test-threads 1
 test-soak: SOAK_STEPS := 100000
 soak: SOAK_STEPS := 1000000
 
 # In a directory of its own, so that no library with faults inside is ever taken for the one that is shipped.
-INCIDENTS := A2A_NVCC=none A2A_REQUIRE_NVCC= CARGO_TARGET_DIR=target/faults \
+INCIDENTS := $(WITHOUT_NVCC) CARGO_TARGET_DIR=target/faults \
              cargo test --release --features faults --test incidents
 test-incidents:
 	$(INCIDENTS)
@@ -267,6 +272,7 @@ incidents:
 	A2A_INCIDENTS=100 $(INCIDENTS)
 
 test-header:
+	cargo test --package a2a-header
 	CC='$(CC)' CXX='$(CXX)' tests/c/header_test.sh
 
 test-symbols: lib
@@ -337,21 +343,20 @@ A2A_FUZZ_SECONDS ?= 60
 A2A_FUZZ_RUNS    ?= 10000000
 
 fuzz-targets:
-	A2A_NVCC=none A2A_REQUIRE_NVCC= RUSTC_BOOTSTRAP=1 RUSTFLAGS='$(FUZZ_RUSTC)' cargo build --release \
+	$(WITHOUT_NVCC) RUSTC_BOOTSTRAP=1 RUSTFLAGS='$(FUZZ_RUSTC)' cargo build --release \
 	  --manifest-path fuzz/Cargo.toml --target $(HOST) --target-dir target/fuzz
 
-# The committed corpus first, then what grows out of it; a finding lies in target/fuzz/findings.
-test-fuzz: fuzz-targets
-	$(foreach target,$(FUZZ),$(call run_fuzz,$(target),-max_total_time=$(A2A_FUZZ_SECONDS)))
-fuzz: fuzz-targets
-	$(foreach target,$(FUZZ),$(call run_fuzz,$(target),-runs=$(A2A_FUZZ_RUNS)))
+# Side by side. The committed corpus first, then what grows out of it; a finding lies in target/fuzz/findings.
+test-fuzz: FUZZ_UNTIL := -max_total_time=$(A2A_FUZZ_SECONDS)
+fuzz:      FUZZ_UNTIL := -runs=$(A2A_FUZZ_RUNS)
+test-fuzz fuzz: fuzz-targets
+	$(MAKE) --no-print-directory --jobs=$(words $(FUZZ)) --output-sync FUZZ_UNTIL=$(FUZZ_UNTIL) $(FUZZ:%=fuzz-%)
 
-define run_fuzz
-	@mkdir -p target/fuzz/grown/$(1) target/fuzz/findings
-	$(FUZZ_BIN)/$(1) $(2) -max_len=1024 -len_control=0 -timeout=60 -verbosity=0 -print_final_stats=1 \
-	  -artifact_prefix=target/fuzz/findings/$(1)- target/fuzz/grown/$(1) fuzz/corpus/$(1)
-
-endef
+.PHONY: $(FUZZ:%=fuzz-%)
+$(FUZZ:%=fuzz-%): fuzz-%:
+	@mkdir -p target/fuzz/grown/$* target/fuzz/findings
+	$(FUZZ_BIN)/$* $(FUZZ_UNTIL) -max_len=1024 -len_control=0 -timeout=60 -verbosity=0 -print_final_stats=1 \
+	  -artifact_prefix=target/fuzz/findings/$*- target/fuzz/grown/$* fuzz/corpus/$*
 
 # Its own tests; then every backend through the gate, as processes and threads, every routing; then a cell of the matrix.
 PERF := target/release/a2a-perf --hidden 64 --experts 16 --topk 4 --iterations 2 --warmup 1

@@ -124,7 +124,7 @@ fn keep(file: &Path, to: &Path) -> io::Result<()> {
 
 /// Where what this command makes of the kernels is kept, without an extension.
 fn kept(command: &Command, version: &[u8]) -> io::Result<Option<PathBuf>> {
-    println!("cargo::rerun-if-env-changed=A2A_KERNEL_CACHE");
+    // Cargo is not told of it: wherever that is, the same comes out.
     let Some(cache) = env::var_os("A2A_KERNEL_CACHE").filter(|value| !value.is_empty()) else {
         return Ok(None);
     };

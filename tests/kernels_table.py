@@ -1,9 +1,9 @@
 """docs/kernels.md below its marker is what ptxas says of the kernels: `make kernels` writes it, --check compares.
 
-    python tests/kernels_table.py [--check], from the root of the repository
+    python tests/kernels_table.py [--check] [ARGUMENT OF CARGO...], from the root of the repository
 
-Builds the library (cargo says where build.rs left nvcc's report). Either way it is an error if a function has a stack
-frame or spills registers, or if the fatbin does not hold code for every architecture.
+Builds the library, or with arguments what they say (--package a2a ...); cargo says where build.rs left nvcc's report. Either way it
+is an error if a function has a stack frame or spills registers, or if the fatbin does not hold code for every architecture.
 """
 
 import argparse
@@ -22,9 +22,9 @@ MACHINE_CODE, PTX = (90, 100, 120), (90,)
 COLUMNS = ("registers", "spill stores", "spill loads", "stack", "static shared", "constant")
 
 
-def build():
+def build(arguments):
     """The build script's directory and the fatbin, of a build with device code."""
-    command = [os.environ.get("CARGO", "cargo"), "build", "--release", "--lib"]
+    command = [os.environ.get("CARGO", "cargo"), "build", "--release", *(arguments or ["--lib"])]
     done = subprocess.run([*command, "--message-format=json-render-diagnostics"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed")
@@ -93,9 +93,10 @@ def table(kernels, version):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check = parser.parse_args().check
+    options, arguments = parser.parse_known_args()
+    check = options.check
 
-    out, fatbin = build()
+    out, fatbin = build(arguments)
     report = (out / "resources.txt").read_text()
     version = re.search(r"release .*, V([\d.]+)", report)[1]
     kernels, offences = parse(report)

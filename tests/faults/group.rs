@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
@@ -877,15 +878,15 @@ pub fn all(crew: &[Member]) -> Vec<&Member> {
 
 /// Open descriptors, threads, mapped windows, and files with our name.
 pub fn footprint() -> Result<[usize; 4], String> {
-    let entries = |path: &str| -> Result<Vec<String>, String> {
-        let entries = std::fs::read_dir(path).map_err(|error| format!("{path}: {error}"))?;
+    let entries = |path: &Path| -> Result<Vec<String>, String> {
+        let entries = std::fs::read_dir(path).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
     };
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(|error| error.to_string())?;
     let windows = maps.lines().filter(|line| line.contains("a2a-window")).count();
-    let files = [entries("/dev/shm")?, entries("/tmp")?].concat();
+    let files = [entries("/dev/shm".as_ref())?, entries(&std::env::temp_dir())?].concat();
     let files = files.iter().filter(|name| name.contains("a2a")).count();
-    Ok([entries("/proc/self/fd")?.len(), entries("/proc/self/task")?.len(), windows, files])
+    Ok([entries("/proc/self/fd".as_ref())?.len(), entries("/proc/self/task".as_ref())?.len(), windows, files])
 }
 
 // ------------------------------------------------------------------------------------------- the cases

@@ -178,24 +178,13 @@ impl Board {
 
     /// Reads an entry, and waits until it is there; asks `check`, which may look at entries, now and then.
     pub fn wait_for(&self, name: &str, timeout: Duration, check: impl Fn() -> Result<()>) -> Result<Vec<u8>> {
-        self.wait_until(name, timeout, check, |_| true)
-    }
-
-    /// As `wait_for`, for one that is as it should be.
-    pub fn wait_until(
-        &self,
-        name: &str,
-        timeout: Duration,
-        check: impl Fn() -> Result<()>,
-        is_right: impl Fn(&[u8]) -> bool,
-    ) -> Result<Vec<u8>> {
         let until = Instant::now() + timeout;
         self.read(name);
         loop {
             check()?;
             let state = self.shared.lock();
             let value = state.read.get(name).and_then(|seen| seen.value());
-            if let Some(value) = value.filter(|value| is_right(value)) {
+            if let Some(value) = value {
                 return Ok(value.clone());
             }
             let left = until.saturating_duration_since(Instant::now());

@@ -11,7 +11,6 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 use std::any::Any;
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -31,7 +30,7 @@ use crate::transport::bootstrap::{Board, random};
 const ABSENT: Duration = Duration::from_millis(1500);
 /// Between two looks at that.
 const LOOK: Duration = Duration::from_millis(100);
-/// The helper's, between two polls, at first and at last.
+/// The helper's, between two polls, at first and at last; the last is that of who connects, too.
 const PAUSE: Duration = Duration::from_micros(50);
 const LONGEST_PAUSE: Duration = Duration::from_millis(1);
 /// What a comm has sent before it was destroyed is delivered within this, or not at all.
@@ -481,52 +480,49 @@ impl Shared {
         new.iter().for_each(|rank| board.read(&format!("met/{rank}/{me}")));
         for rank in new {
             let (incarnation, mine) = (incarnations[*rank as usize], numbers[*rank as usize]);
-            let wanted = [incarnation, self.incarnation];
-            let is_met = Cell::new(false);
-            let check = || {
+            loop {
                 check()?;
                 self.still(board, *rank, incarnation)?;
-                is_met.set(self.is_met(board, *rank, mine));
-                if is_met.get() { Err(Error::internal("nobody reads this")) } else { Ok(()) }
-            };
-            let is_right = |way: &[u8]| words::<4>(way).is_some_and(|(said, _)| said[..2] == wanted);
-            let exchange = || -> Result<()> {
-                let way = board.wait_until(&format!("way/{rank}/{me}"), left(deadline), check, is_right)?;
-                let ([_, _, number, inbox], card) = words::<4>(&way).unwrap_or_default();
-                self.take_way(*rank, incarnation, (number, inbox), card)?;
-                board.put(&format!("met/{me}/{rank}"), &bytes_of(&[mine, number]))?;
-                // Until `check` has seen it; but the rank may have another way by now.
-                let soon = left(deadline).min(AGAIN);
-                board.wait_until(&format!("met/{rank}/{me}"), soon, check, |_| false).map(drop)
-            };
-            while let Err(error) = exchange() {
-                match error.status {
-                    _ if is_met.get() => break,
-                    Status::Timeout if left(deadline).is_zero() => {
-                        let text = format!("rank {me}: rank {rank} did not connect to this rank in time");
-                        return Err(Error::new(Status::Timeout, text));
-                    }
-                    Status::Timeout => {}
-                    _ => return Err(error),
+                // It may have another way than a moment ago.
+                let way = board.value(&format!("way/{rank}/{me}"));
+                if let Some(([by, to, number, inbox], card)) = way.as_ref().and_then(|way| words::<4>(way))
+                    && [by, to] == [incarnation, self.incarnation]
+                    && self.take_way(*rank, incarnation, (number, inbox), card)?
+                {
+                    board.put(&format!("met/{me}/{rank}"), &bytes_of(&[mine, number]))?;
                 }
+                if self.is_met(board, *rank, mine) {
+                    break;
+                }
+                if left(deadline).is_zero() {
+                    let text = format!("rank {me}: rank {rank} did not connect to this rank in time");
+                    return Err(Error::new(Status::Timeout, text));
+                }
+                std::thread::sleep(LONGEST_PAUSE);
             }
         }
         Ok(())
     }
 
-    /// Takes over how a rank is written to, if that is news.
-    fn take_way(&self, rank: u32, incarnation: u64, (number, inbox): (u64, u64), card: &[u8]) -> Result<()> {
+    /// Takes over how a rank is written to. Whether that was news.
+    fn take_way(
+        &self,
+        rank: u32,
+        incarnation: u64,
+        (number, inbox): (u64, u64),
+        card: &[u8],
+    ) -> Result<bool> {
         let mut office = self.lock();
         let former = office.ways[rank as usize].as_ref().map(|way| (way.peer, way.number));
         if former.is_some_and(|(_, former)| former == number) {
-            return Ok(());
+            return Ok(false);
         }
         former.iter().for_each(|(peer, _)| office.courier.forget(*peer));
         let met = office.courier.meet(card);
         let peer = met.map_err(|e| e.context(format!("rank {}: the way to rank {rank}", self.rank)))?;
         let way = Way { peer, incarnation, number, inbox, is_lost: false, is_told: false };
         office.ways[rank as usize] = Some(way);
-        Ok(())
+        Ok(true)
     }
 
     /// A rank whose way is known has met this one, by its way `mine`: it says so, or it has left, which it does not before. Its

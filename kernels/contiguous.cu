@@ -1,12 +1,14 @@
-// A dispatch whose rows are (token, expert) pairs in one list, expert after expert: a2a_place_experts, then a2a_carry (flat.cu),
-// a2a_finish (dispatch.cu), and a2a_spread.
+// A dispatch whose rows are (token, expert) pairs in one list, expert after expert: a2a_place_experts (where tokens are many,
+// between a2a_count_part and a2a_place_part), then a2a_carry (flat.cu), a2a_finish (dispatch.cu), and a2a_spread.
 //
 // A token crosses a link once for each of its ranks, into the first of its rows there; what follows from its experts, into its
-// source's bank. The tokens of all banks, source after source, are in the order that every expert's rows have: so a2a_spread
-// finds a token's rows by counting those before it, and copies the token from the first to the others. What went into a bank
-// altogether, because its source did not wait for counts, it copies to all of them.
+// source's bank, with the rows that were found for it: a2a_spread copies the token from the first to the others.
 //
-// Both count alike: each warp counts a run of tokens by itself, then it is known where each run's rows start, and each warp
+// What went into a bank altogether, because its source did not wait for counts, has no rows yet. The tokens of all banks,
+// source after source, are in the order that every expert's rows have: so a2a_spread then finds all tokens' rows by counting
+// those before them, and copies a token from its bank.
+//
+// All count alike: each warp counts a run of tokens by itself, then it is known where each run's rows start, and each warp
 // goes through its run once more.
 #include "arrivals.cuh"
 #include "counts.cuh"
@@ -14,7 +16,7 @@
 
 namespace a2a {
 
-// A block of either takes half of a multiprocessor at most: the other half may be full of what waits for it. In a build for
+// A block of any of them takes half of a multiprocessor at most: the other half may be full of what waits for it. In a build for
 // tests few tokens at a time.
 #ifdef A2A_JITTER
 constexpr uint32_t kPlaceExpertsThreads = 64, kSpreadThreads = 64;
@@ -162,10 +164,54 @@ __device__ __forceinline__ void hear_experts(const PlaceExpertsParams& p, uint32
   place.summary[2] = s.missing, place.summary[3] = min(demand, room);
 }
 
-// Writes down where each token's rows are. `bases`: where this rank's rows of each expert start, or null: rows go into banks.
-// The warp calls it with its run; `experts` and `ranks` are the numbers that the next rows have.
+// What a block that counts shares, of words for ranks and then for experts: what is before each warp's run, [warps][ranks] and
+// [warps][experts]; what all come to, [ranks], [experts, an even number].
+struct Tallies {
+  uint32_t* by_rank;
+  uint32_t* by_expert;
+  uint32_t* to_rank;
+  uint32_t* of_expert;
+};
+__device__ __forceinline__ Tallies tallies_of(const PlaceExpertsParams& p, uint32_t* words) {
+  const uint32_t ranks = p.place.seat.ranks, experts = p.place.route.owners.experts;
+  uint32_t* const all = words + p.warps * (ranks + experts);
+  return Tallies{words, words + p.warps * ranks, all, all + ranks};
+}
+
+// Adds a run's tokens to those of the experts that they name, and of their ranks. Some warps call it.
+__device__ __forceinline__ void count_run(const PlaceExpertsParams& p, const Choices& choices, const Run& run, uint32_t warp,
+                                          uint32_t warps, uint32_t* ranks, uint32_t* experts) {
+  const uint32_t lane = threadIdx.x % 32, row = lane >> p.topk_bits;
+  const Owners& owners = p.place.route.owners;
+  each_group(choices, owners, p.topk_bits, run.first, run.last, warp, warps, [&](uint32_t, uint32_t id) {
+    const uint32_t owner = id != kNone ? owner_of(owners, id) : kNone;
+    if (first_alike(id, row) == lane && id != kNone) atomicAdd(&experts[id], 1);
+    if (first_alike(owner, row) == lane && owner != kNone) atomicAdd(&ranks[owner], 1);
+  });
+}
+
+// Counts some tokens, each warp a run of its own, which is the result. The block calls it.
+__device__ __forceinline__ Run count_runs(const PlaceExpertsParams& p, const Choices& choices, const Run& tokens,
+                                          const Tallies& to) {
+  const uint32_t ranks = p.place.seat.ranks, experts = p.place.route.owners.experts, warp = threadIdx.x / 32;
+  clear(to.by_rank, p.warps * (ranks + experts));
+  if (threadIdx.x == 0) to.of_expert[experts] = 0;
+  __syncthreads();
+  const Run part = run_of(0, tokens.last - tokens.first, warp, p.warps);
+  const Run run{tokens.first + part.first, tokens.first + part.last};
+  if (warp < p.warps) count_run(p, choices, run, 0, 1, to.by_rank + warp * ranks, to.by_expert + warp * experts);
+  __syncthreads();
+  add_up_runs(to.by_rank, p.warps, ranks, to.to_rank);
+  add_up_runs(to.by_expert, p.warps, experts, to.of_expert);
+  __syncthreads();
+  return run;
+}
+
+// Writes down where each token's rows are. `before`: by rank, of this rank's tokens there, those before the block's; `bases`:
+// where this rank's rows of each expert start, without those before the block's, or null: rows go into banks. The warp calls
+// it with its run; `experts` and `ranks` are the numbers that the next rows have in the block.
 __device__ __forceinline__ void place_run(const PlaceExpertsParams& p, const Choices& choices, const Run& run,
-                                          uint32_t* experts, uint32_t* ranks, const uint32_t* bases) {
+                                          uint32_t* experts, uint32_t* ranks, const uint32_t* before, const uint32_t* bases) {
   const Route& route = p.place.route;
   const Seat& seat = p.place.seat;
   const uint32_t lane = threadIdx.x % 32, row = lane >> p.topk_bits, k = lane & ((1u << p.topk_bits) - 1);
@@ -173,12 +219,13 @@ __device__ __forceinline__ void place_run(const PlaceExpertsParams& p, const Cho
   each_group(choices, route.owners, p.topk_bits, run.first, run.last, 0, 1, [&](uint32_t first, uint32_t id) {
     const uint32_t token = first + row, owner = id != kNone ? owner_of(route.owners, id) : kNone;
     const Alike same_rank = alike(owner, row, p.topk_bits);
-    const uint32_t bank_row = seat.rank * seat.bound + take_numbers(ranks, owner, same_rank);
+    const uint32_t number = take_numbers(ranks, owner, same_rank);
+    const uint32_t bank_row = seat.rank * seat.bound + number + (owner != kNone ? before[owner] : 0);
     uint32_t at = kNone;
     if (bases != nullptr) {
       const Alike same = alike(id, row, p.topk_bits);
-      const uint32_t number = take_numbers(experts, id, same);
-      if (id != kNone) at = bases[id] + number;
+      const uint32_t its = take_numbers(experts, id, same);
+      if (id != kNone) at = bases[id] + its;
       if (at >= p.place.room) at = kNone;
     }
     // The first of the token's rows at the same rank.
@@ -205,59 +252,127 @@ __device__ __forceinline__ void place_run(const PlaceExpertsParams& p, const Cho
   });
 }
 
+// Where tokens are many, blocks count and place a part of them each: before a2a_place_experts, and behind it.
+__device__ __forceinline__ Run part_of(const PlaceExpertsParams& p) {
+  return run_of(0, p.place.route.tokens, blockIdx.x, gridDim.x);
+}
+// A part's words: [ranks], [experts]. First how many of its tokens there are, then where the first of them goes.
+__device__ __forceinline__ uint32_t* words_of(const PlaceExpertsParams& p, uint32_t part) {
+  return p.parts + static_cast<uint64_t>(part) * (p.place.seat.ranks + p.place.route.owners.experts);
+}
+
+extern "C" __global__ void __launch_bounds__(kPlaceExpertsThreads, 2)
+    a2a_count_part(const __grid_constant__ PlaceExpertsParams p) {
+  extern __shared__ uint32_t words[];
+  const OnSm on_sm(p.place.seat);
+  const uint32_t ranks = p.place.seat.ranks, keys = ranks + p.place.route.owners.experts;
+  ptx::launch_dependents();
+  clear(words, keys);
+  __syncthreads();
+  count_run(p, own_choices(p.place.route), part_of(p), threadIdx.x / 32, kPlaceExpertsThreads / 32, words, words + ranks);
+  __syncthreads();
+  uint32_t* const to = words_of(p, blockIdx.x);
+#pragma unroll 1
+  for (uint32_t key = threadIdx.x; key < keys; key += kPlaceExpertsThreads) to[key] = words[key];
+}
+
+// What all parts come to.
+__device__ __forceinline__ void add_up_parts(const PlaceExpertsParams& p, uint32_t* all) {
+  const uint32_t keys = p.place.seat.ranks + p.place.route.owners.experts;
+#pragma unroll 1
+  for (uint32_t key = threadIdx.x; key < keys; key += kPlaceExpertsThreads) {
+    uint32_t sum = 0;
+#pragma unroll 8
+    for (uint32_t part = 0; part < p.num_parts; ++part) sum += words_of(p, part)[key];
+    all[key] = sum;
+  }
+  if (threadIdx.x == 0) all[keys] = 0;
+  __syncthreads();
+}
+
+// Where the tokens of each start. `bases` as place_run has it.
+__device__ __forceinline__ void start_parts(const PlaceExpertsParams& p, const uint32_t* bases) {
+  const uint32_t ranks = p.place.seat.ranks, keys = ranks + p.place.route.owners.experts;
+#pragma unroll 1
+  for (uint32_t key = threadIdx.x; key < keys; key += kPlaceExpertsThreads) {
+    uint32_t next = key < ranks || bases == nullptr ? 0 : bases[key - ranks];
+#pragma unroll 8
+    for (uint32_t part = 0; part < p.num_parts; ++part) {
+      uint32_t& word = words_of(p, part)[key];
+      const uint32_t its = word;
+      word = next, next += its;
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kPlaceExpertsThreads, 2)
     a2a_place_experts(const __grid_constant__ PlaceExpertsParams p) {
-  // [warps][ranks], [warps][experts], then what all come to: [ranks], [experts, an even number].
   extern __shared__ uint32_t words[];
   __shared__ Placement s;
   const PlaceParams& place = p.place;
   const Seat& seat = place.seat;
   const OnSm on_sm(seat);
   const Route& route = place.route;
-  const uint32_t experts = route.owners.experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t* const by_rank = words;
-  uint32_t* const by_expert = by_rank + p.warps * seat.ranks;
-  uint32_t* const to_rank = by_expert + p.warps * experts;
-  uint32_t* const of_expert = to_rank + seat.ranks;
-  const bool tells = place.flags & kRaises, hears = place.flags & kWaits;
+  const uint32_t experts = route.owners.experts, warp = threadIdx.x / 32;
+  const Tallies tallies = tallies_of(p, words);
+  const bool tells = place.flags & kRaises, hears = place.flags & kWaits, parts = p.num_parts != 0;
+  if (parts) ptx::wait_prerequisites();
   const Standing at = standing_of(*seat.slot, place.flags & kAfterOpen);
   const Choices choices = own_choices(route);
-  const Run run = run_of(0, route.tokens, warp, p.warps);
-  clear(words, p.warps * (seat.ranks + experts));
-  if (threadIdx.x == 0) of_expert[experts] = 0;
-  __syncthreads();
-  if (warp < p.warps) {
-    each_group(choices, route.owners, p.topk_bits, run.first, run.last, 0, 1, [&](uint32_t, uint32_t id) {
-      const uint32_t row = lane >> p.topk_bits, owner = id != kNone ? owner_of(route.owners, id) : kNone;
-      if (first_alike(id, row) == lane && id != kNone) atomicAdd(&by_expert[warp * experts + id], 1);
-      if (first_alike(owner, row) == lane && owner != kNone) atomicAdd(&by_rank[warp * seat.ranks + owner], 1);
-    });
+  Run run{0, 0};
+  if (parts) {
+    add_up_parts(p, tallies.to_rank);
+  } else {
+    run = count_runs(p, choices, Run{0, route.tokens}, tallies);
   }
-  __syncthreads();
-  add_up_runs(by_rank, p.warps, seat.ranks, to_rank);
-  add_up_runs(by_expert, p.warps, experts, of_expert);
-  __syncthreads();
   if (tells ? !at.opens() : !at.receives(seat.routing)) return;
   const uint32_t epoch = at.epoch + (tells ? 1 : 0);
   if (tells) {
-    store_counts(seat, place.counts, epoch, 0, experts, of_expert, at.absent);
+    store_counts(seat, place.counts, epoch, 0, experts, tallies.of_expert, at.absent);
     if (threadIdx.x >= kPlaceExpertsThreads - 32) say_counted(seat, epoch, at.absent);
   }
 #pragma unroll 1
-  for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPlaceExpertsThreads) route.rows_for[rank] = to_rank[rank];
+  for (uint32_t rank = threadIdx.x; rank < seat.ranks; rank += kPlaceExpertsThreads) {
+    route.rows_for[rank] = tallies.to_rank[rank], tallies.to_rank[rank] = 0;
+  }
   if (hears) {
     const uint64_t started = at.state == kOpened ? at.started : ptx::globaltimer();
     const Wait wait{kDispatch, epoch, at.sequence + (tells ? 1 : 0), true, kCountsFlag};
     // Who comes behind sees that the slot is closed.
     if (!await(seat, wait, s.meeting, started)) return;
     // What was told is in the windows.
-    hear_experts(p, epoch, of_expert, s);
+    hear_experts(p, epoch, tallies.of_expert, s);
   }
   // Not before: large blocks that wait, if only for this one, could keep out what it waits for.
   ptx::launch_dependents();
   __syncthreads();
+  const uint32_t* bases = hears ? tallies.of_expert : nullptr;
+  if (parts) return start_parts(p, bases);
   if (warp >= p.warps) return;
-  place_run(p, choices, run, by_expert + warp * experts, by_rank + warp * seat.ranks, hears ? of_expert : nullptr);
+  place_run(p, choices, run, tallies.by_expert + warp * experts, tallies.by_rank + warp * seat.ranks, tallies.to_rank, bases);
+}
+
+extern "C" __global__ void __launch_bounds__(kPlaceExpertsThreads, 2)
+    a2a_place_part(const __grid_constant__ PlaceExpertsParams p) {
+  extern __shared__ uint32_t words[];
+  const PlaceParams& place = p.place;
+  const Seat& seat = place.seat;
+  const OnSm on_sm(seat);
+  const Tallies tallies = tallies_of(p, words);
+  const uint32_t experts = place.route.owners.experts, warp = threadIdx.x / 32;
+  const Choices choices = own_choices(place.route);
+  const Run run = count_runs(p, choices, part_of(p), tallies);
+  ptx::wait_prerequisites();
+  ptx::launch_dependents();
+  const Standing at = standing_of(*seat.slot);
+  if (place.flags & kRaises ? !at.opens() : !at.receives(seat.routing)) return;
+  const uint32_t* const starts = words_of(p, blockIdx.x);
+#pragma unroll 1
+  for (uint32_t key = threadIdx.x; key < seat.ranks + experts; key += kPlaceExpertsThreads) tallies.to_rank[key] = starts[key];
+  __syncthreads();
+  if (warp >= p.warps) return;
+  place_run(p, choices, run, tallies.by_expert + warp * experts, tallies.by_rank + warp * seat.ranks, tallies.to_rank,
+            place.flags & kWaits ? tallies.of_expert : nullptr);
 }
 
 // Of the tokens of all banks, source after source, some: calls `act` with a source, and which of its tokens they are.
@@ -294,23 +409,24 @@ __device__ __forceinline__ void count_banks(const SpreadParams& q, const Arrival
   });
 }
 
-// Copies a token to the rows of those lanes that are in `lanes`. A warp calls it.
-__device__ __forceinline__ void spread_token(const SettleParams& p, const uint8_t* from, uint32_t row, uint32_t lanes) {
+// Copies some of a token's vectors to the rows of those lanes that are in `lanes`. A warp calls it.
+__device__ __forceinline__ void spread_token(const SettleParams& p, const Run& vectors, const uint8_t* from, uint32_t row,
+                                             uint32_t lanes) {
   uint8_t* const tokens = window_of(p.seat, p.seat.rank) + p.to_tokens;
 #pragma unroll 1
-  for (uint32_t base = 0; base < p.vectors; base += 32 * kSpreadVectors) {
+  for (uint32_t base = vectors.first; base < vectors.last; base += 32 * kSpreadVectors) {
     const uint32_t first = base + threadIdx.x % 32;
     int4 value[kSpreadVectors];
 #pragma unroll
     for (uint32_t u = 0; u < kSpreadVectors; ++u) {
-      if (first + 32 * u < p.vectors) value[u] = ptx::ld_stream(from + 16ull * (first + 32 * u));
+      if (first + 32 * u < vectors.last) value[u] = ptx::ld_stream(from + 16ull * (first + 32 * u));
     }
 #pragma unroll 1
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
       uint8_t* to = tokens + __shfl_sync(~0u, row, __ffs(rest) - 1) * 16ull * p.vectors + 16ull * first;
 #pragma unroll
       for (uint32_t u = 0; u < kSpreadVectors; ++u) {
-        if (first + 32 * u < p.vectors) ptx::st_row(to + 512ull * u, value[u]);
+        if (first + 32 * u < vectors.last) ptx::st_row(to + 512ull * u, value[u]);
       }
     }
   }
@@ -330,54 +446,58 @@ __device__ __forceinline__ void spread_side(const SettleParams& p, Side side, bo
       continue;
     }
     auto* words = reinterpret_cast<uint32_t*>(own + side.to);
+#pragma unroll 1
     for (uint32_t e = lane; e < side.bytes / 4; e += 32) {
       words[static_cast<uint64_t>(e) * side.pitch + its_row] = words[static_cast<uint64_t>(e) * side.pitch + first];
     }
   }
 }
 
-// Brings a warp's run of the tokens of all banks to their rows. `next`: the next row of each of this rank's experts.
-__device__ __forceinline__ void spread_run(const SpreadParams& q, const Arrivals& s, const Run& run, uint32_t* next) {
+// Brings some vectors of a run of the tokens of all banks to their rows; with the first, what is beside a token. `next`: the
+// next row of each of this rank's experts, or null: rows are those that sources have found. A warp calls it.
+__device__ __forceinline__ void spread_run(const SpreadParams& q, const Arrivals& s, const Run& run, const Run& vectors,
+                                           uint32_t* next) {
   const SettleParams& p = q.settle;
   const Seat& seat = p.seat;
   const uint32_t lane = threadIdx.x % 32;
   uint8_t* const own = window_of(seat, seat.rank);
-  each_source(seat, s, run.first, run.last, [&](uint32_t source, uint32_t start, uint32_t end) {
+  uint32_t source = 0;
+#pragma unroll 1
+  for (uint32_t token = run.first; token < run.last; ++token) {
+    while (token >= s.start[source + 1]) ++source;
     const bool banked = s.is_banked(source);
-    const uint64_t bank = static_cast<uint64_t>(source) * seat.bound;
-#pragma unroll 1
-    for (uint32_t token = start; token < end; ++token) {
-      const uint64_t at = (bank + token) * p.topk + lane;
-      uint32_t id = lane < p.topk ? reinterpret_cast<const uint32_t*>(own + p.bank_ids)[at] : kNone;
-      float weight = lane < p.topk ? reinterpret_cast<const float*>(own + p.bank_weights)[at] : 0.0f;
-      const int2 pair = reinterpret_cast<const int2*>(own + p.bank_source)[bank + token];
-      if (id >= q.owners.experts) id = kNone;
-      const uint32_t leader = first_alike(id, 0);
-      weight = sum_alike(weight, leader, p.topk);
-      const bool goes = id != kNone && leader == lane && owner_of(q.owners, id) == seat.rank;
-      uint32_t row = kNone;
-      if (goes) row = next[place_of(q.owners, id, seat.rank)]++;
-      if (row >= q.room) row = kNone;
-      if (row != kNone) {
-        reinterpret_cast<uint32_t*>(own + p.to_ids)[row] = id;
-        reinterpret_cast<float*>(own + p.to_weights)[row] = weight;
-        reinterpret_cast<int2*>(own + p.to_source)[row] = pair;
-      }
-      // A token without a first row has none at all: the others lie behind it.
-      const uint32_t first = __reduce_min_sync(~0u, row);
-      if (first == kNone) continue;
-      const uint32_t lanes = __ballot_sync(~0u, row != kNone && (banked || row != first));
-      if (lanes == 0) continue;
-      const uint8_t* from = banked ? own + p.bank_tokens + (bank + token) * 16 * p.vectors
-                                   : own + p.to_tokens + first * 16ull * p.vectors;
-      spread_token(p, from, row, lanes);
-#pragma unroll 1
-      for (uint32_t number = 0; number < p.sides; ++number) {
-        spread_side(p, p.side[number], banked, bank + token, first, row, lanes);
-      }
-      __syncwarp();
+    const uint64_t bank_row = static_cast<uint64_t>(source) * seat.bound + token - s.start[source];
+    const uint64_t at = bank_row * p.topk + lane;
+    uint32_t id = lane < p.topk ? reinterpret_cast<const uint32_t*>(own + p.bank_ids)[at] : kNone;
+    float weight = lane < p.topk ? reinterpret_cast<const float*>(own + p.bank_weights)[at] : 0.0f;
+    uint32_t place = next == nullptr && lane < p.topk ? reinterpret_cast<const uint32_t*>(own + q.bank_places)[at] : kNone;
+    const int2 pair = reinterpret_cast<const int2*>(own + p.bank_source)[bank_row];
+    if (id >= q.owners.experts) id = kNone;
+    const uint32_t leader = first_alike(id, 0);
+    weight = sum_alike(weight, leader, p.topk);
+    const bool goes = id != kNone && leader == lane && owner_of(q.owners, id) == seat.rank;
+    if (goes && next != nullptr) place = next[place_of(q.owners, id, seat.rank)]++;
+    // What a peer wrote is bounded before it is an index.
+    const uint32_t row = goes && place < p.rows ? place : kNone;
+    if (row != kNone && vectors.first == 0) {
+      reinterpret_cast<uint32_t*>(own + p.to_ids)[row] = id;
+      reinterpret_cast<float*>(own + p.to_weights)[row] = weight;
+      reinterpret_cast<int2*>(own + p.to_source)[row] = pair;
     }
-  });
+    // A token without a first row has none at all: the others lie behind it.
+    const uint32_t first = __reduce_min_sync(~0u, row);
+    if (first == kNone) continue;
+    const uint32_t lanes = __ballot_sync(~0u, row != kNone && (banked || row != first));
+    if (lanes == 0) continue;
+    const uint8_t* from = banked ? own + p.bank_tokens + bank_row * 16 * p.vectors
+                                 : own + p.to_tokens + first * 16ull * p.vectors;
+    spread_token(p, vectors, from, row, lanes);
+#pragma unroll 1
+    for (uint32_t number = 0; number < p.sides && vectors.first == 0; ++number) {
+      spread_side(p, p.side[number], banked, bank_row, first, row, lanes);
+    }
+    __syncwarp();
+  }
 }
 
 // What says that rows are none: between blocks, and behind the last. All threads of all blocks call it.
@@ -420,29 +540,45 @@ extern "C" __global__ void __launch_bounds__(kSpreadThreads, 2) a2a_spread(const
   const SettleParams& p = q.settle;
   const OnSm on_sm(p.seat);
   if (p.seat.slot->whole == 0) return;
+  constexpr uint32_t kWarps = kSpreadThreads / 32;
   const uint32_t warp = threadIdx.x / 32;
-  uint32_t* const before = words + q.warps * q.local;
-  clear(words, (q.warps + 1) * q.local);
   read_arrivals(p.seat, nullptr, s);
-  const Run here = run_of(0, s.start[p.seat.ranks], blockIdx.x, gridDim.x);
-  const Run run = run_of(here.first, here.last - here.first, warp, q.warps);
-  count_banks(q, s, 0, here.first, warp, kSpreadThreads / 32, before);
-  if (warp < q.warps) count_banks(q, s, run.first, run.last, 0, 1, words + warp * q.local);
-  __syncthreads();
-#pragma unroll 1
-  for (uint32_t block = threadIdx.x; block < q.local; block += kSpreadThreads) {
-    uint32_t row = q.starts[block] + before[block];
-#pragma unroll 1
-    for (uint32_t i = 0; i < q.warps; ++i) {
-      uint32_t& rows = words[i * q.local + block];
-      const uint32_t its = rows;
-      rows = row, row += its;
-    }
-  }
-  __syncthreads();
-  if (warp < q.warps) spread_run(q, s, run, words + warp * q.local);
+  const uint32_t tokens = s.start[p.seat.ranks];
   pad_lists(q);
   if (blockIdx.x == 0) hand_out_blocks(q);
+  const uint32_t number = blockIdx.x * kWarps + warp, all_warps = gridDim.x * kWarps;
+  Run run, vectors{0, p.vectors};
+  uint32_t* next = nullptr;
+  if (!s.any) {
+    // Where there are more warps than tokens, some share one.
+    const uint32_t parts = min(max(all_warps / max(tokens, 1), 1), max(p.vectors / (32 * kSpreadVectors), 1));
+    const uint32_t runs = all_warps / parts;
+    if (number / parts >= runs) return;
+    run = run_of(0, tokens, number / parts, runs), vectors = run_of(0, p.vectors, number % parts, parts);
+  } else {
+    uint32_t* const before = words + q.warps * q.local;
+    clear(words, (q.warps + 1) * q.local);
+    __syncthreads();
+    const Run here = run_of(0, tokens, blockIdx.x, gridDim.x);
+    run = run_of(here.first, here.last - here.first, warp, q.warps);
+    next = words + warp * q.local;
+    count_banks(q, s, 0, here.first, warp, kWarps, before);
+    if (warp < q.warps) count_banks(q, s, run.first, run.last, 0, 1, next);
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t block = threadIdx.x; block < q.local; block += kSpreadThreads) {
+      uint32_t row = q.starts[block] + before[block];
+#pragma unroll 1
+      for (uint32_t i = 0; i < q.warps; ++i) {
+        uint32_t& rows = words[i * q.local + block];
+        const uint32_t its = rows;
+        rows = row, row += its;
+      }
+    }
+    __syncthreads();
+    if (warp >= q.warps) return;
+  }
+  spread_run(q, s, run, vectors, next);
 }
 
 }  // namespace a2a

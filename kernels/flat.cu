@@ -17,7 +17,7 @@ constexpr uint32_t kPlaceThreads = 64;
 #else
 constexpr uint32_t kPlaceThreads = 512;
 #endif
-constexpr uint32_t kCarryWarps = 14, kBesideWarps = 4, kCarryThreads = 32 * (kCarryWarps + kBesideWarps);
+constexpr uint32_t kCarryWarps = 14, kBesideWarps = 8, kCarryThreads = 32 * (kCarryWarps + kBesideWarps);
 constexpr uint32_t kCarryStages = 2;
 constexpr uint32_t kSettleThreads = 512;
 

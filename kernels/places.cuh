@@ -43,7 +43,7 @@ __device__ __forceinline__ Places own_place(const PushParams& p, uint32_t token)
 
 // Stores what is beside a token's row to every place. A warp calls it; a choice a lane. `pairs`: rows are (token, expert)
 // pairs, some of which may be left out, and what follows from the expert goes to the token's row in a bank, the lane's
-// `bank_row`.
+// `bank_row`, with the rows of all its choices.
 template <bool pairs>
 __device__ __forceinline__ void store_beside(const PushParams& p, uint32_t token, int32_t id, float weight, bool is_bad,
                                              const Places& to, uint32_t bank_row = 0) {
@@ -54,13 +54,16 @@ __device__ __forceinline__ void store_beside(const PushParams& p, uint32_t token
   keep_choice(seat, route, token, id, weight, is_bad);
   const uint64_t row = p.row_base + (pairs ? bank_row : to.row);
   uint8_t* ids = to.window + p.to_ids + row * route.topk * 4;
-  const uint64_t to_weights = p.to_weights - p.to_ids;
+  const uint64_t to_weights = p.to_weights - p.to_ids, to_places = p.to_places - p.to_ids;
+  int32_t place = -1;
+  if (pairs && lane < route.topk) place = route.pair_rows[static_cast<uint64_t>(token) * route.topk + lane];
 #pragma unroll 1
   for (uint32_t i = 0; i < to.count; ++i) {
     auto* at = reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(ids), i)) + 4 * lane;
     if (lane >= route.topk) continue;
     *reinterpret_cast<int32_t*>(at) = id;
     *reinterpret_cast<float*>(at + to_weights) = weight;
+    if (pairs) *reinterpret_cast<int32_t*>(at + to_places) = place;
   }
   if (lane < to.count && !publishes) {
     reinterpret_cast<int2*>(to.window + p.to_source)[row] = make_int2(seat.rank, token);

@@ -364,6 +364,8 @@ struct PushParams {
   uint32_t flags;
   // [tokens, fanout]: rows of ids, weights and source, where they are not the token's; or null.
   const int32_t* bank_rows;
+  // A region: the rows of a token's choices, beside its ids in a bank, if there are `bank_rows`.
+  uint64_t to_places;
   // Columns at a rank are as long as its rows are many.
   Blocks blocks;
   Side side[kSides];
@@ -371,7 +373,7 @@ struct PushParams {
 constexpr uint32_t kPublishes = 2, kRouted = 4, kPacked = 8;
 // Tokens that a block can count.
 constexpr uint32_t kMostCounted = 512;
-static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + 40 + sizeof(Side) * kSides);
+static_assert(sizeof(PushParams) == sizeof(Seat) + sizeof(Route) + 56 + 24 + 48 + sizeof(Side) * kSides);
 
 // a2a_finish: the end of a dispatch, or of either half.
 struct FinishParams {
@@ -495,19 +497,23 @@ struct PlaceExpertsParams {
   int32_t* starts;
   int32_t* pairs_for;
   int32_t* bank_rows;
-  uint32_t local;
+  // [parts, ranks + experts] words, and how many blocks count and place, a part of the tokens each; 0: this block does.
+  uint32_t* parts;
+  uint32_t num_parts;
   uint32_t topk_bits;
   // That count, by what there is of shared memory.
   uint32_t warps;
   uint32_t reserved;
 };
-static_assert(sizeof(PlaceExpertsParams) == sizeof(PlaceParams) + sizeof(Blocks) + 48);
+static_assert(sizeof(PlaceExpertsParams) == sizeof(PlaceParams) + sizeof(Blocks) + 56);
 
 // a2a_spread: tokens from the first of their rows to the others, or from the banks to all, and what else a rank's rows have.
 struct SpreadParams {
   // `kept_counts` is not looked at.
   SettleParams settle;
   Owners owners;
+  // The rows that sources have found for the ids in their banks.
+  uint64_t bank_places;
   // Lists of RoutingMap: [local experts] where rows start, and how many they are; as FinishParams has it.
   const int32_t* starts;
   const int32_t* block_counts;
@@ -518,10 +524,11 @@ struct SpreadParams {
   unsigned long long* expert_stats;
   uint32_t local;
   uint32_t topk_bits;
+  // That count, by what there is of shared memory.
   uint32_t warps;
-  uint32_t room;
+  uint32_t reserved;
 };
-static_assert(sizeof(SpreadParams) == sizeof(SettleParams) + 40 + 64);
+static_assert(sizeof(SpreadParams) == sizeof(SettleParams) + 40 + 72);
 
 // a2a_pairs_*: a dispatch whose rows are (token, expert) pairs, or either half of it.
 struct PairsParams {

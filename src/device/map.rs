@@ -95,6 +95,9 @@ pub struct Sizes {
 /// What ids and weights of a step may be, of all ranks together, for collectives to carry them in boxes, behind the words.
 pub const BOXED_BYTES: u64 = 32 << 10;
 
+/// On CUDA: blocks at most that count and place the tokens of a list of (token, expert) pairs, a part each.
+pub const PLACE_PARTS: u32 = 32;
+
 /// Rows of a column of scales are padded to a multiple of this.
 pub const COLUMN_PAD: u64 = 4;
 
@@ -176,6 +179,7 @@ pub struct Map {
     control_bytes: u64,
     published: [u64; PLANES],
     banks: [u64; PLANES],
+    bank_places: u64,
     received: [u64; PLANES],
     combine: u64,
     combine_weights: u64,
@@ -256,6 +260,8 @@ impl Map {
         let mut planes = |rows: u64| sizes.plane_bytes.map(|bytes| at.take(rows.checked_mul(bytes as u64)));
         let published = planes(if uses.published { bound } else { 0 });
         let banks = planes(if uses.banks { ranks * bound } else { 0 });
+        let placed = uses.banks && sizes.grid.layout == LayoutKind::ExpertContiguous;
+        let bank_places = at.take(Some(if placed { ranks * bound * sizes.grid.topk as u64 * 4 } else { 0 }));
         let rows = if uses.rows { sizes.rows() } else { 0 };
         let received = std::array::from_fn(|plane| {
             at.take(if uses.rows { sizes.received_region(plane) } else { Some(0) })
@@ -304,6 +310,7 @@ impl Map {
             control_bytes,
             published,
             banks,
+            bank_places,
             received,
             combine,
             combine_weights,
@@ -449,6 +456,10 @@ impl Map {
     pub fn bank(&self, slot: u32, plane: usize) -> u64 {
         self.slot(slot) + self.banks[plane]
     }
+    /// On CUDA, int32[ranks * max_tokens, K]: beside the ids in a bank, the rows that their source has found for them here.
+    pub fn bank_places(&self, slot: u32) -> u64 {
+        self.slot(slot) + self.bank_places
+    }
     /// `Sizes::rows` rows.
     pub fn received(&self, slot: u32, plane: usize) -> u64 {
         self.slot(slot) + self.received[plane]
@@ -560,6 +571,9 @@ pub struct RoutingMap {
     /// [ranks], on CUDA: rows that each is to receive; this rank's at each, where they are (token, expert) pairs.
     pub demands: List,
     pub pairs_for: List,
+    /// [PLACE_PARTS, ranks + experts], on CUDA, for (token, expert) pairs in one list: what each part's tokens are, and then
+    /// where they start.
+    pub parts: List,
     /// Rows demanded, rows dropped, where the last block ends (on CUDA: this rank's rows that others dropped, and then where
     /// the last block ends).
     pub summary: List,
@@ -575,6 +589,10 @@ impl RoutingMap {
         let by_expert = |len: usize| if grid.layout.by_expert() { len } else { 0 };
         let keys = if uses.counts { grid.keys(sizes.num_experts) as usize } else { 0 };
         let blocks = grid.blocks(sizes.experts) as usize;
+        let parts = match grid.layout {
+            LayoutKind::ExpertContiguous => PLACE_PARTS as usize * (ranks + sizes.num_experts as usize),
+            _ => 0,
+        };
         let mut at = Cursor(Some(0));
         let mut list = |len: usize| List { offset: at.take(Some(len as u64 * 4)), len };
         let mut map = RoutingMap {
@@ -596,6 +614,7 @@ impl RoutingMap {
             result_rows: list(if uses.fetched { choices } else { 0 }),
             demands: list(if uses.counts { ranks } else { 0 }),
             pairs_for: list(by_expert(ranks)),
+            parts: list(parts),
             summary: list(4),
             bytes: 0,
         };
@@ -673,6 +692,9 @@ mod tests {
                     regions.push((map.received(slot, plane), of(uses.rows, rows * received)));
                     let align = if of(uses.rows, rows * received) >= WIDE { WIDE_ALIGN } else { ALIGN };
                     assert_eq!(map.received(slot, plane) % align, 0);
+                }
+                if layout == LayoutKind::ExpertContiguous {
+                    regions.push((map.bank_places(slot), sent * 32));
                 }
                 if uses.rows {
                     regions.push((map.combine(slot), rows * 14336));

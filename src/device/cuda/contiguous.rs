@@ -2,16 +2,20 @@
 
 use super::dispatch::topk_bits;
 use super::driver::Launch;
-use super::flat::SMS;
 use super::params::{Blocks, PlaceExpertsParams, PlaceParams, SpreadParams};
 use super::{Cuda, within};
 use crate::config::LayoutKind;
+use crate::device::map::PLACE_PARTS;
 use crate::device::{Dispatch, Region};
 use crate::error::Result;
 
 /// Threads of a block, as the kernels have it.
 const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
 const SPREAD_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 384 };
+/// Tokens of a block, if several place.
+const PART_TOKENS: u32 = if cfg!(feature = "jitter") { 2 } else { 128 };
+/// Vectors of a token that a warp takes at least.
+const SPREAD_VECTORS: u32 = 128;
 
 /// Shared memory that a block counts in.
 pub(super) const COUNTING_SHARED: u32 = 200 << 10;
@@ -43,7 +47,13 @@ impl Cuda {
 
     pub(super) fn launch_place_experts(&self, d: &Dispatch, place: PlaceParams, opens: bool) -> Result<()> {
         let list = |list| self.list(d.memory, list);
-        let (warps, shared) = counting(self.experts.num() + self.ranks, PLACE_THREADS);
+        let keys = self.experts.num() + self.ranks;
+        let (warps, shared) = counting(keys, PLACE_THREADS);
+        // One block has placed few tokens before two kernels more have started.
+        let parts = match d.send.tokens / PART_TOKENS {
+            ..3 => 1,
+            parts => within(&d.call, parts.min(PLACE_PARTS)),
+        };
         let params = PlaceExpertsParams {
             place,
             blocks: self.blocks(d),
@@ -51,15 +61,22 @@ impl Cuda {
             starts: list(self.routing.starts),
             pairs_for: list(self.routing.pairs_for),
             bank_rows: list(self.routing.expert_keys),
-            local: self.experts.count(self.rank),
+            parts: list(self.routing.parts),
+            num_parts: if parts > 1 { parts } else { 0 },
             topk_bits: topk_bits(d),
             warps,
             reserved: 0,
         };
-        let shape =
-            Launch { grid: 1, block: PLACE_THREADS, shared, after_previous: opens, ..Launch::default() };
+        let kernels = &self.station.kernels;
+        let alone = Launch { grid: 1, block: PLACE_THREADS, shared, ..Launch::default() };
         // SAFETY: the caller's ids, the routing's memory, the group's windows.
-        unsafe { self.launch(&self.station.kernels.place_experts, shape, &d.call, &params) }
+        let launch = |kernel, shape| unsafe { self.launch(kernel, shape, &d.call, &params) };
+        if parts == 1 {
+            return launch(&kernels.place_experts, Launch { after_previous: opens, ..alone });
+        }
+        launch(&kernels.count_part, Launch { grid: parts, shared: keys * 4, ..alone })?;
+        launch(&kernels.place_experts, Launch { after_previous: true, ..alone })?;
+        launch(&kernels.place_part, Launch { grid: parts, after_previous: true, ..alone })
     }
 
     /// Tokens to all their rows, padding and the small outputs.
@@ -71,6 +88,7 @@ impl Cuda {
         let params = SpreadParams {
             settle: self.settle_params(d),
             owners: self.owners,
+            bank_places: self.map.bank_places(slot),
             starts: list(self.routing.starts),
             block_counts: list(self.routing.counts),
             summary: list(self.routing.summary),
@@ -80,9 +98,14 @@ impl Cuda {
             local,
             topk_bits: topk_bits(d),
             warps,
-            room: self.room(d),
+            reserved: 0,
         };
-        let shape = Launch { grid: within(&d.call, SMS), block: SPREAD_THREADS, shared, ..Launch::default() };
+        // It waits for nobody, and reads and writes this GPU's memory alone: blocks for all that there may be to do.
+        let rows = self.ranks as u64 * d.grid.bound as u64;
+        let jobs = rows * params.settle.vectors.div_ceil(SPREAD_VECTORS).max(1) as u64;
+        let blocks = jobs.div_ceil(SPREAD_THREADS as u64 / 32).clamp(1, 2 * self.station.sms() as u64) as u32;
+        let grid = within(&d.call, blocks);
+        let shape = Launch { grid, block: SPREAD_THREADS, shared, ..Launch::default() };
         // SAFETY: this rank's own window, the routing's memory and the caller's outputs, which comm checked.
         unsafe { self.launch(&self.station.kernels.spread, shape, &d.call, &params) }
     }

@@ -15,7 +15,7 @@ use crate::error::Result;
 /// Threads of a block, as the kernels have it.
 const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
 const CARRY_WARPS: u32 = 14;
-const BESIDE_WARPS: u32 = 4;
+const BESIDE_WARPS: u32 = 8;
 const CARRY_THREADS: u32 = 32 * (CARRY_WARPS + BESIDE_WARPS);
 const CARRY_STAGES: u32 = 2;
 const SETTLE_THREADS: u32 = 512;
@@ -25,7 +25,7 @@ const MOST_PIECE: u32 = 448;
 pub(super) const CARRY_SHARED: u32 = CARRY_WARPS * CARRY_STAGES * MOST_PIECE * 16;
 
 /// Multiprocessors, and so blocks, that carry rows unless a call says how many: they take three times a link's rate.
-pub(super) const SMS: u32 = 20;
+const SMS: u32 = 20;
 
 fn carriers(d: &Dispatch) -> u32 {
     if d.call.max_sms > 0 { d.call.max_sms } else { SMS }
@@ -165,6 +165,7 @@ impl Cuda {
             jobs,
             flags: flag::PACKED | if opens { flag::FOLLOWS } else { 0 },
             bank_rows: if split && !banks { self.list(d.memory, self.routing.expert_keys) } else { 0 },
+            to_places: self.map.bank_places(slot),
             blocks: if split { self.blocks(d) } else { Blocks::default() },
             ..PushParams::default()
         };

@@ -36,7 +36,9 @@ pub struct Kernels {
     /// Of rows as they are, and of bf16, f16, f32 that are quantised.
     pub pairs: [Kernel; 4],
     pub place: Kernel,
+    pub count_part: Kernel,
     pub place_experts: Kernel,
+    pub place_part: Kernel,
     pub spread: Kernel,
     pub stream_rows: Kernel,
     pub carry: Kernel,
@@ -110,7 +112,9 @@ impl Kernels {
                 load(c"a2a_pairs_f32")?,
             ],
             place: load(c"a2a_place")?,
+            count_part: load(c"a2a_count_part")?,
             place_experts: load(c"a2a_place_experts")?,
+            place_part: load(c"a2a_place_part")?,
             spread: load(c"a2a_spread")?,
             stream_rows: load(c"a2a_stream")?,
             carry: load(c"a2a_carry")?,
@@ -137,7 +141,9 @@ impl Kernels {
             stream: sums!(module, "a2a_stream"),
         };
         kernels.carry.allow_shared(CARRY_SHARED)?;
-        kernels.place_experts.allow_shared(COUNTING_SHARED)?;
+        for kernel in [&kernels.count_part, &kernels.place_experts, &kernels.place_part] {
+            kernel.allow_shared(COUNTING_SHARED)?;
+        }
         kernels.spread.allow_shared(COUNTING_SHARED)?;
         kernels.stream_rows.allow_shared(fifo::MOST_SHARED)?;
         for kernel in kernels.stream.iter().flatten() {

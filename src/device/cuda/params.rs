@@ -22,7 +22,7 @@ const SEAT: usize = 80 + 8 * NEAR_RANKS;
 const ROUTE: usize = 152;
 const RECEIVE: usize = 400;
 const SIDE: usize = 48;
-const PUSH: usize = SEAT + ROUTE + 120 + SIDE * SIDES;
+const PUSH: usize = SEAT + ROUTE + 128 + SIDE * SIDES;
 const PLACE: usize = SEAT + ROUTE + 64;
 const FINISH: usize = SEAT + ROUTE + RECEIVE + 24;
 const OFFER: usize = ROUTE + 72 + SIDE * SIDES + 16;
@@ -102,10 +102,10 @@ twins! {
     }
     OpenParams: SEAT + 8, flags at SEAT => { seat: Seat, flags: u32, reserved: u32 }
     RouteParams: ROUTE + 16, flags at ROUTE + 12 => { route: Route, slot: Address, ranks: u32, flags: u32 }
-    PushParams: PUSH, side at SEAT + ROUTE + 120 => {
+    PushParams: PUSH, side at SEAT + ROUTE + 128 => {
         seat: Seat, route: Route, tokens: Address, token_stride: u64, to_tokens: u64, to_ids: u64, to_weights: u64,
         to_source: u64, row_base: u64, vectors: u32, piece: u32, jobs: u32, counted: u32, sides: u32, flags: u32,
-        bank_rows: Address, blocks: Blocks, side: [Side; SIDES],
+        bank_rows: Address, to_places: u64, blocks: Blocks, side: [Side; SIDES],
     }
     FinishParams: FINISH, flags at SEAT + ROUTE + RECEIVE + 20 => {
         seat: Seat, route: Route, receive: Receive, summary: Address, demands: Address, limit: u32, flags: u32,
@@ -128,14 +128,14 @@ twins! {
         bank_tokens: u64, bank_ids: u64, bank_weights: u64, bank_source: u64, rows: u64, vectors: u32, topk: u32,
         sides: u32, flags: u32, side: [Side; SIDES],
     }
-    PlaceExpertsParams: PLACE + 32 + 48, reserved at PLACE + 32 + 44 => {
+    PlaceExpertsParams: PLACE + 32 + 56, reserved at PLACE + 32 + 52 => {
         place: PlaceParams, blocks: Blocks, ends: Address, starts: Address, pairs_for: Address,
-        bank_rows: Address, local: u32, topk_bits: u32, warps: u32, reserved: u32,
+        bank_rows: Address, parts: Address, num_parts: u32, topk_bits: u32, warps: u32, reserved: u32,
     }
-    SpreadParams: SETTLE + 104, room at SETTLE + 100 => {
-        settle: SettleParams, owners: Owners, starts: Address, block_counts: Address, summary: Address,
+    SpreadParams: SETTLE + 112, reserved at SETTLE + 108 => {
+        settle: SettleParams, owners: Owners, bank_places: u64, starts: Address, block_counts: Address, summary: Address,
         expert_counts: Address, expert_offsets: Address, expert_stats: Address, local: u32, topk_bits: u32, warps: u32,
-        room: u32,
+        reserved: u32,
     }
     PairsParams: PAIRS + SIDE * SIDES, side at PAIRS => {
         seat: Seat, route: Route, receive: Receive, counts: Counts, tokens: Address, token_stride: u64,

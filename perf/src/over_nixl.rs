@@ -83,11 +83,15 @@ impl Beside {
             unsafe { std::env::set_var("UCX_TLS", if cuda::is_enabled() { "tcp,cuda_copy" } else { "tcp" }) };
         }
         let tls = std::env::var("UCX_TLS").unwrap_or_default();
+        let places = match (cuda::is_enabled(), cuda::is_by_rank()) {
+            (false, _) => "processes",
+            (true, false) => "threads that share a GPU",
+            (true, true) => "threads, by turns on the GPUs there are",
+        };
         writeln!(
             out,
-            "# {} ranks, {}, UCX_TLS={tls}, hidden {} bf16, {} of {} experts; p50 of {} iterations of the slowest rank, microseconds",
+            "# {} ranks, {places}, UCX_TLS={tls}, hidden {} bf16, {} of {} experts; p50 of {} iterations of the slowest rank, microseconds",
             self.ranks,
-            if cuda::is_enabled() { "threads that share a GPU" } else { "processes" },
             self.hidden, self.topk, self.experts, self.iterations
         )
         .map_err(failed)?;

@@ -4,7 +4,8 @@
 //! ```text
 //! window   gone words | slot 0 | slot 1 | ...
 //! slot     mailboxes | loss masks | counts | small outputs | words of FIFOs' entries
-//!          | published rows | banks | received rows | combine rows, combine weights | brought results, weights | boxes | FIFOs
+//!          | published rows | banks, places beside them | received rows | combine rows, combine weights
+//!          | brought results, weights | boxes | FIFOs
 //! inbox    slot 0 | slot 1 | ...      where couriers bring what others send: one for each source, each memory of its own
 //! slot     counts, rows | results, result weights
 //! ```

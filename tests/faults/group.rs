@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard};
@@ -878,15 +877,16 @@ pub fn all(crew: &[Member]) -> Vec<&Member> {
 
 /// Open descriptors, threads, mapped windows, and files with our name.
 pub fn footprint() -> Result<[usize; 4], String> {
-    let entries = |path: &Path| -> Result<Vec<String>, String> {
-        let entries = std::fs::read_dir(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let entries = |path: &str| -> Result<Vec<String>, String> {
+        let entries = std::fs::read_dir(path).map_err(|error| format!("{path}: {error}"))?;
         Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
     };
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(|error| error.to_string())?;
     let windows = maps.lines().filter(|line| line.contains("a2a-window")).count();
-    let files = [entries("/dev/shm".as_ref())?, entries(&std::env::temp_dir())?].concat();
+    let temporary = std::env::temp_dir().display().to_string();
+    let files = [entries("/dev/shm")?, entries(&temporary)?].concat();
     let files = files.iter().filter(|name| name.contains("a2a")).count();
-    Ok([entries("/proc/self/fd".as_ref())?.len(), entries("/proc/self/task".as_ref())?.len(), windows, files])
+    Ok([entries("/proc/self/fd")?.len(), entries("/proc/self/task")?.len(), windows, files])
 }
 
 // ------------------------------------------------------------------------------------------- the cases

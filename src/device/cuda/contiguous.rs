@@ -12,10 +12,10 @@ use crate::error::Result;
 /// Threads of a block, as the kernels have it.
 const PLACE_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 512 };
 const SPREAD_THREADS: u32 = if cfg!(feature = "jitter") { 64 } else { 384 };
+/// Vectors of a token that a warp spreads at least, as the kernel has it.
+const SPREAD_VECTORS: u32 = 128;
 /// Tokens of a block, if several place.
 const PART_TOKENS: u32 = if cfg!(feature = "jitter") { 2 } else { 128 };
-/// Vectors of a token that a warp takes at least.
-const SPREAD_VECTORS: u32 = 128;
 
 /// Shared memory that a block counts in.
 pub(super) const COUNTING_SHARED: u32 = 200 << 10;
